@@ -1,0 +1,61 @@
+"""The complete Muse: text-to-image generation by masked generative transformers, in PyTorch.
+
+Reading order: structures, vqgan_vae, quantizer, text, masking, layers, transformer, sampling,
+maskgit, muse. Around them: checkpoint, images, data, training, cli.
+
+Public names are loaded on first use, so that importing the package is fast.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .checkpoint import CheckpointError
+    from .data.cache import TokenCache
+    from .data.folder import ImageFolder
+    from .maskgit import MaskGit
+    from .muse import Muse
+    from .structures import Conditioning, LossTerms, SampleOptions, SampleStep, TextEmbeds
+    from .text import TextEncoder, TextEncoderError
+    from .training.maskgit_trainer import MaskGitTrainer
+    from .training.vae_trainer import VQGanVAETrainer
+    from .transformer import MaskGitTransformer, SelfCritic, TokenCritic
+    from .vqgan_vae import VQGanVAE
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "CheckpointError": "checkpoint",
+    "Conditioning": "structures",
+    "ImageFolder": "data.folder",
+    "LossTerms": "structures",
+    "MaskGit": "maskgit",
+    "MaskGitTrainer": "training.maskgit_trainer",
+    "MaskGitTransformer": "transformer",
+    "Muse": "muse",
+    "SampleOptions": "structures",
+    "SampleStep": "structures",
+    "SelfCritic": "transformer",
+    "TextEmbeds": "structures",
+    "TextEncoder": "text",
+    "TextEncoderError": "text",
+    "TokenCache": "data.cache",
+    "TokenCritic": "transformer",
+    "VQGanVAE": "vqgan_vae",
+    "VQGanVAETrainer": "training.vae_trainer",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

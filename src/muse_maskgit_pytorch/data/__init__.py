@@ -1,0 +1,5 @@
+"""Where training images and their captions come from."""
+
+from .folder import ImageFolder, split
+
+__all__ = ["ImageFolder", "split"]

@@ -1,0 +1,198 @@
+"""Files, PIL images and tensors: the only place where pixels change their representation.
+
+Inside the project an image is a float tensor, RGB, in [0,1]. This module reads files into that
+form without losing or inventing pixels, and turns tensors back into PIL images and sheets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import zip_longest
+from os import PathLike
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image, ImageDraw, ImageFile, ImageFont, ImageOps
+from torch import Tensor
+
+LABEL_LINES = 3
+
+
+def read_image(path: str | PathLike[str]) -> Image.Image:
+    """Read a whole image file as upright 8-bit RGB.
+
+    The EXIF orientation is applied, transparency is laid on white, and of an animation the first
+    frame is taken. 16-bit grey is scaled to 8 bits. Float grey is taken to reach to 1, 255 or
+    65535, whichever is the first that holds its largest value.
+
+    Args:
+        path: an image file in any format that Pillow reads.
+
+    Returns:
+        An image of mode "RGB".
+
+    Raises:
+        ValueError: the file is missing, not an image, damaged, cut short, or has so many pixels
+            that Pillow takes it for a decompression bomb; the message names the file.
+    """
+    # Other libraries switch this on for the whole process: half a JPEG would then pass as an image.
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except Image.DecompressionBombError as error:
+        raise ValueError(
+            f"image {str(path)!r} is too large: {error}; scale it down, or raise "
+            "PIL.Image.MAX_IMAGE_PIXELS if you trust it"
+        ) from error
+    except Exception as error:  # on damaged files decoders raise all sorts of errors
+        raise ValueError(f"cannot read image {str(path)!r}: {error}") from error
+
+
+def check_image(path: str | PathLike[str]) -> None:
+    """Check, from the header alone, that a file is an image: cheap, but blind to a cut-off end.
+
+    Raises:
+        ValueError: as `read_image`.
+    """
+    try:
+        Image.open(path).close()
+    except Exception as error:  # as above
+        raise ValueError(f"cannot read image {str(path)!r}: {error}") from error
+
+
+def to_tensor(image: Image.Image, image_size: int | None = None) -> Float[Tensor, "3 H W"]:
+    """Turn a PIL image into a tensor, optionally as a square of a given size.
+
+    Args:
+        image: any mode; converted to RGB.
+        image_size: side of the square in pixels: the shorter side is scaled to it (bicubic,
+            antialiased; smaller images are enlarged) and the centre is kept. None keeps the image
+            as it is. An image that already has the size keeps its pixels exactly.
+
+    Returns:
+        float32 in [0,1].
+
+    Raises:
+        ValueError: image_size is not positive.
+    """
+    image = _to_rgb(image)
+    if image_size is not None:
+        if image_size < 1:
+            raise ValueError(f"image_size must be at least 1 pixel, got {image_size}")
+        # Cropping first gives the same picture and keeps a 1 x 10,000 image from growing huge.
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        image = image.crop((left, top, left + side, top + side))
+        if side != image_size:
+            image = image.resize((image_size, image_size), Image.Resampling.BICUBIC)
+    pixels = torch.from_numpy(np.array(image))
+    return pixels.permute(2, 0, 1).contiguous().float() / 255
+
+
+def to_pil(images: Tensor) -> list[Image.Image]:
+    """Turn a batch of images, or one image, into PIL images.
+
+    Args:
+        images: (B,3,H,W) or (3,H,W), RGB; values outside [0,1] are clamped.
+
+    Raises:
+        ValueError: another shape.
+    """
+    if images.ndim == 3:
+        images = images[None]
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images must be (B,3,H,W) or (3,H,W), got {tuple(images.shape)}")
+    # Clamp before the bytes: 1.004 * 255 would wrap round to 0.
+    pixels = (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
+    return [Image.fromarray(p) for p in pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()]
+
+
+def image_grid(
+    images: Tensor | Sequence[Image.Image],
+    columns: int,
+    labels: Sequence[str] | None = None,
+    padding: int = 2,
+) -> Image.Image:
+    """Lay images out on a white sheet, row by row, each with an optional caption below it.
+
+    Args:
+        images: (B,3,H,W) in [0,1], or PIL images; cells take the size of the largest.
+        columns: images per row.
+        labels: one caption per image, wrapped to the cell and cut after three lines.
+        padding: white pixels around every cell.
+
+    Raises:
+        ValueError: no images, no columns, or another number of labels than of images.
+    """
+    images = to_pil(images) if isinstance(images, Tensor) else list(images)
+    if not images:
+        raise ValueError("image_grid needs at least one image")
+    if columns < 1:
+        raise ValueError(f"columns must be at least 1, got {columns}")
+    if labels is not None and len(labels) != len(images):
+        raise ValueError(f"labels: got {len(labels)} for {len(images)} images")
+
+    width, height = (max(image.size[axis] for image in images) for axis in (0, 1))
+    font = ImageFont.load_default(max(10, width // 12))
+    texts = ["\n".join(_wrap(label, width, font)) for label in labels or []]
+    sheet = Image.new("RGB", (1, 1), "white")
+    draw = ImageDraw.Draw(sheet)
+    bottoms = [draw.multiline_textbbox((0, 0), text, font)[3] for text in texts]
+    cell_width = width + padding
+    cell_height = height + padding + int(max(bottoms, default=0))
+
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    size = (columns * cell_width + padding, rows * cell_height + padding)
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    for index, (image, text) in enumerate(zip_longest(images, texts, fillvalue="")):
+        assert isinstance(image, Image.Image)
+        row, column = divmod(index, columns)
+        x, y = padding + column * cell_width, padding + row * cell_height
+        sheet.paste(image, (x, y))
+        draw.multiline_text((x, y + height), text, "black", font)
+    return sheet
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Convert any mode to RGB on white; Pillow's own `convert` would clip 16 bits to 255."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode[0] in "IF":  # I;16 in its byte orders, I (how some files hold 16 bits), F
+        pixels = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        full = 65535.0
+        if image.mode == "F":
+            full = next((top for top in (1.0, 255.0) if pixels.max(initial=0) <= top), full)
+        grey = np.rint(pixels.clip(0, full) * (255 / full)).astype(np.uint8)
+        return Image.fromarray(grey).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _wrap(text: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> list[str]:
+    """Break a caption into lines that fit; what does not fit is cut and marked with dots."""
+    lines: list[str] = []
+    for word in text.split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and font.getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    if len(lines) > LABEL_LINES:
+        lines = [*lines[: LABEL_LINES - 1], " ".join(lines[LABEL_LINES - 1 :])]
+    return [_cut(line, width, font) for line in lines]
+
+
+def _cut(line: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> str:
+    if font.getlength(line) <= width:
+        return line
+    while line and font.getlength(line + "...") > width:
+        line = line[:-1]
+    return line + "..."

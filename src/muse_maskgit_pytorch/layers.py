@@ -1,0 +1,127 @@
+"""Building blocks of the masked transformers: attention, feed-forward, block.
+
+All attention goes through `attend`, the one seam for other kernels. Linears are plain, named
+``nn.Linear``s, so that LoRA and quantisation can swap them. Pre-norm, QK-norm, gated MLP, no
+biases, output projections that start at zero: recipes known to train stably (none is in the
+paper, which names only self-attention, cross-attention and MLP, 2.3).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+KeysValues = tuple[Tensor, Tensor]  # each (B, heads, length, dim_head)
+
+
+def norm(dim: int) -> nn.LayerNorm:
+    return nn.LayerNorm(dim, bias=False)
+
+
+def attend(
+    q: Float[Tensor, "B H N d"],
+    k: Float[Tensor, "B H M d"],
+    v: Float[Tensor, "B H M d"],
+    mask: Bool[Tensor, "B M"] | None = None,
+) -> Float[Tensor, "B H N d"]:
+    """Softmax attention through PyTorch's fused kernels (FlashAttention where it can run).
+
+    Args:
+        mask: True where a key may be seen. Each row must see at least one.
+    """
+    seen = None if mask is None else mask[:, None, None, :]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+
+
+def _zero_linear(dim_in: int, dim_out: int) -> nn.Linear:
+    linear = nn.Linear(dim_in, dim_out, bias=False)
+    nn.init.zeros_(linear.weight)
+    return linear
+
+
+def _split_heads(x: Tensor, dim_head: int) -> Tensor:
+    return x.unflatten(-1, (-1, dim_head)).transpose(1, 2)  # b n (h d) -> b h n d
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, dim: int, heads: int, dim_head: int):
+        super().__init__()
+        self.dim_head = dim_head
+        self.norm = norm(dim)
+        self.to_qkv = nn.Linear(dim, 3 * heads * dim_head, bias=False)
+        self.q_norm, self.k_norm = norm(dim_head), norm(dim_head)
+        self.to_out = _zero_linear(heads * dim_head, dim)
+
+    def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+        q, k, v = (_split_heads(t, self.dim_head) for t in self.to_qkv(self.norm(x)).chunk(3, -1))
+        out = attend(self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v)
+        return self.to_out(out.transpose(1, 2).flatten(2))
+
+
+class CrossAttention(nn.Module):
+    """Attention to a context whose keys and values are computed once (`keys_values`).
+
+    A learned null key and value stand before the context, so that a row whose text is removed
+    still has something to attend to: then its output is a constant.
+    """
+
+    def __init__(self, dim: int, heads: int, dim_head: int):
+        super().__init__()
+        self.dim_head = dim_head
+        self.norm = norm(dim)
+        self.to_q = nn.Linear(dim, heads * dim_head, bias=False)
+        self.to_kv = nn.Linear(dim, 2 * heads * dim_head, bias=False)
+        self.q_norm, self.k_norm = norm(dim_head), norm(dim_head)
+        self.null_kv = nn.Parameter(torch.randn(2, heads, 1, dim_head))
+        self.to_out = _zero_linear(heads * dim_head, dim)
+
+    def keys_values(self, context: Float[Tensor, "B M D"]) -> KeysValues:
+        k, v = (_split_heads(t, self.dim_head) for t in self.to_kv(context).chunk(2, -1))
+        null_k, null_v = self.null_kv.to(v.dtype).unsqueeze(1).expand(-1, len(k), -1, -1, -1)
+        k = self.k_norm(torch.cat([null_k, k], dim=2)).to(v.dtype)
+        return k, torch.cat([null_v, v], dim=2)
+
+    def forward(
+        self, x: Float[Tensor, "B N D"], keys_values: KeysValues, mask: Bool[Tensor, "B M"]
+    ) -> Float[Tensor, "B N D"]:
+        k, v = keys_values
+        q = self.q_norm(_split_heads(self.to_q(self.norm(x)), self.dim_head))
+        return self.to_out(attend(q.to(v.dtype), k, v, mask).transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """Gated MLP (GEGLU) with as many weights as a plain one of width ``dim * mult``."""
+
+    def __init__(self, dim: int, mult: float = 4):
+        super().__init__()
+        inner = int(dim * mult * 2 / 3)
+        self.norm = norm(dim)
+        self.to_hidden = nn.Linear(dim, 2 * inner, bias=False)
+        self.to_out = _zero_linear(inner, dim)
+
+    def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+        value, gate = self.to_hidden(self.norm(x)).chunk(2, dim=-1)
+        return self.to_out(value * F.gelu(gate))
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention (unless ``cross`` is off) and MLP, each around a skip."""
+
+    def __init__(self, dim: int, heads: int, dim_head: int, ff_mult: float, cross: bool = True):
+        super().__init__()
+        self.attn = SelfAttention(dim, heads, dim_head)
+        self.cross = CrossAttention(dim, heads, dim_head) if cross else None
+        self.ff = FeedForward(dim, ff_mult)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B N D"],
+        keys_values: KeysValues | None = None,
+        mask: Bool[Tensor, "B M"] | None = None,
+    ) -> Float[Tensor, "B N D"]:
+        x = x + self.attn(x)
+        if self.cross is not None:
+            x = x + self.cross(x, keys_values, mask)
+        return x + self.ff(x)

@@ -1,0 +1,341 @@
+"""MaskGit: a tokenizer and a masked transformer joined; the training loss, and generation.
+
+``forward`` is the training walk on one screen: images to ids, text to embeddings, guidance
+dropout, mask, transformer, loss on the masked positions. ``generate`` is the way back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from .checkpoint import Saveable
+from .masking import draw_mask, mask_tokens
+from .sampling import Denoiser, choose_tokens, sample_tokens
+from .structures import Conditioning, LossTerms, SampleOptions, SampleStep, Schedule, TextEmbeds
+from .text import get_text_encoder
+from .transformer import MaskGitTransformer, SelfCritic, TokenCritic
+from .vqgan_vae import VQGanVAE
+
+Part = Literal["all", "transformer", "critic"]
+
+
+class MaskGit(Saveable):
+    """A masked generative image transformer: base, or super-resolution with ``cond_image_size``.
+
+    Args:
+        vae: trained tokenizer; it is frozen and stays in eval mode.
+        transformer: made for ``vae``'s codebook and token grid.
+        image_size: side of the images in pixels.
+        cond_image_size: side of the low-resolution images: makes this the super-resolution stage.
+        cond_vae: tokenizer of the low-resolution images; ``vae`` by default.
+        cond_drop_prob: share of the training samples whose text is removed (paper 2.7: 0.1).
+        noise_schedule: law of the training's mask ratio (paper 2.6: cosine).
+        label_smoothing: of the cross-entropy.
+        no_mask_token_prob: share of the masked positions that keep their id in the input.
+        self_cond_prob: share of the batches that train with self-conditioning, where the
+            transformer has it.
+        token_critic: a second transformer that judges sampled tokens.
+        self_token_critic: a second head of the transformer does so instead.
+        critic_loss_weight: weight of the critic's loss.
+        sample_options: defaults of `SampleOptions` for this model, by field name.
+
+    Raises:
+        ValueError: geometry that does not fit; the message names both numbers.
+    """
+
+    def __init__(
+        self,
+        *,
+        vae: VQGanVAE,
+        transformer: MaskGitTransformer,
+        image_size: int,
+        cond_image_size: int | None = None,
+        cond_vae: VQGanVAE | None = None,
+        cond_drop_prob: float = 0.1,
+        noise_schedule: Schedule = "cosine",
+        label_smoothing: float = 0.0,
+        no_mask_token_prob: float = 0.0,
+        self_cond_prob: float = 0.5,
+        token_critic: TokenCritic | None = None,
+        self_token_critic: bool = False,
+        critic_loss_weight: float = 1.0,
+        sample_options: dict[str, Any] | None = None,
+    ):
+        super().__init__()
+        probs = dict(cond_drop_prob=cond_drop_prob, label_smoothing=label_smoothing)
+        probs |= dict(no_mask_token_prob=no_mask_token_prob, self_cond_prob=self_cond_prob)
+        for name, value in probs.items():
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} must be in [0, 1], not {value}")
+        if token_critic is not None and self_token_critic:
+            raise ValueError("token_critic and self_token_critic exclude each other: choose one")
+        if cond_vae is not None and cond_image_size is None:
+            raise ValueError("cond_vae is given without cond_image_size: set both or neither")
+        self.fmap_size = vae.fmap_size(image_size)
+        models = {"transformer": transformer, "token_critic": token_critic}
+        for name, model in models.items():
+            if model is not None:
+                _check_geometry(name, model, vae, image_size)
+        self.image_size, self.cond_image_size = image_size, cond_image_size
+        self.cond_drop_prob, self.noise_schedule = cond_drop_prob, noise_schedule
+        self.label_smoothing, self.no_mask_token_prob = label_smoothing, no_mask_token_prob
+        self.self_cond_prob, self.critic_loss_weight = self_cond_prob, critic_loss_weight
+
+        self.vae = vae.requires_grad_(False).eval()
+        self.cond_vae: VQGanVAE | None = None
+        if cond_image_size is not None:
+            if not 0 < cond_image_size < image_size:
+                raise ValueError(
+                    f"cond_image_size {cond_image_size} must be smaller than image_size "
+                    f"{image_size}"
+                )
+            self.cond_vae = (cond_vae or vae).requires_grad_(False).eval()
+            cond_fmap = self.cond_vae.fmap_size(cond_image_size)
+            for model in models.values():
+                if model is not None:
+                    model.add_cond_encoder(self.cond_vae.codebook_size, cond_fmap**2)
+        self.transformer = transformer
+        self.critic = SelfCritic(transformer) if self_token_critic else token_critic
+        # the paper's 24 base and 8 super-resolution steps (2.8)
+        defaults = {"timesteps": 8 if cond_image_size else 24, **(sample_options or {})}
+        self.default_options = SampleOptions(**defaults)
+
+    def train(self, mode: bool = True) -> MaskGit:
+        """Switch the transformers; the tokenizers stay in eval mode (a codebook must not move)."""
+        super().train(mode)
+        self.vae.eval()
+        if self.cond_vae is not None:
+            self.cond_vae.eval()
+        return self
+
+    # Conditioning ----------------------------------------------------------------------------
+
+    def embed_texts(
+        self,
+        texts: Sequence[str] | str | None,
+        text_embeds: TextEmbeds | Float[Tensor, "B L E"] | None = None,
+    ) -> TextEmbeds:
+        """Captions, or embeddings made elsewhere, as `TextEmbeds` on this model's device."""
+        if (texts is None) == (text_embeds is None):
+            raise ValueError("give either texts or text_embeds")
+        if text_embeds is not None:
+            return TextEmbeds.of(text_embeds).to(self.device)
+        texts = [texts] if isinstance(texts, str) else list(texts or ())
+        if not texts:
+            raise ValueError("texts is empty: give at least one caption")
+        wrong = next((t for t in texts if not isinstance(t, str)), None)
+        if wrong is not None:
+            raise ValueError(f"texts must be strings, not {type(wrong).__name__}")
+        encoder = get_text_encoder(self.transformer.t5_name, self.transformer.max_text_len)
+        return encoder.encode(texts, self.device)
+
+    def encode_cond(
+        self,
+        cond_images: Float[Tensor, "B 3 H W"] | None,
+        cond_ids: Int[Tensor, "B M"] | None,
+        images: Float[Tensor, "B 3 H W"] | None = None,
+    ) -> Int[Tensor, "B M"] | None:
+        """Low-resolution ids: given, or from low-resolution images, or from ``images`` reduced."""
+        if self.cond_vae is None:
+            if cond_images is not None or cond_ids is not None:
+                raise ValueError("cond_images or cond_ids given to a model without cond_image_size")
+            return None
+        if cond_ids is not None:
+            return cond_ids.flatten(1).to(self.device)
+        size = self.cond_image_size
+        if cond_images is None:
+            if images is None:
+                raise ValueError(
+                    f"super-resolution needs cond_images of {size} pixels, or cond_ids"
+                )
+            cond_images = F.interpolate(images, size, mode="area")
+        if cond_images.shape[-2:] != (size, size):
+            raise ValueError(
+                f"cond_images are {tuple(cond_images.shape[-2:])} pixels, "
+                f"cond_image_size says {size}: scale them"
+            )
+        return self.cond_vae.encode_to_ids(cond_images.to(self.device)).flatten(1)
+
+    # Training --------------------------------------------------------------------------------
+
+    def losses(
+        self,
+        images_or_ids: Float[Tensor, "B 3 H W"] | Int[Tensor, "B ..."],
+        texts: Sequence[str] | None = None,
+        *,
+        text_embeds: TextEmbeds | Float[Tensor, "B L E"] | None = None,
+        cond_images: Float[Tensor, "B 3 H W"] | None = None,
+        cond_ids: Int[Tensor, "B M"] | None = None,
+        cond_drop_prob: float | None = None,
+        part: Part = "all",
+    ) -> LossTerms:
+        """The named loss terms of one batch (2.6, 2.7).
+
+        Args:
+            images_or_ids: pixels in [0, 1], or token ids cached from them.
+            texts: captions, or
+            text_embeds: what the text encoder made of them.
+            cond_images: low-resolution images of ``cond_image_size``; by default ``images``
+                scaled down.
+            cond_ids: their ids instead.
+            cond_drop_prob: instead of the model's own.
+            part: "transformer" or "critic" leaves the other's loss out.
+        """
+        images = images_or_ids.to(self.device)
+        if images.is_floating_point():
+            self._check_size(images)
+            ids = self.vae.encode_to_ids(images).flatten(1)
+            cond = self.encode_cond(cond_images, cond_ids, images)
+        else:
+            ids = images.flatten(1)
+            cond = self.encode_cond(cond_images, cond_ids)
+        if ids.shape[1] != self.fmap_size**2:
+            raise ValueError(f"{ids.shape[1]} ids per image, this model has {self.fmap_size**2}")
+        text = self.embed_texts(texts, text_embeds)
+        if len(text.mask) != len(ids):
+            raise ValueError(f"{len(text.mask)} texts for {len(ids)} images")
+
+        drop = self.cond_drop_prob if cond_drop_prob is None else cond_drop_prob
+        keep = torch.rand(len(ids), device=ids.device) >= drop
+        conditioning = Conditioning(text, cond, keep)
+        mask = draw_mask(*ids.shape, self.noise_schedule, device=ids.device)
+        masked = mask_tokens(ids, mask, self.transformer.mask_id, self.no_mask_token_prob)
+
+        with torch.set_grad_enabled(torch.is_grad_enabled() and part != "critic"):
+            context = self.transformer.encode_context(conditioning)
+            self_cond = None
+            if self.transformer.self_cond and torch.rand(()) < self.self_cond_prob:
+                with torch.no_grad():  # the same context: a dropped text stays dropped
+                    self_cond = self.transformer(masked.input_ids, context)
+            hidden = self.transformer(masked.input_ids, context, self_cond)
+            logits = self.transformer.to_logits(hidden[mask]).float()
+            ce = F.cross_entropy(logits, ids[mask], label_smoothing=self.label_smoothing)
+
+        if self.critic is None or part == "transformer":
+            return LossTerms(ce, ce)
+        with torch.no_grad():
+            ones, noise = torch.ones(1, device=ids.device), torch.rand_like(logits[None, :, 0])
+            sampled, _ = choose_tokens(logits[None], ones, noise)
+        filled = ids.masked_scatter(mask, sampled)
+        critic_context = self.critic.encode_context(conditioning)
+        scores = self.critic.to_logits(self.critic(filled, critic_context)).squeeze(-1).float()
+        critic = F.binary_cross_entropy_with_logits(scores, (filled == ids).float())
+        weighted = self.critic_loss_weight * critic
+        return LossTerms(weighted if part == "critic" else ce + weighted, ce, critic)
+
+    def forward(
+        self,
+        images_or_ids: Float[Tensor, "B 3 H W"] | Int[Tensor, "B ..."],
+        texts: Sequence[str] | None = None,
+        **conditioning: Any,
+    ) -> Float[Tensor, ""]:
+        """The training loss, a scalar with a graph; arguments as in `losses`."""
+        return self.losses(images_or_ids, texts, **conditioning).total
+
+    def _check_size(self, images: Tensor) -> None:
+        wanted = (3, self.image_size, self.image_size)
+        if images.ndim != 4 or images.shape[1:] != wanted:
+            raise ValueError(f"images are {tuple(images.shape)}, this model takes B x {wanted}")
+
+    # Generation ------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def generate_ids(
+        self,
+        texts: Sequence[str] | str | None = None,
+        *,
+        text_embeds: TextEmbeds | Float[Tensor, "B L E"] | None = None,
+        negative_texts: Sequence[str] | str | None = None,
+        cond_images: Float[Tensor, "B 3 H W"] | None = None,
+        cond_ids: Int[Tensor, "B M"] | None = None,
+        canvas: Int[Tensor, "B N"] | None = None,
+        callback: Callable[[SampleStep], Any] | None = None,
+        options: SampleOptions | None = None,
+        **changes: Any,
+    ) -> Int[Tensor, "B N"]:
+        """Sample token ids; arguments as in `generate`."""
+        options = (options or self.default_options).replace(**changes)
+        text = self.embed_texts(texts, text_embeds)
+        batch = len(text.mask)
+        cond = self.encode_cond(cond_images, cond_ids)
+        if cond is not None and len(cond) != batch:
+            raise ValueError(f"{len(cond)} low-resolution images for {batch} texts")
+        seq_len = self.fmap_size**2
+        if canvas is None:
+            canvas = torch.full((batch, seq_len), self.transformer.mask_id)
+        if canvas.shape != (batch, seq_len):
+            raise ValueError(f"canvas is {tuple(canvas.shape)}, must be {(batch, seq_len)}")
+        canvas = canvas.to(self.device)
+
+        keep = torch.ones(batch, dtype=torch.bool, device=self.device)
+        scales = options.cond_scale
+        if scales != 1:
+            # second half of the batch: the negative prompt, or no text at all
+            negatives = [""] * batch
+            if negative_texts is not None:
+                given = [negative_texts] if isinstance(negative_texts, str) else negative_texts
+                negatives = list(given) * (batch if len(given) == 1 else 1)
+            if len(negatives) != batch:
+                raise ValueError(f"{len(negatives)} negative_texts for {batch} texts")
+            negative = text if negative_texts is None else self.embed_texts(negatives)
+            text = text.cat(negative)
+            seen = torch.tensor([bool(n) for n in negatives], device=self.device)
+            keep = torch.cat([keep, seen])
+            cond = None if cond is None else torch.cat([cond, cond])
+        conditioning = Conditioning(text, cond, keep)
+        denoiser = Denoiser(
+            self.transformer,
+            self.transformer.encode_context(conditioning),
+            self.critic,
+            None if self.critic is None else self.critic.encode_context(conditioning),
+        )
+        return sample_tokens(denoiser, canvas, options, callback)
+
+    @torch.no_grad()
+    def generate(
+        self, texts: Sequence[str] | str | None = None, **arguments: Any
+    ) -> Float[Tensor, "B 3 H W"]:
+        """Generate images from texts.
+
+        Args:
+            texts: B prompts.
+            text_embeds: their embeddings instead.
+            negative_texts: what to stay away from: one for all, or one each; empty for none.
+            cond_images: low-resolution images (super-resolution), of ``cond_image_size``, or
+            cond_ids: their token ids.
+            canvas: token ids (B, N) that are given, ``mask_id`` where to draw.
+            callback: sees a `SampleStep` after each step; returning True stops.
+            options: a `SampleOptions`; the model's ``default_options`` otherwise.
+            **changes: single fields of it: ``cond_scale=3.0, timesteps=8, seeds=[1, 2]``.
+
+        Returns:
+            RGB in [0, 1].
+        """
+        ids = self.generate_ids(texts, **arguments)
+        return self.decode(ids)
+
+    @torch.no_grad()
+    def decode(self, ids: Int[Tensor, "B N"]) -> Float[Tensor, "B 3 H W"]:
+        """Token ids -> pixels in [0, 1]."""
+        ids = ids.clamp(max=self.vae.codebook_size - 1)  # a callback may have stopped early
+        return self.vae.decode_from_ids(ids.view(len(ids), self.fmap_size, self.fmap_size))
+
+
+def _check_geometry(name: str, model: MaskGitTransformer, vae: VQGanVAE, image_size: int) -> None:
+    if model.num_tokens != vae.codebook_size:
+        raise ValueError(
+            f"{name} has num_tokens {model.num_tokens}, the tokenizer codebook_size "
+            f"{vae.codebook_size}: they must be equal"
+        )
+    seq_len = vae.fmap_size(image_size) ** 2
+    if model.seq_len != seq_len:
+        raise ValueError(
+            f"{name} has seq_len {model.seq_len}, but image_size {image_size} with the tokenizer's "
+            f"factor {vae.factor} gives {seq_len} tokens: set seq_len={seq_len}"
+        )

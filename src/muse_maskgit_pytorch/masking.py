@@ -1,0 +1,69 @@
+"""The corruption that training undoes: mask schedules, drawing the mask, labels."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from .structures import MaskedTokens, Schedule
+
+IGNORE_INDEX = -100  # cross_entropy's default; any code from 0 up would be a legal one
+
+
+def mask_ratio(u: Float[Tensor, "*s"], schedule: Schedule = "cosine") -> Float[Tensor, "*s"]:
+    """Share of tokens that are masked at time ``u`` in [0, 1]: 1 at u = 0, 0 at u = 1.
+
+    "cosine" is cos(pi/2 u): with u uniform, the paper's density (2/pi) (1 - r^2)^(-1/2), mean
+    0.64 (2.6). "arccos" is 2/pi acos(u), a different law (mean 0.5 in u's place of r) that other
+    code bases use under the same name as the first.
+    """
+    if schedule == "cosine":
+        return torch.cos(u * (math.pi / 2))
+    if schedule == "arccos":
+        return torch.acos(u) * (2 / math.pi)
+    if schedule == "linear":
+        return 1 - u
+    if schedule == "square":
+        return 1 - u**2
+    raise ValueError(f"noise_schedule {schedule!r} is unknown: use cosine, arccos, linear, square")
+
+
+def draw_mask(
+    batch: int,
+    num_tokens: int,
+    schedule: Schedule = "cosine",
+    *,
+    device: torch.device | str | None = None,
+    generator: torch.Generator | None = None,
+) -> Bool[Tensor, "B N"]:
+    """Draw for each row a ratio by the schedule, then that many positions, uniformly; at least 1.
+
+    Args:
+        generator: source of randomness, on ``device``; torch's global one by default.
+    """
+    u = torch.rand(batch, device=device, generator=generator)
+    count = (mask_ratio(u, schedule) * num_tokens).round().clamp(min=1)
+    order = torch.rand(batch, num_tokens, device=device, generator=generator).argsort(dim=-1)
+    return order.argsort(dim=-1) < count[:, None]
+
+
+def mask_tokens(
+    ids: Int[Tensor, "B N"],
+    mask: Bool[Tensor, "B N"],
+    mask_id: int,
+    no_mask_token_prob: float = 0.0,
+) -> MaskedTokens:
+    """Replace the masked ids by ``mask_id``; labels are the true ids there, ignored elsewhere.
+
+    Args:
+        no_mask_token_prob: share of the masked positions that keep their id in the input, and
+            are predicted all the same (as BERT does; not in the paper).
+    """
+    labels = torch.where(mask, ids, IGNORE_INDEX)
+    hidden = mask
+    if no_mask_token_prob > 0:
+        hidden = mask & (torch.rand(mask.shape, device=mask.device) >= no_mask_token_prob)
+    return MaskedTokens(torch.where(hidden, mask_id, ids), labels, mask)

@@ -1,0 +1,121 @@
+"""Muse: base, then super-resolution, then PIL images (paper, figure 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from .checkpoint import Saveable
+from .images import to_pil
+from .maskgit import MaskGit
+from .structures import SampleOptions
+from .vqgan_vae import VQGanVAE
+
+
+class Muse(Saveable):
+    """The cascade.
+
+    Args:
+        base: text -> low-resolution image.
+        superres: text and low-resolution image -> high-resolution image; None stops after
+            the base.
+
+    Raises:
+        ValueError: two models whose sizes do not fit.
+    """
+
+    def __init__(self, base: MaskGit, superres: MaskGit | None = None):
+        super().__init__()
+        if base.cond_image_size is not None:
+            raise ValueError("base has a cond_image_size: base and superres are swapped")
+        if superres is not None and superres.cond_image_size != base.image_size:
+            raise ValueError(
+                f"base draws {base.image_size} pixels, superres reads cond_image_size "
+                f"{superres.cond_image_size}: they must be equal"
+            )
+        self.base, self.superres = base, superres
+        self._shares_ids = superres is not None and _same(base.vae, superres.cond_vae)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> list[Image.Image]:
+        return super().__call__(*args, **kwargs)
+
+    def forward(
+        self,
+        texts: Sequence[str] | str,
+        *,
+        negative_texts: Sequence[str] | str | None = None,
+        seeds: int | Sequence[int] | None = None,
+        base_options: SampleOptions | None = None,
+        superres_options: SampleOptions | None = None,
+    ) -> list[Image.Image]:
+        """Texts -> PIL images at the final size.
+
+        Args:
+            texts: B prompts (a single string is one prompt).
+            negative_texts: what to stay away from: one for all, or one each.
+            seeds: one for each image, or an integer s for s, s + 1, ...; None: random.
+            base_options: sampling of the base; by default its ``default_options``.
+            superres_options: likewise of the super-resolution.
+        """
+        images = self.stages(
+            texts,
+            negative_texts=negative_texts,
+            seeds=seeds,
+            base_options=base_options,
+            superres_options=superres_options,
+        )
+        return to_pil(images[-1])
+
+    @torch.no_grad()
+    def stages(
+        self,
+        texts: Sequence[str] | str,
+        *,
+        negative_texts: Sequence[str] | str | None = None,
+        seeds: int | Sequence[int] | None = None,
+        base_options: SampleOptions | None = None,
+        superres_options: SampleOptions | None = None,
+    ) -> list[Float[Tensor, "B 3 H W"]]:
+        """Like calling the model, but the images of every stage, as tensors in [0, 1]."""
+        text = self.base.embed_texts(texts)
+        if isinstance(seeds, int):
+            seeds = range(seeds, seeds + len(text.mask))
+
+        def seeded(options: SampleOptions) -> SampleOptions:
+            return options if seeds is None else options.replace(seeds=list(seeds))
+
+        base_ids = self.base.generate_ids(
+            text_embeds=text,
+            negative_texts=negative_texts,
+            options=seeded(base_options or self.base.default_options),
+        )
+        images = [self.base.decode(base_ids)]
+        if self.superres is not None:
+            same_text = self.superres.transformer.t5_name == self.base.transformer.t5_name
+            images.append(
+                self.superres.generate(
+                    None if same_text else texts,
+                    text_embeds=text if same_text else None,
+                    negative_texts=negative_texts,
+                    # ids at hand are not decoded and encoded again
+                    cond_ids=base_ids if self._shares_ids else None,
+                    cond_images=None if self._shares_ids else images[0],
+                    options=seeded(superres_options or self.superres.default_options),
+                )
+            )
+        return images
+
+
+def _same(a: VQGanVAE, b: VQGanVAE | None) -> bool:
+    """Whether two tokenizers are one: the same object, or equal weights."""
+    if a is b or b is None:
+        return a is b
+    own, other = a.state_dict(), b.state_dict()
+    return own.keys() == other.keys() and all(
+        own[k].shape == other[k].shape and torch.equal(own[k].cpu(), other[k].cpu()) for k in own
+    )

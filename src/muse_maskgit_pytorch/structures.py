@@ -1,0 +1,168 @@
+"""The nouns: small frozen dataclasses that carry data between the parts.
+
+Read first. One letter means one thing everywhere: B batch, N image tokens (N = h*w), L text tokens,
+M low-resolution tokens, D model width, E text width, V codebook size, H W pixels, h w token grid.
+A plain tensor is used where one tensor is enough:
+
+- images: float (B, 3, H, W), RGB in [0, 1] at every boundary;
+- token ids: int64 (B, N), values in [0, V); ``mask_id`` = V.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+Schedule = Literal["cosine", "arccos", "linear", "square"]
+GuidanceSchedule = Literal["linear", "constant"]
+
+
+@dataclass(frozen=True)
+class QuantizerOutput:
+    """What a quantizer makes of a feature map.
+
+    Attributes:
+        quantized: the codes, projected back to the width of the feature map.
+        ids: index of each code in the codebook.
+        loss: auxiliary loss (commitment, entropy); zero where the quantizer has none.
+        usage: share of the codebook's entries that occur in this batch, in [0, 1].
+    """
+
+    quantized: Float[Tensor, "B C h w"]
+    ids: Int[Tensor, "B h w"]
+    loss: Float[Tensor, ""]
+    usage: Float[Tensor, ""]
+
+
+@dataclass(frozen=True)
+class TextEmbeds:
+    """Hidden states of a text encoder and which of them are real tokens.
+
+    The mask is carried along, never inferred from embeddings that happen to be zero.
+    """
+
+    embeds: Float[Tensor, "B L E"]
+    mask: Bool[Tensor, "B L"]
+
+    def __post_init__(self):
+        if self.embeds.shape[:2] != self.mask.shape:
+            raise ValueError(
+                f"TextEmbeds: embeds {tuple(self.embeds.shape)} and mask {tuple(self.mask.shape)} "
+                "must agree in batch and length"
+            )
+
+    @classmethod
+    def of(cls, value: TextEmbeds | Tensor) -> TextEmbeds:
+        """Accept a bare (B, L, E) tensor, all of whose positions are then real tokens."""
+        if isinstance(value, TextEmbeds):
+            return value
+        return cls(value, torch.ones(value.shape[:2], dtype=torch.bool, device=value.device))
+
+    def to(self, device: torch.device | str) -> TextEmbeds:
+        return TextEmbeds(self.embeds.to(device), self.mask.to(device))
+
+    def cat(self, other: TextEmbeds) -> TextEmbeds:
+        """Stack two batches of texts, padding the shorter one."""
+        length = max(self.mask.shape[1], other.mask.shape[1])
+
+        def padded(text: TextEmbeds) -> TextEmbeds:
+            extra = length - text.mask.shape[1]
+            pad = torch.nn.functional.pad
+            return TextEmbeds(pad(text.embeds, (0, 0, 0, extra)), pad(text.mask, (0, extra)))
+
+        a, b = padded(self), padded(other)
+        return TextEmbeds(torch.cat([a.embeds, b.embeds]), torch.cat([a.mask, b.mask]))
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Everything a masked transformer is conditioned on.
+
+    Attributes:
+        text: the captions.
+        cond_ids: low-resolution token ids (super-resolution), or None.
+        keep: rows whose text is seen; False removes the text (classifier-free guidance).
+    """
+
+    text: TextEmbeds
+    cond_ids: Int[Tensor, "B M"] | None
+    keep: Bool[Tensor, " B"]
+
+
+@dataclass(frozen=True)
+class MaskedTokens:
+    """One draw of the training corruption: what goes in, and what must come out where."""
+
+    input_ids: Int[Tensor, "B N"]
+    labels: Int[Tensor, "B N"]
+    mask: Bool[Tensor, "B N"]
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """Named terms of the training loss, each a scalar; ``critic`` is None without a critic."""
+
+    total: Float[Tensor, ""]
+    ce: Float[Tensor, ""]
+    critic: Float[Tensor, ""] | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch of training data: images and texts, or the ids and embeddings cached from them."""
+
+    images: Float[Tensor, "B 3 H W"] | None = None
+    texts: list[str] | None = None
+    ids: Int[Tensor, "B N"] | None = None
+    cond_ids: Int[Tensor, "B M"] | None = None
+    text_embeds: TextEmbeds | None = None
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """How to sample. Each number may also be a sequence with one value per row (image).
+
+    Attributes:
+        timesteps: steps from all masked to none (paper 2.8: 24 base, 8 super-resolution).
+        temperature: of the token choice, >= 0; 0 takes the likeliest token.
+        choice_temperature: scale of the Gumbel noise on the log-confidence that orders the
+            positions; falls linearly to 0 over the steps (MaskGIT; not in the Muse paper).
+        cond_scale: guidance ``u + cond_scale * (c - u)``; 1 is no guidance. The paper writes
+            ``(1+t) c - t u``, so cond_scale = 1 + t (2.7).
+        guidance_schedule: "linear" raises t from 0 over the steps (the paper's), or "constant".
+        noise_schedule: share of tokens still masked as a function of the steps done.
+        seeds: one integer per row. None draws them from torch's global generator.
+    """
+
+    timesteps: int | Sequence[int] = 24
+    temperature: float | Sequence[float] = 1.0
+    choice_temperature: float | Sequence[float] = 4.5
+    cond_scale: float | Sequence[float] = 3.0
+    guidance_schedule: GuidanceSchedule = "linear"
+    noise_schedule: Schedule = "cosine"
+    seeds: Sequence[int] | None = None
+
+    def replace(self, **changes) -> SampleOptions:
+        return replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class SampleStep:
+    """What a callback sees after each sampling step.
+
+    Attributes:
+        step: how many steps are done, 1-based.
+        ids: tokens with ``mask_id`` where still masked.
+        mask: True where still masked.
+        scores: what ordered the positions (log-confidence or critic score, with its noise).
+    """
+
+    step: int
+    ids: Int[Tensor, "B N"]
+    mask: Bool[Tensor, "B N"]
+    scores: Float[Tensor, "B N"]

@@ -1,0 +1,401 @@
+"""The training loop that every trainer shares, on accelerate, top to bottom.
+
+Exact resume by construction: all randomness of a step comes from (seed, step, process), and the
+data position is a function of the step, so that a checkpoint needs no generator states.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm.auto import tqdm
+
+from ..checkpoint import CheckpointError, Saveable, load_tree, save_tree
+from .ema import EMA
+
+Precision = Literal["no", "fp16", "bf16"]
+
+
+class EndlessBatches(Sampler[list[int]]):
+    """Batches of indices without end: a fresh permutation each epoch, one share per process.
+
+    What comes at position p depends on (seed, p) alone, so a resumed run sees the data that the
+    uninterrupted one would have seen.
+    """
+
+    def __init__(self, size: int, batch_size: int, seed: int, start: int, rank: int, world: int):
+        self.size, self.batch_size, self.seed, self.start = size, batch_size, seed, start
+        self.rank, self.world = rank, world
+
+    def __iter__(self) -> Iterator[list[int]]:
+        epoch, order = -1, torch.empty(0, dtype=torch.long)
+        share = self.batch_size * self.world
+        position = self.start * share
+        while True:
+            batch = []
+            for p in range(position, position + share):
+                if p // self.size != epoch:
+                    epoch = p // self.size
+                    generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+                    order = torch.randperm(self.size, generator=generator)
+                batch.append(int(order[p % self.size]))
+            position += share
+            yield batch[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
+
+
+class Trainer:
+    """Base of the trainers: everything but the losses.
+
+    Args:
+        model: what is trained and saved.
+        batch_size: examples per process and forward pass.
+        grad_accum_every: forward passes per optimizer step.
+        num_train_steps: optimizer steps in all.
+        lr: peak learning rate.
+        betas: of AdamW.
+        weight_decay: of AdamW, on matrices only (not on norms, biases, embeddings' scales).
+        warmup_steps: linear rise of the learning rate.
+        lr_schedule: "cosine" (to 1 % of the peak) or "constant", after the warm-up.
+        max_grad_norm: gradient clipping; 0 switches it off.
+        ema_decay: of the averaged weights, saved beside the raw ones.
+        mixed_precision: "no", "fp16" or "bf16" (autocast; weights stay float32).
+        seed: of everything random in the training.
+        num_workers: data loading processes.
+        results_folder: where checkpoints, weights, metrics and pictures go.
+        resume: continue from the newest checkpoint in ``results_folder``; without one, start.
+        log_every: optimizer steps between lines in ``metrics.jsonl``.
+        sample_every: optimizer steps between validations with a picture; 0: only at the end.
+        save_every: optimizer steps between checkpoints; one is always written at the end and on
+            Ctrl-C.
+        keep_checkpoints: how many of the checkpoints that this run wrote to keep.
+        valid_fraction: share of the data held back for validation.
+        max_minutes: stop (and save) after this time; the learning rate then follows the clock
+            where that is ahead of the steps. None: no limit.
+    """
+
+    name = "model"
+
+    def __init__(
+        self,
+        model: Saveable,
+        *,
+        batch_size: int = 16,
+        grad_accum_every: int = 1,
+        num_train_steps: int = 100_000,
+        lr: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.96),
+        weight_decay: float = 0.045,
+        warmup_steps: int = 1000,
+        lr_schedule: Literal["cosine", "constant"] = "cosine",
+        max_grad_norm: float = 1.0,
+        ema_decay: float = 0.999,
+        mixed_precision: Precision = "no",
+        seed: int = 0,
+        num_workers: int = 0,
+        results_folder: str = "./results",
+        resume: bool = False,
+        log_every: int = 50,
+        sample_every: int = 1000,
+        save_every: int = 1000,
+        keep_checkpoints: int = 2,
+        valid_fraction: float = 0.02,
+        max_minutes: float | None = None,
+    ):
+        positive = dict(
+            batch_size=batch_size,
+            grad_accum_every=grad_accum_every,
+            num_train_steps=num_train_steps,
+            log_every=log_every,
+            save_every=save_every,
+            keep_checkpoints=keep_checkpoints,
+        )
+        for name, value in positive.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        notnegative = dict(lr=lr, warmup_steps=warmup_steps, sample_every=sample_every)
+        for name, value in (notnegative | dict(weight_decay=weight_decay)).items():
+            if value < 0:
+                raise ValueError(f"{name} must not be negative, but is {value}")
+        if not 0 <= valid_fraction < 1:
+            raise ValueError(f"valid_fraction must be in [0, 1), not {valid_fraction}")
+        from accelerate import Accelerator
+
+        self.accelerator = Accelerator(mixed_precision=mixed_precision)
+        self.model = model
+        self.batch_size, self.grad_accum_every = batch_size, grad_accum_every
+        self.num_train_steps, self.lr = num_train_steps, lr
+        self.betas, self.weight_decay = betas, weight_decay
+        self.warmup_steps, self.lr_schedule = warmup_steps, lr_schedule
+        self.max_grad_norm, self.ema_decay = max_grad_norm, ema_decay
+        self.seed, self.num_workers = seed, num_workers
+        self.results_folder, self.resume = Path(results_folder), resume
+        self.log_every, self.sample_every, self.save_every = log_every, sample_every, save_every
+        self.keep_checkpoints, self.valid_fraction = keep_checkpoints, valid_fraction
+        self.max_minutes = max_minutes
+        self.step = 0
+        self._written: list[Path] = []
+
+    # What a trainer adds ---------------------------------------------------------------------
+
+    def make_datasets(self) -> tuple[Dataset, Dataset | None]:
+        """Training data, and validation data or None."""
+        raise NotImplementedError
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Trained modules, each with an optimizer of its own; the first is averaged (EMA)."""
+        return {"model": self.model}
+
+    def train_step(self, batches: Iterator[Any]) -> dict[str, Tensor]:
+        """One optimizer step over ``grad_accum_every`` batches; the loss terms by name."""
+        raise NotImplementedError
+
+    def validate(self, loader: DataLoader) -> dict[str, float]:
+        """Figures on the validation data, with the averaged weights."""
+        raise NotImplementedError
+
+    def draw(self, path: Path) -> None:
+        """Write a picture of what the model does now."""
+        raise NotImplementedError
+
+    def collate(self, items: list[Any]) -> Any:
+        return torch.utils.data.default_collate(items)
+
+    # The loop --------------------------------------------------------------------------------
+
+    def cuda(self) -> Self:
+        """Accepted for habit's sake: accelerate chooses the device."""
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    def train(self) -> None:
+        """Train to ``num_train_steps``, then write the weights: raw and averaged.
+
+        Raises:
+            CheckpointError: ``results_folder`` holds a run and ``resume`` is off, or its
+                checkpoint does not fit this model.
+        """
+        accelerator = self.accelerator
+        newest = self._newest_checkpoint()
+        if newest and not self.resume:
+            raise CheckpointError(
+                f"{self.results_folder} already holds a run ({newest.name}): set resume=True to "
+                "continue it, or choose another results_folder"
+            )
+        train_set, valid_set = self.make_datasets()
+        self._prepare()
+        if newest:
+            self._load_checkpoint(newest)
+        loader = DataLoader(
+            train_set,
+            batch_sampler=EndlessBatches(
+                len(train_set),  # type: ignore[arg-type]
+                self.batch_size,
+                self.seed,
+                self.step * self.grad_accum_every,
+                accelerator.process_index,
+                accelerator.num_processes,
+            ),
+            num_workers=self.num_workers,
+            collate_fn=self.collate,
+            pin_memory=self.device.type == "cuda",
+        )
+        self._valid_loader = None
+        if valid_set is not None:
+            self._valid_loader = DataLoader(
+                valid_set, batch_size=self.batch_size, collate_fn=self.collate
+            )
+        batches = iter(loader)
+        bar = tqdm(
+            total=self.num_train_steps,
+            initial=self.step,
+            desc=self.name,
+            unit="step",
+            disable=not accelerator.is_main_process,
+            dynamic_ncols=True,
+        )
+        self._started, first_step = time.monotonic(), self.step
+        try:
+            while self.step < self.num_train_steps and not self._out_of_time():
+                self._seed_step()
+                for optimizer in self.optimizers.values():
+                    for group in optimizer.param_groups:
+                        group["lr"] = self.lr * self._lr_factor()
+                terms = self.train_step(batches)
+                self.step += 1
+                self.ema.update(self.step)
+                bar.update()
+                if self.step % self.log_every == 0 or self.step == self.num_train_steps:
+                    values = {name: float(value) for name, value in terms.items()}
+                    seconds = time.monotonic() - self._started
+                    rate = (self.step - first_step) / seconds
+                    self._log({**values, "lr": self.lr * self._lr_factor(), "steps_per_s": rate})
+                    bar.set_postfix({k: f"{v:.4g}" for k, v in values.items()})
+                if self.sample_every and self.step % self.sample_every == 0:
+                    self._look()
+                if self.step % self.save_every == 0:
+                    self._save_checkpoint()
+        except KeyboardInterrupt:
+            accelerator.print(f"\ninterrupted at step {self.step}: saving")
+            self._save_checkpoint()
+            raise
+        finally:
+            bar.close()
+        self._look()
+        self._save_checkpoint()
+        self.save()
+
+    def save(self) -> None:
+        """Write ``NAME.safetensors`` (raw weights) and ``NAME-ema.safetensors`` (averaged)."""
+        if self.accelerator.is_main_process:
+            self.model.save(self.results_folder / f"{self.name}.safetensors")
+            with self.ema.applied():
+                self.model.save(self.results_folder / f"{self.name}-ema.safetensors")
+
+    def backward(self, wrapped: nn.Module, loss: Tensor, micro: int) -> None:
+        """Accumulate gradients of one of ``grad_accum_every`` micro batches.
+
+        Gradients are exchanged between processes with the last one only.
+        """
+        last = micro == self.grad_accum_every - 1
+        with nullcontext() if last else self.accelerator.no_sync(wrapped):
+            self.accelerator.backward(loss / self.grad_accum_every)
+
+    def optimizer_step(self, name: str) -> Tensor:
+        """Clip this module's gradients alone, step, clear; returns the gradient norm."""
+        parameters = [p for p in self.wrapped[name].parameters() if p.requires_grad]
+        limit = self.max_grad_norm or math.inf
+        norm = self.accelerator.clip_grad_norm_(parameters, limit)
+        self.optimizers[name].step()
+        self.optimizers[name].zero_grad(set_to_none=True)
+        return norm if norm is not None else torch.zeros(())
+
+    def _prepare(self) -> None:
+        """Wrap the modules; one optimizer each, its parameters in the module's own order."""
+        self.wrapped: dict[str, nn.Module] = {}
+        self.optimizers: dict[str, Any] = {}
+        for name, module in self.modules().items():
+            module.to(self.device)
+            parameters = [p for p in module.parameters() if p.requires_grad]
+            groups = [
+                {"params": [p for p in parameters if p.ndim > 1]},
+                {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+            ]
+            optimizer = torch.optim.AdamW(
+                [group for group in groups if group["params"]],
+                lr=self.lr,
+                betas=self.betas,
+                weight_decay=self.weight_decay,
+                fused=True,
+            )
+            self.wrapped[name], self.optimizers[name] = self.accelerator.prepare(module, optimizer)
+        first = next(iter(self.modules().values()))
+        self.ema = EMA(self._trained_state(first), self.ema_decay)
+
+    @staticmethod
+    def _trained_state(module: nn.Module) -> dict[str, Tensor]:
+        """The module's state without what is frozen (a tokenizer inside a MaskGit)."""
+        frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
+        skip = tuple(
+            f"{name}."
+            for name, child in module.named_children()
+            if all(not p.requires_grad for p in child.parameters())
+        )
+        return {
+            name: value
+            for name, value in module.state_dict(keep_vars=False).items()
+            if name not in frozen and not name.startswith(skip or ("\0",))
+        }
+
+    def _seed_step(self) -> None:
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        torch.manual_seed((self.seed * 1_000_003 + self.step) * world + rank)
+
+    def _lr_factor(self) -> float:
+        if self.step < self.warmup_steps:
+            return (self.step + 1) / self.warmup_steps
+        if self.lr_schedule == "constant":
+            return 1.0
+        done = (self.step - self.warmup_steps) / max(1, self.num_train_steps - self.warmup_steps)
+        if self.max_minutes:
+            done = max(done, min(1.0, self._minutes() / self.max_minutes))
+        return 0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2
+
+    def _minutes(self) -> float:
+        return (time.monotonic() - self._started) / 60
+
+    def _out_of_time(self) -> bool:
+        return self.max_minutes is not None and self._minutes() > self.max_minutes
+
+    def _look(self) -> None:
+        """Validate and draw, with the averaged weights, leaving the randomness untouched."""
+        if not self.accelerator.is_main_process:
+            return
+        modules = list(self.modules().values())
+        with torch.no_grad(), torch.random.fork_rng(), self.ema.applied():
+            for module in modules:
+                module.eval()
+            torch.manual_seed(self.seed)
+            if self._valid_loader is not None:
+                with self.accelerator.autocast():
+                    self._log(
+                        {f"valid_{k}": v for k, v in self.validate(self._valid_loader).items()}
+                    )
+            self.draw(self.results_folder / "samples" / f"step-{self.step:08d}.png")
+            for module in modules:
+                module.train()
+
+    def _log(self, values: dict[str, float]) -> None:
+        if self.accelerator.is_main_process:
+            self.results_folder.mkdir(parents=True, exist_ok=True)
+            line = {"step": self.step, **values}
+            with open(self.results_folder / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    # Checkpoints -----------------------------------------------------------------------------
+
+    def _newest_checkpoint(self) -> Path | None:
+        found = sorted(self.results_folder.glob(f"{self.name}-checkpoint-*.safetensors"))
+        return found[-1] if found else None
+
+    def _save_checkpoint(self) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        path = self.results_folder / f"{self.name}-checkpoint-{self.step:08d}.safetensors"
+        tree = {
+            "step": self.step,
+            "modules": {n: self._trained_state(m) for n, m in self.modules().items()},
+            "optimizers": {n: o.state_dict() for n, o in self.optimizers.items()},
+            "ema": self.ema.average,
+        }
+        save_tree(path, tree, kind=f"{type(self).__name__} checkpoint")
+        if path not in self._written:
+            self._written.append(path)
+        while len(self._written) > self.keep_checkpoints:
+            self._written.pop(0).unlink(missing_ok=True)
+
+    def _load_checkpoint(self, path: Path) -> None:
+        tree, _ = load_tree(path, kind=f"{type(self).__name__} checkpoint")
+        for name, module in self.modules().items():
+            own, saved = self._trained_state(module), tree["modules"].get(name, {})
+            wrong = [k for k in own if k not in saved or own[k].shape != saved[k].shape]
+            if wrong or len(own) != len(saved):
+                raise CheckpointError(
+                    f"{path} is of another model than this one (at {(wrong or sorted(saved))[0]}): "
+                    "resume with the settings it was made with, or choose another results_folder"
+                )
+            module.load_state_dict(saved, strict=False)
+            self.optimizers[name].load_state_dict(tree["optimizers"][name])
+        self.ema.load(tree["ema"])
+        self.step = tree["step"]

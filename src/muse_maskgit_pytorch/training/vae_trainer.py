@@ -1,0 +1,165 @@
+"""Training of the image tokenizer: reconstruction, perceptual and adversarial terms.
+
+Weights: the paper's 0.05 (perceptual) and 0.1 (adversarial) (A.2, table 5); the adversarial term
+is switched on late, as VQGAN and MaskBit do, once there is something worth sharpening.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from ..data.folder import ImageFolder, split
+from ..images import image_grid
+from ..vqgan_vae import VQGanVAE
+from .gan import Discriminator, discriminator_loss, generator_loss, gradient_penalty
+from .perceptual import PerceptualLoss
+from .trainer import Trainer
+
+
+class VQGanVAETrainer(Trainer):
+    """Trains a `VQGanVAE` on a folder of images.
+
+    Args:
+        vae: the tokenizer.
+        folder: images, searched recursively.
+        image_size: side of the square crops, divisible by the tokenizer's factor.
+        recon_loss: "l2" or "l1".
+        recon_weight: weight of the reconstruction term.
+        perceptual_weight: weight of the perceptual term; 0 switches it off.
+        perceptual_model: Hugging Face image classifier, by name or path.
+        gan_weight: weight of the adversarial term; 0 switches it and the discriminator off.
+        gan_start: optimizer step from which the discriminator takes part.
+        gradient_penalty_weight: weight of R1 on the discriminator; 0 switches it off.
+        discriminator_dim: channels of the discriminator's first layer.
+        quantizer_weight: weight of the quantizer's own loss.
+        cache_images: keep the decoded images in memory (3 bytes a pixel).
+        **common: see `Trainer`.
+    """
+
+    name = "vae"
+
+    def __init__(
+        self,
+        vae: VQGanVAE,
+        *,
+        folder: str,
+        image_size: int,
+        recon_loss: Literal["l2", "l1"] = "l2",
+        recon_weight: float = 1.0,
+        perceptual_weight: float = 0.05,
+        perceptual_model: str = "microsoft/resnet-50",
+        gan_weight: float = 0.1,
+        gan_start: int = 20_000,
+        gradient_penalty_weight: float = 0.0,
+        discriminator_dim: int = 64,
+        quantizer_weight: float = 1.0,
+        cache_images: bool = False,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 1e-4,
+        **common: Any,
+    ):
+        super().__init__(vae, betas=betas, weight_decay=weight_decay, **common)
+        vae.fmap_size(image_size)
+        self.vae = vae
+        self.folder, self.image_size, self.cache_images = folder, image_size, cache_images
+        self.recon_loss, self.recon_weight = recon_loss, recon_weight
+        self.gan_weight, self.gan_start = gan_weight, gan_start
+        self.gradient_penalty_weight = gradient_penalty_weight
+        self.quantizer_weight = quantizer_weight
+        self.perceptual_weight = perceptual_weight
+        self.dataset = ImageFolder(folder, image_size, cache=cache_images)
+        self.perceptual: nn.Module | None = None
+        if perceptual_weight > 0:
+            self.perceptual = PerceptualLoss(perceptual_model).to(self.device)
+        self.discriminator = Discriminator(discriminator_dim) if gan_weight > 0 else None
+
+    def make_datasets(self) -> tuple[Dataset, Dataset | None]:
+        if self.valid_fraction == 0:
+            return self.dataset, None
+        return split(self.dataset, self.valid_fraction)
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {"vae": self.vae} | (
+            {"discriminator": self.discriminator} if self.discriminator is not None else {}
+        )
+
+    def train_step(self, batches: Iterator[Any]) -> dict[str, Tensor]:
+        self.vae.train()
+        gan = self.discriminator is not None and self.step >= self.gan_start
+        terms: dict[str, Tensor] = {}
+
+        def note(name: str, value: Tensor) -> None:
+            terms[name] = terms.get(name, 0) + value.detach() / self.grad_accum_every
+
+        pairs = []
+        for micro in range(self.grad_accum_every):
+            images = next(batches)["image"].to(self.device, non_blocking=True)
+            with self.accelerator.autocast():
+                recon, quantized = self.wrapped["vae"](images)
+            recon = recon.float()
+            difference = F.mse_loss if self.recon_loss == "l2" else F.l1_loss
+            recon_term = difference(recon, images)
+            loss = self.recon_weight * recon_term + self.quantizer_weight * quantized.loss
+            note("recon", recon_term)
+            note("quantizer", quantized.loss)
+            note("codebook_usage", quantized.usage)
+            if self.perceptual is not None:
+                with self.accelerator.autocast():
+                    term = self.perceptual(recon, images)
+                loss = loss + self.perceptual_weight * term
+                note("perceptual", term)
+            if gan:
+                # the discriminator only judges here: its own gradients come from its own step
+                self.discriminator.requires_grad_(False)
+                with self.accelerator.autocast():
+                    term = generator_loss(self.discriminator(recon))
+                self.discriminator.requires_grad_(True)
+                loss = loss + self.gan_weight * term
+                note("generator", term)
+                pairs.append((images, recon.detach()))
+            note("loss", loss)
+            self.backward(self.wrapped["vae"], loss, micro)
+        terms["grad_norm"] = self.optimizer_step("vae")
+
+        for micro, (images, recon) in enumerate(pairs):
+            penalised = self.gradient_penalty_weight > 0
+            real = images.requires_grad_(penalised)
+            with self.accelerator.autocast():
+                # one forward through the wrapper for both, as DistributedDataParallel wants it
+                scores = self.wrapped["discriminator"](torch.cat([real, recon]))
+            real_scores, fake_scores = scores.chunk(2)
+            loss = discriminator_loss(real_scores, fake_scores)
+            note("discriminator", loss)
+            if penalised:
+                penalty = gradient_penalty(real, real_scores)
+                loss = loss + self.gradient_penalty_weight * penalty
+                note("gradient_penalty", penalty)
+            self.backward(self.wrapped["discriminator"], loss, micro)
+        if pairs:
+            terms["discriminator_grad_norm"] = self.optimizer_step("discriminator")
+        return terms
+
+    def validate(self, loader: DataLoader) -> dict[str, float]:
+        """PSNR in dB (mean over images) and mean squared error."""
+        errors = []
+        for batch in loader:
+            images = batch["image"].to(self.device)
+            recon = self.vae(images)[0].float().clamp(0, 1)
+            errors.append((recon - images).square().mean(dim=(1, 2, 3)))
+        error = torch.cat(errors)
+        return {"psnr": float(-10 * error.log10().mean()), "mse": float(error.mean())}
+
+    def draw(self, path: Path) -> None:
+        """Eight images above their reconstructions."""
+        images = torch.stack([self.dataset[i]["image"] for i in range(min(8, len(self.dataset)))])
+        images = images.to(self.device)
+        recon = self.vae(images)[0].float().clamp(0, 1)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image_grid(torch.cat([images, recon]).cpu(), columns=len(images)).save(path)

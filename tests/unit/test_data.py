@@ -1,0 +1,271 @@
+"""Folders of images: order, captions, broken files, splits."""
+
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from muse_maskgit_pytorch.data import ImageFolder, split
+
+
+def paint(path: Path, level: int, size: int = 8) -> None:
+    """A grey image whose level says which one it is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (size, size), (level, level, level)).save(path)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-30])
+
+
+def levels(dataset: ImageFolder) -> list[int]:
+    return [round(dataset[i]["image"].mean().item() * 255) for i in range(len(dataset))]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Six images made in another order than that of their names."""
+    root = tmp_path / "images"
+    for level in (50, 20, 60, 10, 40, 30):
+        paint(root / f"{level}.png", level)
+    return root
+
+
+def test_the_listing_is_sorted_recursive_and_knows_its_endings(folder: Path):
+    paint(folder / "deep" / "er" / "5.JPG", 100)
+    paint(folder / "9.WebP", 110)
+    (folder / "notes.txt").write_text("no image")
+    (folder / "folder.png").mkdir()
+    dataset = ImageFolder(folder, 8)
+    expected = ["10.png", "20.png", "30.png", "40.png", "50.png", "60.png"]
+    assert dataset.names == [*expected, "9.WebP", "deep/er/5.JPG"]
+    assert levels(dataset)[:6] == [10, 20, 30, 40, 50, 60]
+    assert set(dataset[0]) == {"image"}
+
+
+def test_items_are_squares_in_the_unit_range(folder: Path):
+    Image.new("RGB", (30, 12), "white").save(folder / "10.png")
+    image = ImageFolder(folder, 16)[0]["image"]
+    assert image.shape == (3, 16, 16)
+    assert image.dtype == torch.float32
+    assert image.min() == image.max() == 1
+
+
+def test_indices(folder: Path):
+    dataset = ImageFolder(folder, 8)
+    assert torch.equal(dataset[-1]["image"], dataset[5]["image"])
+    for index in (6, -7):
+        with pytest.raises(IndexError):
+            dataset[index]
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "txt"])
+def test_captions(folder: Path, kind: str):
+    captions = {f"{level}.png": f"grey, “{level}”" for level in (60, 10, 30, 20, 50, 40)}
+    if kind == "csv":
+        rows = "".join(f'{name},"{text}"\r\n' for name, text in captions.items())
+        (folder / "metadata.csv").write_text("file_name,text\r\n" + rows, "utf-8-sig")
+    elif kind == "jsonl":
+        rows = [json.dumps({"file_name": n, "text": t, "more": 1}) for n, t in captions.items()]
+        (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n\n", "utf-8")
+    else:
+        for name, text in captions.items():
+            (folder / name).with_suffix(".txt").write_text(f"{text}\n", "utf-8")
+    dataset = ImageFolder(folder, 8, captions=True)
+    assert [item["text"] for item in dataset] == [f"grey, “{n}0”" for n in range(1, 7)]
+    assert levels(dataset) == [10, 20, 30, 40, 50, 60]
+
+
+def test_metadata_in_subfolders_and_text_beside(folder: Path):
+    paint(folder / "more" / "a b.png", 70)
+    (folder / "more" / "metadata.csv").write_text("text,file_name\nseventy,./a b.png\n")
+    (folder / "40.txt").write_text("forty\n  grey ")
+    with pytest.warns(UserWarning, match=r"5 of 7 images that have no caption: 10\.png, 20\.png"):
+        dataset = ImageFolder(folder, 8, captions=True)
+    assert dataset.names == ["40.png", "more/a b.png"]
+    assert dataset.texts == ["forty grey", "seventy"]
+    assert levels(dataset) == [40, 70]
+
+
+def test_an_empty_or_unreadable_caption_is_none(folder: Path):
+    (folder / "10.txt").write_text(" \n")
+    (folder / "20.txt").write_bytes(b"\xff\xfe\xfa")
+    (folder / "30.txt").write_text("thirty")
+    with pytest.warns(UserWarning, match="5 of 6"):
+        assert ImageFolder(folder, 8, captions=True).names == ["30.png"]
+
+
+def test_no_captions_at_all(folder: Path):
+    with pytest.raises(ValueError, match=r"none of the 6 images.*metadata\.csv.*NAME\.txt"):
+        ImageFolder(folder, 8, captions=True)
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("metadata.csv", b"name,caption\n10.png,ten\n", "file_name and text"),
+        ("metadata.csv", b"file_name,text\n\xff\xfe,ten\n", "cannot read"),
+        ("metadata.jsonl", b'{"file_name": "10.png", "text": "ten"\n', "cannot read"),
+        ("metadata.jsonl", b'["10.png", "ten"]\n', "file_name and text"),
+        ("metadata.jsonl", b'{"file_name": "10.png", "text": 3}\n', "file_name and text"),
+    ],
+)
+def test_bad_metadata(folder: Path, name: str, content: bytes, message: str):
+    (folder / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        ImageFolder(folder, 8, captions=True)
+    assert name in str(error.value)
+
+
+def test_no_folder_no_images(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    cases = [("none", "does not exist"), ("file", "is not a folder"), ("empty", "no images")]
+    for name, message in cases:
+        with pytest.raises(ValueError, match=message) as error:
+            ImageFolder(tmp_path / name, 8)
+        assert name in str(error.value)
+
+
+@pytest.mark.parametrize("size", [0, -8])
+def test_image_size_must_be_positive(folder: Path, size: int):
+    with pytest.raises(ValueError, match="image_size"):
+        ImageFolder(folder, size)
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_a_file_that_is_no_image_is_left_out(folder: Path, cache: bool):
+    (folder / "20.png").write_bytes(b"")
+    (folder / "50.png").write_bytes(b"not an image")
+    with pytest.warns(UserWarning, match=r"left out 2 of 6 .*: 20\.png, 50\.png") as caught:
+        dataset = ImageFolder(folder, 8, cache=cache)
+    assert len(caught) == 1
+    assert dataset.broken == ["20.png", "50.png"]
+    assert levels(dataset) == [10, 30, 40, 60]
+
+
+def test_an_image_cut_short_gives_way_to_the_next(folder: Path):
+    for name in ("10.png", "20.png", "60.png"):
+        truncate(folder / name)
+    dataset = ImageFolder(folder, 8)
+    with pytest.warns(UserWarning, match="next readable") as caught:
+        assert levels(dataset) == [30, 30, 30, 40, 50, 30]
+    assert [name in str(w.message) for w, name in zip(caught, ["10", "20", "60"], strict=True)]
+    assert dataset.broken == ["10.png", "20.png", "60.png"]
+    with warnings.catch_warnings():  # named once only
+        warnings.simplefilter("error")
+        assert levels(dataset) == [30, 30, 30, 40, 50, 30]
+
+
+def test_the_cache_finds_images_cut_short_at_once(folder: Path):
+    truncate(folder / "30.png")
+    (folder / "metadata.csv").write_text(
+        "file_name,text\n" + "".join(f"{n}0.png,grey {n}0\n" for n in range(1, 7))
+    )
+    with pytest.warns(UserWarning, match=r"1 of 6 .*30\.png"):
+        dataset = ImageFolder(folder, 8, captions=True, cache=True)
+    assert levels(dataset) == [10, 20, 40, 50, 60]
+    assert [item["text"] for item in dataset] == [f"grey {n}0" for n in (1, 2, 4, 5, 6)]
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_nothing_readable(folder: Path, cache: bool):
+    for path in folder.iterdir():
+        path.write_bytes(b"")
+    with pytest.warns(match="6 of 6"), pytest.raises(ValueError, match="no image that can be read"):
+        ImageFolder(folder, 8, cache=cache)
+
+
+def test_nothing_readable_any_more(folder: Path):
+    dataset = ImageFolder(folder, 8)
+    for path in folder.iterdir():
+        truncate(path)
+    with pytest.warns(match="cannot read"), pytest.raises(ValueError, match="no image that can"):
+        dataset[0]
+
+
+def test_the_cache_changes_nothing(tmp_path: Path):
+    generator = torch.Generator().manual_seed(0)
+    for i in range(3):
+        noise = torch.randint(0, 256, (20, 31, 3), generator=generator, dtype=torch.uint8)
+        Image.fromarray(noise.numpy()).save(tmp_path / f"{i}.png")
+    plain, cached = (ImageFolder(tmp_path, 16, cache=cache) for cache in (False, True))
+    for i in range(3):
+        assert torch.equal(plain[i]["image"], cached[i]["image"])
+
+
+def test_a_loader_with_workers(folder: Path):
+    truncate(folder / "20.png")
+    (folder / "metadata.csv").write_text(
+        "file_name,text\n" + "".join(f"{n}0.png,grey {n}0\n" for n in range(1, 7))
+    )
+    loader = DataLoader(ImageFolder(folder, 8, captions=True), batch_size=3, num_workers=1)
+    batches = list(loader)
+    assert [batch["image"].shape for batch in batches] == [(3, 3, 8, 8)] * 2
+    # image and caption stay together
+    assert batches[0]["text"] == ["grey 10", "grey 30", "grey 30"]
+
+
+def make_many(root: Path, numbers: range) -> None:
+    for number in numbers:
+        paint(root / f"{number:03}.png", number % 256, size=1)
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_split_is_a_partition_of_about_the_right_size(tmp_path: Path, cache: bool):
+    make_many(tmp_path, range(200))
+    dataset = ImageFolder(tmp_path, 1, cache=cache)
+    train, valid = split(dataset, 0.25)
+    assert sorted(train.names + valid.names) == dataset.names
+    assert 30 <= len(valid) <= 70  # binomial: 50 with a deviation of 6
+    assert levels(valid) == [int(name[:3]) for name in valid.names]
+    assert split(dataset, 0.25, seed=1)[1].names != valid.names
+
+
+def test_adding_images_moves_none(tmp_path: Path):
+    make_many(tmp_path, range(0, 100, 2))
+    before = split(ImageFolder(tmp_path, 1), 0.3)
+    make_many(tmp_path, range(1, 100, 2))
+    after = split(ImageFolder(tmp_path, 1), 0.3)
+    for old, new in zip(before, after, strict=True):
+        assert set(old.names) < set(new.names)
+
+
+def test_split_does_not_depend_on_where_the_folder_lies(tmp_path: Path):
+    for root in (tmp_path / "a", tmp_path / "b" / "c"):
+        make_many(root, range(30))
+    a, b = (split(ImageFolder(root, 1), 0.3)[1] for root in (tmp_path / "a", tmp_path / "b" / "c"))
+    assert a.names == b.names
+
+
+@pytest.mark.parametrize("fraction", [1e-6, 0.999999])
+def test_two_images_give_one_to_each_side(tmp_path: Path, fraction: float):
+    make_many(tmp_path, range(2))
+    train, valid = split(ImageFolder(tmp_path, 1), fraction)
+    assert len(train) == len(valid) == 1
+
+
+def test_split_edges(tmp_path: Path):
+    make_many(tmp_path, range(1))
+    dataset = ImageFolder(tmp_path, 1)
+    train, valid = split(dataset, 0)
+    assert (len(train), len(valid)) == (1, 0)
+    for fraction in (-0.1, 1.0):
+        with pytest.raises(ValueError, match="valid_fraction"):
+            split(dataset, fraction)
+
+
+def test_a_broken_training_image_never_lets_a_validation_image_in(folder: Path):
+    dataset = ImageFolder(folder, 8)
+    train, valid = split(dataset, 0.5)
+    for name in train.names[:-1]:
+        truncate(folder / name)
+    with pytest.warns(UserWarning, match="next readable"):
+        seen = set(levels(train))
+    assert seen == {int(train.names[-1][:2])}
+    assert seen.isdisjoint(levels(valid))
+    assert dataset.broken == train.names[:-1]

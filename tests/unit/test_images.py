@@ -1,0 +1,291 @@
+"""Reading files, tensors and sheets: no pixel is lost, invented or turned."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFile, PngImagePlugin
+
+from muse_maskgit_pytorch.images import image_grid, read_image, to_pil, to_tensor
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
+@pytest.fixture
+def photo() -> Image.Image:
+    """A smooth picture without symmetry, 40 x 24."""
+    y, x = np.mgrid[:24, :40]
+    return Image.fromarray(np.stack([x * 6, y * 10, (x + y) * 3], -1).astype(np.uint8))
+
+
+@pytest.mark.parametrize("suffix", ["png", "bmp", "tif", "webp", "gif", "jpg"])
+def test_reads_every_format(tmp_path: Path, photo: Image.Image, suffix: str):
+    path = tmp_path / f"a.{suffix}"
+    photo.save(path, lossless=True)  # webp knows the word, the others ignore it
+    tolerance = {"jpg": 12, "gif": 24}.get(suffix, 0)
+    difference = np.abs(pixels(read_image(path)).astype(int) - np.asarray(photo))
+    assert difference.mean() <= tolerance
+
+
+def test_16_bit_grey_keeps_its_brightness(tmp_path: Path):
+    grey = np.array([[0, 257, 32768, 65535]], np.uint16)
+    Image.fromarray(grey).save(tmp_path / "a.png")
+    assert Image.open(tmp_path / "a.png").mode.startswith("I")
+    expected = np.repeat(np.array([[0, 1, 128, 255]])[..., None], 3, -1)
+    np.testing.assert_array_equal(pixels(read_image(tmp_path / "a.png")), expected)
+
+
+@pytest.mark.parametrize("mode", ["I;16B", "I"])
+def test_other_16_bit_modes(tmp_path: Path, mode: str):
+    grey = np.array([[0, 257, 32768, 65535]], ">u2" if mode == "I;16B" else np.int32)
+    image = Image.frombytes(mode, (4, 1), grey.tobytes())
+    image.save(tmp_path / "a.tif")
+    assert pixels(read_image(tmp_path / "a.tif"))[0, :, 0].tolist() == [0, 1, 128, 255]
+
+
+@pytest.mark.parametrize("top", [1.0, 255.0, 65535.0])
+def test_float_grey(tmp_path: Path, top: float):
+    values = np.array([[0, 0.25, 0.5, 1]], np.float32) * top
+    Image.fromarray(values).save(tmp_path / "a.tif")
+    assert pixels(read_image(tmp_path / "a.tif"))[0, :, 1].tolist() == [0, 64, 128, 255]
+
+
+def test_float_grey_with_holes(tmp_path: Path):
+    values = np.array([[0, np.nan, 0.5, 1]], np.float32)
+    Image.fromarray(values).save(tmp_path / "a.tif")
+    assert pixels(read_image(tmp_path / "a.tif"))[0, :, 1].tolist() == [0, 0, 128, 255]
+
+
+@pytest.mark.parametrize(
+    "orientation, upright",
+    [
+        (1, lambda a: a),
+        (2, lambda a: a[:, ::-1]),
+        (3, lambda a: a[::-1, ::-1]),
+        (6, lambda a: np.rot90(a, -1)),
+        (8, lambda a: np.rot90(a, 1)),
+    ],
+)
+def test_exif_orientation_is_applied(tmp_path: Path, photo: Image.Image, orientation, upright):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    photo.save(tmp_path / "a.png", exif=exif)
+    expected = upright(np.asarray(photo))
+    np.testing.assert_array_equal(pixels(read_image(tmp_path / "a.png")), expected)
+
+
+def test_transparency_is_laid_on_white(tmp_path: Path):
+    rgba = np.array([[[200, 0, 0, 255], [200, 0, 0, 0], [0, 0, 0, 128]]], np.uint8)
+    Image.fromarray(rgba).save(tmp_path / "a.png")
+    got = pixels(read_image(tmp_path / "a.png"))[0]
+    np.testing.assert_allclose(got, [[200, 0, 0], [255, 255, 255], [127, 127, 127]], atol=1)
+
+
+def test_grey_with_alpha(tmp_path: Path):
+    Image.fromarray(np.array([[[10, 255], [10, 0]]], np.uint8), "LA").save(tmp_path / "a.png")
+    assert pixels(read_image(tmp_path / "a.png"))[0].tolist() == [[10] * 3, [255] * 3]
+
+
+def test_palette_with_transparency(tmp_path: Path):
+    image = Image.new("P", (2, 1))
+    image.putpalette([1, 2, 3, 90, 80, 70])
+    image.putpixel((1, 0), 1)
+    image.save(tmp_path / "a.png", transparency=0)
+    assert pixels(read_image(tmp_path / "a.png"))[0].tolist() == [[255] * 3, [90, 80, 70]]
+
+
+def test_colour_that_means_transparent(tmp_path: Path):
+    image = Image.new("RGB", (2, 1), (9, 9, 9))
+    image.putpixel((1, 0), (1, 2, 3))
+    image.save(tmp_path / "a.png", transparency=(9, 9, 9))
+    assert pixels(read_image(tmp_path / "a.png"))[0].tolist() == [[255] * 3, [1, 2, 3]]
+
+
+def test_cmyk(tmp_path: Path):
+    Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(tmp_path / "a.jpg", quality=95)
+    np.testing.assert_allclose(pixels(read_image(tmp_path / "a.jpg"))[8, 8], [255, 0, 0], atol=6)
+
+
+def test_one_bit_and_grey(tmp_path: Path):
+    Image.new("1", (2, 2), 1).save(tmp_path / "a.png")
+    Image.new("L", (2, 2), 77).save(tmp_path / "b.png")
+    assert pixels(read_image(tmp_path / "a.png")).min() == 255
+    assert np.unique(pixels(read_image(tmp_path / "b.png"))).tolist() == [77]
+
+
+def test_an_animation_gives_its_first_frame(tmp_path: Path):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime", "blue")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    with Image.open(tmp_path / "a.gif") as image:
+        image.seek(2)  # there are three
+    assert pixels(read_image(tmp_path / "a.gif"))[0, 0].tolist() == [255, 0, 0]
+
+
+def test_half_a_jpeg_is_refused(tmp_path: Path, photo: Image.Image, monkeypatch):
+    path = tmp_path / "half.jpg"
+    photo.resize((400, 240)).save(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ValueError, match=r"half\.jpg"):
+        read_image(path)
+    # another library may have allowed it for the whole process
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    with pytest.raises(ValueError, match=r"half\.jpg"):
+        read_image(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n"])
+def test_no_image_at_all(tmp_path: Path, content: bytes):
+    (tmp_path / "bad.png").write_bytes(content)
+    with pytest.raises(ValueError, match=r"bad\.png"):
+        read_image(tmp_path / "bad.png")
+
+
+def test_missing_file_and_folder(tmp_path: Path):
+    for path in (tmp_path / "none.png", tmp_path):
+        with pytest.raises(ValueError, match=path.name):
+            read_image(path)
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow tells of the damage
+@pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "tif", "webp", "bmp"])
+def test_damage_gives_a_picture_or_a_value_error(tmp_path: Path, photo: Image.Image, suffix: str):
+    buffer = io.BytesIO()
+    Image.init()
+    photo.save(buffer, Image.EXTENSION[f".{suffix}"])
+    whole = buffer.getvalue()
+    generator = torch.Generator().manual_seed(0)
+    path = tmp_path / f"damaged.{suffix}"
+    refused = 0
+    for _ in range(60):
+        damaged = bytearray(whole)
+        for place in torch.randint(len(whole), (8,), generator=generator).tolist():
+            damaged[place] ^= 0x5A
+        path.write_bytes(damaged)
+        try:
+            assert read_image(path).mode == "RGB"
+        except ValueError as error:
+            refused += "damaged" in str(error)
+    assert refused > 0
+
+
+def test_decompression_bomb(tmp_path: Path, monkeypatch):
+    Image.new("L", (64, 64)).save(tmp_path / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ValueError, match=r"bomb\.png.*MAX_IMAGE_PIXELS"):
+        read_image(tmp_path / "bomb.png")
+
+
+def test_reading_closes_the_file(tmp_path: Path, photo: Image.Image):
+    info = PngImagePlugin.PngInfo()
+    photo.save(tmp_path / "a.png", pnginfo=info)
+    image = read_image(tmp_path / "a.png")
+    (tmp_path / "a.png").unlink()
+    assert pixels(image).shape == (24, 40, 3)
+
+
+def test_to_tensor_keeps_pixels_that_fit(photo: Image.Image):
+    square = photo.crop((0, 0, 24, 24))
+    exact = torch.from_numpy(np.array(square)).permute(2, 0, 1) / 255
+    for tensor in (to_tensor(square, 24), to_tensor(square)):
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, exact)
+    assert to_tensor(photo).shape == (3, 24, 40)
+    # the centre of a wide image is cut out, not blurred
+    middle = torch.from_numpy(np.array(photo)[:, 8:32]).permute(2, 0, 1) / 255
+    assert torch.equal(to_tensor(photo, 24), middle)
+
+
+@pytest.mark.parametrize("size", [(100, 60), (60, 100), (61, 60), (7, 7), (1, 2000)])
+def test_to_tensor_is_square(size: tuple[int, int]):
+    tensor = to_tensor(Image.new("RGB", size, (255, 128, 0)), 32)
+    assert tensor.shape == (3, 32, 32)
+    torch.testing.assert_close(tensor.amin((1, 2)), torch.tensor([1, 128 / 255, 0]))
+    torch.testing.assert_close(tensor.amax((1, 2)), torch.tensor([1, 128 / 255, 0]))
+
+
+def test_to_tensor_scales_without_aliasing():
+    """Black and white lines one pixel wide turn grey when scaled to an eighth."""
+    lines = np.zeros((256, 256, 3), np.uint8)
+    lines[:, ::2] = 255
+    tensor = to_tensor(Image.fromarray(lines), 32)[:, 4:-4, 4:-4]
+    assert (tensor - 0.5).abs().max() < 0.02
+
+
+def test_to_tensor_refuses_no_size(photo: Image.Image):
+    for size in (0, -4):
+        with pytest.raises(ValueError, match="image_size"):
+            to_tensor(photo, size)
+
+
+def test_to_pil_clamps_and_rounds():
+    values = torch.tensor([-0.5, 0.0, 0.499 / 255, 0.501 / 255, 0.5, 1.0, 1.004, 30.0])
+    images = values.expand(1, 3, 1, 8).clone().requires_grad_()
+    [image] = to_pil(images)
+    assert pixels(image)[0, :, 2].tolist() == [0, 0, 0, 1, 128, 255, 255, 255]
+
+
+def test_to_pil_and_back(photo: Image.Image):
+    tensor = to_tensor(photo)
+    [one] = to_pil(tensor)
+    assert torch.equal(to_tensor(one), tensor)
+    two = to_pil(torch.stack([tensor, 1 - tensor]).to(torch.bfloat16))
+    assert [image.size for image in two] == [(40, 24)] * 2
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (1, 4, 4), (2, 4, 4, 3), (1, 1, 3, 4, 4)])
+def test_to_pil_refuses_other_shapes(shape: tuple[int, ...]):
+    with pytest.raises(ValueError, match="images must be"):
+        to_pil(torch.zeros(shape))
+
+
+def test_grid_places_images_row_by_row():
+    levels = torch.tensor([10, 20, 30, 40, 50]) / 255
+    sheet = pixels(image_grid(levels[:, None, None, None].expand(-1, 3, 6, 4), 3, padding=2))
+    assert sheet.shape == (2 + 2 * 8, 2 + 3 * 6, 3)
+    for index in range(5):
+        row, column = divmod(index, 3)
+        cell = sheet[2 + 8 * row : 8 + 8 * row, 2 + 6 * column : 6 + 6 * column]
+        assert np.unique(cell).tolist() == [10 * (index + 1)]
+    assert sheet[10:, 14:].min() == 255  # the empty cell
+    assert sheet[:2].min() == 255
+    assert sheet[:, :2].min() == 255
+
+
+def test_grid_with_labels_stays_within_its_cells():
+    images = [Image.new("RGB", (64, 64), "white") for _ in range(4)]
+    labels = ["short", "a much longer caption that takes several lines of text here", "x" * 99, ""]
+    sheet = pixels(image_grid(images, 2, labels, padding=2))
+    plain = pixels(image_grid(images, 2, padding=2))
+    assert sheet.shape[1] == plain.shape[1]
+    assert sheet.shape[0] > plain.shape[0]
+    height = (sheet.shape[0] - 2) // 2
+    cell = [
+        sheet[2 + height * (i // 2) + 64 :, 2 + 66 * (i % 2) :][: height - 64, :66]
+        for i in range(4)
+    ]
+    assert all(cell[i].min() < 128 for i in range(3))
+    assert cell[3].min() == 255
+    assert sheet[:, 66:68].min() == 255  # nothing runs over into the neighbour
+
+
+def test_grid_of_different_sizes_and_few_images():
+    images = [Image.new("RGB", (4, 6)), Image.new("RGB", (8, 2))]
+    assert image_grid(images, 5, padding=0).size == (16, 6)
+
+
+@pytest.mark.parametrize(
+    "images, columns, labels, message",
+    [
+        ([], 1, None, "at least one image"),
+        (torch.zeros(2, 3, 4, 4), 0, None, "columns"),
+        (torch.zeros(2, 3, 4, 4), 2, ["one"], "labels"),
+    ],
+)
+def test_grid_bad_input(images, columns, labels, message):
+    with pytest.raises(ValueError, match=message):
+        image_grid(images, columns, labels)
