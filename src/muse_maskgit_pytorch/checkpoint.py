@@ -13,6 +13,7 @@ import hashlib
 import inspect
 import json
 import os
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Any, Self
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 
 FORMAT = "muse_maskgit_pytorch"
 VERSION = 1
-SHIPPED = resources.files(__package__) / "pretrained"
+SHIPPED = resources.files(FORMAT) / "pretrained"
 
 
 class CheckpointError(ValueError):
@@ -48,9 +49,11 @@ def save_tree(path: str | os.PathLike, tree: dict[str, Any], kind: str) -> Path:
     def skeleton(node: Any, name: str) -> Any:
         if isinstance(node, Tensor):
             tensor = node.detach().cpu().contiguous()
-            raw = tensor.reshape(-1).view(torch.uint8).numpy()
+            raw = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
             digest = (tensor.dtype, tensor.shape, hashlib.sha256(raw).digest())
             if digest not in digests:
+                while name in tensors:  # {"a": {"b": ...}, "a.b": ...} make the same name
+                    name += "_"
                 digests[digest] = name
                 # save_file refuses two tensors in one storage, so every one gets its own
                 tensors[name] = tensor.clone()
@@ -128,7 +131,7 @@ class Saveable(nn.Module):
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        init = cls.__init__
+        init: Callable[..., None] = cls.__init__
         signature = inspect.signature(init)
 
         @functools.wraps(init)
@@ -139,7 +142,7 @@ class Saveable(nn.Module):
                 object.__setattr__(self, "_init_args", given)
             init(self, *args, **kwargs)
 
-        cls.__init__ = remembering_init  # ty: ignore
+        type.__setattr__(cls, "__init__", remembering_init)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -185,7 +188,10 @@ class Saveable(nn.Module):
                     f"{path} cannot be read as a plain state dict ({type(error).__name__}); files "
                     "that hold other Python objects are refused"
                 ) from error
-            state = state.get("model", state)
+            if isinstance(state, dict):
+                state = state.get("model", state)
+            if not (isinstance(state, dict) and all(map(torch.is_tensor, state.values()))):
+                raise CheckpointError(f"{path} holds no state dict (names and tensors)")
         else:
             state = load_tree(path, kind=type(self).__name__)[0]["state"]
         self._load_state(state, path)

@@ -86,8 +86,7 @@ def to_tensor(image: Image.Image, image_size: int | None = None) -> Float[Tensor
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
         image = image.crop((left, top, left + side, top + side))
-        if side != image_size:
-            image = image.resize((image_size, image_size), Image.Resampling.BICUBIC)
+        image = image.resize((image_size, image_size), Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.array(image))
     return pixels.permute(2, 0, 1).contiguous().float() / 255
 

@@ -115,6 +115,11 @@ class Block(nn.Module):
         self.cross = CrossAttention(dim, heads, dim_head) if cross else None
         self.ff = FeedForward(dim, ff_mult)
 
+    def keys_values(self, context: Float[Tensor, "B M D"]) -> KeysValues:
+        """What `forward` attends to, computed once for all passes."""
+        assert self.cross is not None
+        return self.cross.keys_values(context)
+
     def forward(
         self,
         x: Float[Tensor, "B N D"],

@@ -103,7 +103,10 @@ class MaskGit(Saveable):
         self.transformer = transformer
         self.critic = SelfCritic(transformer) if self_token_critic else token_critic
         # the paper's 24 base and 8 super-resolution steps (2.8)
-        defaults = {"timesteps": 8 if cond_image_size else 24, **(sample_options or {})}
+        defaults: dict[str, Any] = {
+            "timesteps": 8 if cond_image_size else 24,
+            **(sample_options or {}),
+        }
         self.default_options = SampleOptions(**defaults)
 
     def train(self, mode: bool = True) -> MaskGit:
@@ -146,9 +149,14 @@ class MaskGit(Saveable):
             if cond_images is not None or cond_ids is not None:
                 raise ValueError("cond_images or cond_ids given to a model without cond_image_size")
             return None
-        if cond_ids is not None:
-            return cond_ids.flatten(1).to(self.device)
         size = self.cond_image_size
+        if cond_ids is not None:
+            cond_ids, wanted = cond_ids.flatten(1), self.cond_vae.fmap_size(size) ** 2
+            if cond_ids.shape[1] != wanted:
+                raise ValueError(
+                    f"{cond_ids.shape[1]} cond_ids per image, cond_image_size {size} has {wanted}"
+                )
+            return cond_ids.to(self.device)
         if cond_images is None:
             if images is None:
                 raise ValueError(
@@ -200,11 +208,13 @@ class MaskGit(Saveable):
         text = self.embed_texts(texts, text_embeds)
         if len(text.mask) != len(ids):
             raise ValueError(f"{len(text.mask)} texts for {len(ids)} images")
+        if cond is not None and len(cond) != len(ids):
+            raise ValueError(f"{len(cond)} low-resolution images for {len(ids)} images")
 
         drop = self.cond_drop_prob if cond_drop_prob is None else cond_drop_prob
         keep = torch.rand(len(ids), device=ids.device) >= drop
         conditioning = Conditioning(text, cond, keep)
-        mask = draw_mask(*ids.shape, self.noise_schedule, device=ids.device)
+        mask = draw_mask(ids.shape[0], ids.shape[1], self.noise_schedule, device=ids.device)
         masked = mask_tokens(ids, mask, self.transformer.mask_id, self.no_mask_token_prob)
 
         with torch.set_grad_enabled(torch.is_grad_enabled() and part != "critic"):

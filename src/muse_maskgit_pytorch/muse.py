@@ -13,7 +13,7 @@ from torch import Tensor
 from .checkpoint import Saveable
 from .images import to_pil
 from .maskgit import MaskGit
-from .structures import SampleOptions
+from .structures import SampleOptions, TextEmbeds
 from .vqgan_vae import VQGanVAE
 
 
@@ -39,15 +39,15 @@ class Muse(Saveable):
                 f"{superres.cond_image_size}: they must be equal"
             )
         self.base, self.superres = base, superres
-        self._shares_ids = superres is not None and _same(base.vae, superres.cond_vae)
 
     def __call__(self, *args: Any, **kwargs: Any) -> list[Image.Image]:
         return super().__call__(*args, **kwargs)
 
     def forward(
         self,
-        texts: Sequence[str] | str,
+        texts: Sequence[str] | str | None = None,
         *,
+        text_embeds: TextEmbeds | Float[Tensor, "B L E"] | None = None,
         negative_texts: Sequence[str] | str | None = None,
         seeds: int | Sequence[int] | None = None,
         base_options: SampleOptions | None = None,
@@ -56,7 +56,8 @@ class Muse(Saveable):
         """Texts -> PIL images at the final size.
 
         Args:
-            texts: B prompts (a single string is one prompt).
+            texts: B prompts (a single string is one prompt), or
+            text_embeds: what the text encoder, the same of both stages, made of them.
             negative_texts: what to stay away from: one for all, or one each.
             seeds: one for each image, or an integer s for s, s + 1, ...; None: random.
             base_options: sampling of the base; by default its ``default_options``.
@@ -64,6 +65,7 @@ class Muse(Saveable):
         """
         images = self.stages(
             texts,
+            text_embeds=text_embeds,
             negative_texts=negative_texts,
             seeds=seeds,
             base_options=base_options,
@@ -74,15 +76,16 @@ class Muse(Saveable):
     @torch.no_grad()
     def stages(
         self,
-        texts: Sequence[str] | str,
+        texts: Sequence[str] | str | None = None,
         *,
+        text_embeds: TextEmbeds | Float[Tensor, "B L E"] | None = None,
         negative_texts: Sequence[str] | str | None = None,
         seeds: int | Sequence[int] | None = None,
         base_options: SampleOptions | None = None,
         superres_options: SampleOptions | None = None,
     ) -> list[Float[Tensor, "B 3 H W"]]:
         """Like calling the model, but the images of every stage, as tensors in [0, 1]."""
-        text = self.base.embed_texts(texts)
+        text = self.base.embed_texts(texts, text_embeds)
         if isinstance(seeds, int):
             seeds = range(seeds, seeds + len(text.mask))
 
@@ -97,14 +100,17 @@ class Muse(Saveable):
         images = [self.base.decode(base_ids)]
         if self.superres is not None:
             same_text = self.superres.transformer.t5_name == self.base.transformer.t5_name
+            same_text = same_text or texts is None
+            # weights may have been loaded since the last call, so this is asked anew
+            shares_ids = _same(self.base.vae, self.superres.cond_vae)
             images.append(
                 self.superres.generate(
                     None if same_text else texts,
                     text_embeds=text if same_text else None,
                     negative_texts=negative_texts,
                     # ids at hand are not decoded and encoded again
-                    cond_ids=base_ids if self._shares_ids else None,
-                    cond_images=None if self._shares_ids else images[0],
+                    cond_ids=base_ids if shares_ids else None,
+                    cond_images=None if shares_ids else images[0],
                     options=seeded(superres_options or self.superres.default_options),
                 )
             )

@@ -7,7 +7,7 @@ arithmetic under mixed precision, and codebook sizes that mean what they say.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -98,7 +98,7 @@ class Quantizer(nn.Module):
         self.codebook_size = codebook_size
         if kind == "vq":
             width = codebook_dim
-            self.inner: nn.Module = VectorQuantize(
+            self.inner: Any = VectorQuantize(
                 dim=width,
                 codebook_size=codebook_size,
                 use_cosine_sim=True,

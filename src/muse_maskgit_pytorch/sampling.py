@@ -101,7 +101,7 @@ def _guide(model, context, ids, scale, guided, *extra):
         return hidden, hidden
     both = model(torch.cat([ids, ids]), context, *extra)
     c, u = both.chunk(2)
-    return u + scale[:, None, None].to(u.dtype) * (c - u), both
+    return torch.lerp(u, c, scale[:, None, None].to(u.dtype)), both  # exactly c at scale 1
 
 
 def masked_counts(num_masked: int, timesteps: int, schedule: Schedule = "cosine") -> list[int]:
@@ -168,9 +168,11 @@ def make_plan(mask: Bool[Tensor, "B N"], options: SampleOptions) -> SamplePlan:
         known=~mask,
     )
     for row, steps in enumerate(timesteps):
-        counts = masked_counts(int(mask[row].sum()), steps, options.noise_schedule)
+        open_tokens = int(mask[row].sum())
+        counts = masked_counts(open_tokens, steps, options.noise_schedule)
         plan.num_masked[row, :steps] = torch.tensor(counts)
-        done = torch.arange(steps) / max(steps - 1, 1) if steps > 1 else torch.ones(1)
+        last = min(steps, open_tokens) - 1  # the ramps end where the row does
+        done = (torch.arange(steps) / last).clamp(max=1) if last > 0 else torch.ones(steps)
         plan.choice_temperature[row, :steps] = choice[row] * (1 - done)
         ramp = done if options.guidance_schedule == "linear" else torch.ones(steps)
         plan.cond_scale[row, :steps] = 1 + (scale[row] - 1) * ramp

@@ -112,14 +112,14 @@ class TextEncoder:
         self.max_text_len = min(max_text_len, limit or max_text_len)
 
     @torch.no_grad()
-    def encode(self, texts: Sequence[str], device: torch.device | str = "cpu") -> TextEmbeds:
+    def encode(self, texts: Sequence[str] | str, device: torch.device | str = "cpu") -> TextEmbeds:
         """Captions -> last hidden states (B, L, E), padded to the longest; float32.
 
         Args:
-            texts: B captions; an empty one is legal and gives its special tokens alone.
+            texts: B captions (a single string is one); an empty one is legal and gives its special tokens alone.
             device: where to compute.
         """
-        texts = list(texts)
+        texts = [texts] if isinstance(texts, str) else list(texts)
         full = self.tokenizer(texts, add_special_tokens=True, verbose=False)["input_ids"]
         cut = [text for text, ids in zip(texts, full, strict=True) if len(ids) > self.max_text_len]
         if cut:

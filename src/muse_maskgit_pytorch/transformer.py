@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -134,7 +135,8 @@ class MaskGitTransformer(Saveable):
         self.text_proj = nn.Linear(self.text_embed_dim, dim, bias=False)
         self.text_norm = norm(dim)
         self.self_cond_proj = nn.Linear(dim, dim, bias=False) if self_cond else None
-        self.blocks = nn.ModuleList(Block(dim, *self._block_args) for _ in range(depth))
+        blocks = [Block(dim, *self._block_args) for _ in range(depth)]
+        self.blocks: Any = nn.ModuleList(blocks)
         self.norm = norm(dim)
         self.to_logits = self.make_head()
         self.cond_encoder: LowResEncoder | None = None
@@ -179,7 +181,7 @@ class MaskGitTransformer(Saveable):
             context = torch.cat([cond, context], dim=1)
             mask = torch.cat([mask.new_ones(cond.shape[:2]), mask], dim=1)
         mask = torch.cat([mask.new_ones(len(mask), 1), mask], dim=1)  # the null key
-        return Context([block.cross.keys_values(context) for block in self.blocks], mask)
+        return Context([block.keys_values(context) for block in self.blocks], mask)
 
     def forward(
         self,

@@ -6,6 +6,7 @@ factor; two residual blocks per resolution. How it is trained is in `training`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -114,7 +115,9 @@ class VQGanVAE(Saveable):
             )
         self.patch_size = patch_size
         self.factor = patch_size * 2**layers
-        self.codebook_size = vq_codebook_size or codebook_size or DEFAULT_CODEBOOK_SIZE
+        sizes = [size for size in (vq_codebook_size, codebook_size) if size is not None]
+        default = DEFAULT_CODEBOOK_SIZE if fsq_levels is None else math.prod(fsq_levels)
+        self.codebook_size = sizes[0] if sizes else default
 
         widths = [dim * mult for mult in mults]
         pixels = 3 * patch_size**2
@@ -146,11 +149,6 @@ class VQGanVAE(Saveable):
             diversity_gamma,
             codebook_decay,
         )
-
-    @property
-    def last_layer(self) -> nn.Parameter:
-        """Weights of the last convolution: where the adaptive GAN weight compares gradients."""
-        return self.decoder[-1].weight
 
     def fmap_size(self, image_size: int) -> int:
         """Side of the token grid of a square image of ``image_size`` pixels.

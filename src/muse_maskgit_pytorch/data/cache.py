@@ -54,8 +54,8 @@ class TokenCache(Dataset):
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __getitem__(self, row: int) -> Batch:
-        return self.__getitems__([row])
+    def __getitem__(self, index: int) -> Batch:
+        return self.__getitems__([index])
 
     def __getitems__(self, rows: Sequence[int]) -> Batch:
         rows = list(rows)

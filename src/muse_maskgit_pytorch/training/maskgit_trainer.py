@@ -77,6 +77,7 @@ class MaskGitTrainer(Trainer):
 
     def _arguments(self, batch: Batch) -> dict[str, Any]:
         images = batch.images if batch.ids is None else batch.ids
+        assert images is not None
         cond_ids = None if batch.cond_ids is None else batch.cond_ids.to(self.device)
         return dict(
             images_or_ids=images.to(self.device, non_blocking=True),

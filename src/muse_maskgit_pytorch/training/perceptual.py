@@ -43,11 +43,11 @@ class PerceptualLoss(nn.Module):
         self.eval()
         mean, std = IMAGENET_MEAN, IMAGENET_STD
         try:
-            with open(cached_file(name, "preprocessor_config.json")) as file:
+            with open(str(cached_file(name, "preprocessor_config.json"))) as file:
                 preprocessing = json.load(file)
             mean = preprocessing.get("image_mean", mean)
             std = preprocessing.get("image_std", std)
-        except (OSError, TypeError):
+        except OSError:
             pass  # no preprocessing file: ImageNet's constants are nearly every classifier's
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))

@@ -86,13 +86,14 @@ class VQGanVAETrainer(Trainer):
         return split(self.dataset, self.valid_fraction)
 
     def modules(self) -> dict[str, nn.Module]:
-        return {"vae": self.vae} | (
-            {"discriminator": self.discriminator} if self.discriminator is not None else {}
-        )
+        modules: dict[str, nn.Module] = {"vae": self.vae}
+        if self.discriminator is not None:
+            modules["discriminator"] = self.discriminator
+        return modules
 
     def train_step(self, batches: Iterator[Any]) -> dict[str, Tensor]:
         self.vae.train()
-        gan = self.discriminator is not None and self.step >= self.gan_start
+        judge = self.discriminator if self.step >= self.gan_start else None
         terms: dict[str, Tensor] = {}
 
         def note(name: str, value: Tensor) -> None:
@@ -115,12 +116,12 @@ class VQGanVAETrainer(Trainer):
                     term = self.perceptual(recon, images)
                 loss = loss + self.perceptual_weight * term
                 note("perceptual", term)
-            if gan:
+            if judge is not None:
                 # the discriminator only judges here: its own gradients come from its own step
-                self.discriminator.requires_grad_(False)
+                judge.requires_grad_(False)
                 with self.accelerator.autocast():
-                    term = generator_loss(self.discriminator(recon))
-                self.discriminator.requires_grad_(True)
+                    term = generator_loss(judge(recon))
+                judge.requires_grad_(True)
                 loss = loss + self.gan_weight * term
                 note("generator", term)
                 pairs.append((images, recon.detach()))
@@ -157,9 +158,10 @@ class VQGanVAETrainer(Trainer):
         return {"psnr": float(-10 * error.log10().mean()), "mse": float(error.mean())}
 
     def draw(self, path: Path) -> None:
-        """Eight images above their reconstructions."""
-        images = torch.stack([self.dataset[i]["image"] for i in range(min(8, len(self.dataset)))])
-        images = images.to(self.device)
+        """Images from all over the set above their reconstructions."""
+        count = min(8, len(self.dataset))
+        rows = [i * len(self.dataset) // count for i in range(count)]
+        images = torch.stack([self.dataset[row]["image"] for row in rows]).to(self.device)
         recon = self.vae(images)[0].float().clamp(0, 1)
         path.parent.mkdir(parents=True, exist_ok=True)
         image_grid(torch.cat([images, recon]).cpu(), columns=len(images)).save(path)

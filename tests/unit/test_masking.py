@@ -1,0 +1,96 @@
+"""The law of the mask, and that nothing under it can be seen."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from muse_maskgit_pytorch.masking import IGNORE_INDEX, draw_mask, mask_ratio, mask_tokens
+
+SCHEDULES = ["cosine", "arccos", "linear", "square"]
+
+
+def test_cosine_ratio_has_the_density_of_the_paper():
+    counts = draw_mask(100_000, 256).sum(1) / 256
+    assert abs(counts.mean() - 2 / math.pi) < 0.004  # 0.6366, standard error 0.001
+    # density (2/pi) (1 - r^2)^(-1/2) on [0, 1], so the distribution function is (2/pi) asin(r)
+    ratio = mask_ratio(torch.rand(100_000)).numpy()
+    assert stats.kstest(ratio, stats.arcsine(-1, 2).cdf).pvalue < 1e-6  # not the full arcsine
+    assert stats.kstest(ratio, lambda r: 2 / math.pi * torch.tensor(r).asin().numpy()).pvalue > 0.01
+
+
+def test_arccos_is_another_law():
+    ratio = mask_ratio(torch.rand(100_000), "arccos")
+    assert abs(ratio.mean() - 2 / math.pi) < 0.004  # the same mean ...
+    cosine = lambda r: 2 / math.pi * torch.tensor(r).asin().numpy()  # noqa: E731
+    assert stats.kstest(ratio.numpy(), cosine).pvalue < 1e-6  # ... but not the same law
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_ratio_falls_from_one_to_zero(schedule):
+    ratio = mask_ratio(torch.linspace(0, 1, 101, dtype=torch.float64), schedule)
+    assert ratio[0] == 1
+    assert ratio[-1].abs() < 1e-12
+    assert (ratio.diff() < 0).all()
+
+
+def test_cosine_value():
+    assert mask_ratio(torch.tensor(0.5)) == pytest.approx(math.sqrt(0.5))
+
+
+def test_unknown_schedule_is_named():
+    with pytest.raises(ValueError, match=r"'cosin'.*cosine"):
+        mask_ratio(torch.zeros(1), "cosin")
+
+
+@given(
+    batch=st.integers(1, 5),
+    num_tokens=st.integers(1, 50),
+    schedule=st.sampled_from(SCHEDULES),
+    seed=st.integers(0, 2**31),
+)
+def test_counts_follow_the_drawn_ratio(batch, num_tokens, schedule, seed):
+    mask = draw_mask(
+        batch, num_tokens, schedule, generator=torch.Generator().manual_seed(seed)
+    )
+    u = torch.rand(batch, generator=torch.Generator().manual_seed(seed))
+    wanted = (mask_ratio(u, schedule) * num_tokens).round().clamp(min=1)
+    assert mask.shape == (batch, num_tokens)
+    assert mask.sum(1).tolist() == wanted.tolist()
+    assert mask.any(dim=1).all()
+
+
+def test_positions_are_uniform_and_rows_independent():
+    mask = draw_mask(40_000, 8).float()
+    assert (mask.mean(0) - mask.mean()).abs().max() < 0.01
+    # one ratio per example: counts of two neighbouring rows are not correlated
+    counts = mask.sum(1).view(-1, 2)
+    assert abs(torch.corrcoef(counts.T)[0, 1]) < 0.03
+    assert counts.unique().numel() == 8  # 1 to 8 all occur: not one ratio for the whole batch
+
+
+@given(seed=st.integers(0, 2**31), num_codes=st.integers(2, 40))
+def test_no_unmasked_id_leaks(seed, num_codes):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(num_codes, (3, 12), generator=generator)
+    mask = draw_mask(3, 12, generator=generator)
+    out = mask_tokens(ids, mask, mask_id=num_codes)
+    assert ((out.input_ids == num_codes) == mask).all()
+    assert (out.input_ids[~mask] == ids[~mask]).all()
+    assert (out.labels[mask] == ids[mask]).all()
+    assert (out.labels[~mask] == IGNORE_INDEX).all()
+    assert IGNORE_INDEX < 0  # no legal code: 0 would silently drop the first one
+
+
+def test_no_mask_token_prob_is_a_rate_among_masked_positions():
+    ids = torch.zeros(200, 256, dtype=torch.long)
+    mask = draw_mask(200, 256)
+    out = mask_tokens(ids, mask, mask_id=7, no_mask_token_prob=0.2)
+    shown = out.input_ids == 0
+    assert shown[~mask].all()
+    assert shown[mask].float().mean() == pytest.approx(0.2, abs=0.01)
+    assert (out.labels == torch.where(mask, 0, IGNORE_INDEX)).all()  # predicted all the same
+    assert (out.mask == mask).all()
