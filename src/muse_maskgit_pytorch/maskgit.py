@@ -123,8 +123,14 @@ class MaskGit(Saveable):
         self,
         texts: Sequence[str] | str | None,
         text_embeds: TextEmbeds | Float[Tensor, "B L E"] | None = None,
+        *,
+        allow_empty: bool = False,
     ) -> TextEmbeds:
-        """Captions, or embeddings made elsewhere, as `TextEmbeds` on this model's device."""
+        """Captions, or embeddings made elsewhere, as `TextEmbeds` on this model's device.
+
+        Raises:
+            ValueError: both or neither given, no texts, or an empty one unless ``allow_empty``.
+        """
         if (texts is None) == (text_embeds is None):
             raise ValueError("give either texts or text_embeds")
         if text_embeds is not None:
@@ -135,12 +141,15 @@ class MaskGit(Saveable):
         wrong = next((t for t in texts if not isinstance(t, str)), None)
         if wrong is not None:
             raise ValueError(f"texts must be strings, not {type(wrong).__name__}")
+        empty = [i for i, text in enumerate(texts, 1) if not text.strip()]
+        if empty and not allow_empty:
+            raise ValueError(f"text {empty[0]} of {len(texts)} is empty: write what to draw")
         encoder = get_text_encoder(self.transformer.t5_name, self.transformer.max_text_len)
         return encoder.encode(texts, self.device)
 
     def encode_cond(
         self,
-        cond_images: Float[Tensor, "B 3 H W"] | None,
+        cond_images: Float[Tensor, "B 3 Hc Wc"] | None,
         cond_ids: Int[Tensor, "B M"] | None,
         images: Float[Tensor, "B 3 H W"] | None = None,
     ) -> Int[Tensor, "B M"] | None:
@@ -178,7 +187,7 @@ class MaskGit(Saveable):
         texts: Sequence[str] | None = None,
         *,
         text_embeds: TextEmbeds | Float[Tensor, "B L E"] | None = None,
-        cond_images: Float[Tensor, "B 3 H W"] | None = None,
+        cond_images: Float[Tensor, "B 3 Hc Wc"] | None = None,
         cond_ids: Int[Tensor, "B M"] | None = None,
         cond_drop_prob: float | None = None,
         part: Part = "all",
@@ -262,7 +271,7 @@ class MaskGit(Saveable):
         *,
         text_embeds: TextEmbeds | Float[Tensor, "B L E"] | None = None,
         negative_texts: Sequence[str] | str | None = None,
-        cond_images: Float[Tensor, "B 3 H W"] | None = None,
+        cond_images: Float[Tensor, "B 3 Hc Wc"] | None = None,
         cond_ids: Int[Tensor, "B M"] | None = None,
         canvas: Int[Tensor, "B N"] | None = None,
         callback: Callable[[SampleStep], Any] | None = None,
@@ -293,7 +302,7 @@ class MaskGit(Saveable):
                 negatives = list(given) * (batch if len(given) == 1 else 1)
             if len(negatives) != batch:
                 raise ValueError(f"{len(negatives)} negative_texts for {batch} texts")
-            negative = text if negative_texts is None else self.embed_texts(negatives)
+            negative = text if negative_texts is None else self.embed_texts(negatives, allow_empty=True)
             text = text.cat(negative)
             seen = torch.tensor([bool(n) for n in negatives], device=self.device)
             keep = torch.cat([keep, seen])

@@ -17,8 +17,8 @@ def mask_ratio(u: Float[Tensor, "*s"], schedule: Schedule = "cosine") -> Float[T
     """Share of tokens that are masked at time ``u`` in [0, 1]: 1 at u = 0, 0 at u = 1.
 
     "cosine" is cos(pi/2 u): with u uniform, the paper's density (2/pi) (1 - r^2)^(-1/2), mean
-    0.64 (2.6). "arccos" is 2/pi acos(u), a different law (mean 0.5 in u's place of r) that other
-    code bases use under the same name as the first.
+    0.64 (2.6). "arccos" is 2/pi acos(u), a different law with the same mean, which other code bases
+    use under the same name as the first.
     """
     if schedule == "cosine":
         return torch.cos(u * (math.pi / 2))

@@ -116,7 +116,8 @@ class TextEncoder:
         """Captions -> last hidden states (B, L, E), padded to the longest; float32.
 
         Args:
-            texts: B captions (a single string is one); an empty one is legal and gives its special tokens alone.
+            texts: B captions (a single string is one); an empty one is legal and gives its special
+                tokens alone.
             device: where to compute.
         """
         texts = [texts] if isinstance(texts, str) else list(texts)

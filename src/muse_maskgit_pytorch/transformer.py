@@ -52,7 +52,10 @@ class TokenEmbedding(nn.Module):
             nn.init.normal_(table, std=dim**-0.5)
 
     def forward(self, ids: Int[Tensor, "B N"]) -> Float[Tensor, "B N D"]:
-        return self.token(ids) + (self.row + self.column).flatten(0, 1)
+        positions = (self.row + self.column).flatten(0, 1)
+        if ids.shape[1] != len(positions):
+            raise ValueError(f"{ids.shape[1]} tokens given to a model of seq_len {len(positions)}")
+        return self.token(ids) + positions
 
 
 class LowResEncoder(nn.Module):
@@ -120,9 +123,12 @@ class MaskGitTransformer(Saveable):
         super().__init__()
         counts = dict(num_tokens=num_tokens, seq_len=seq_len, dim=dim, depth=depth)
         counts |= dict(dim_head=dim_head, heads=heads, max_text_len=max_text_len)
+        counts |= {} if text_embed_dim is None else dict(text_embed_dim=text_embed_dim)
         for name, value in counts.items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
+        if cond_depth is not None and cond_depth < 0:
+            raise ValueError(f"cond_depth must not be negative, but is {cond_depth}")
         self.num_tokens, self.seq_len, self.dim = num_tokens, seq_len, dim
         self.mask_id = num_tokens
         self.t5_name, self.max_text_len = t5_name, max_text_len

@@ -14,8 +14,8 @@ SCHEDULES = ["cosine", "arccos", "linear", "square"]
 
 
 def test_cosine_ratio_has_the_density_of_the_paper():
-    counts = draw_mask(100_000, 256).sum(1) / 256
-    assert abs(counts.mean() - 2 / math.pi) < 0.004  # 0.6366, standard error 0.001
+    counts = draw_mask(20_000, 256).sum(1) / 256
+    assert abs(counts.mean() - 2 / math.pi) < 0.009  # 0.6366, standard error 0.002
     # density (2/pi) (1 - r^2)^(-1/2) on [0, 1], so the distribution function is (2/pi) asin(r)
     ratio = mask_ratio(torch.rand(100_000)).numpy()
     assert stats.kstest(ratio, stats.arcsine(-1, 2).cdf).pvalue < 1e-6  # not the full arcsine
@@ -53,9 +53,7 @@ def test_unknown_schedule_is_named():
     seed=st.integers(0, 2**31),
 )
 def test_counts_follow_the_drawn_ratio(batch, num_tokens, schedule, seed):
-    mask = draw_mask(
-        batch, num_tokens, schedule, generator=torch.Generator().manual_seed(seed)
-    )
+    mask = draw_mask(batch, num_tokens, schedule, generator=torch.Generator().manual_seed(seed))
     u = torch.rand(batch, generator=torch.Generator().manual_seed(seed))
     wanted = (mask_ratio(u, schedule) * num_tokens).round().clamp(min=1)
     assert mask.shape == (batch, num_tokens)

@@ -1,0 +1,99 @@
+"""The `muse` command: finds the subcommand, turns errors into one sentence and an exit code.
+
+Exit codes: 0 done, 2 a mistake in the input, 130 interrupted. `MUSE_DEBUG=1` shows tracebacks.
+Also a module to launch: ``accelerate launch -m muse_maskgit_pytorch.cli.main train base ...``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+import warnings
+from argparse import ArgumentError
+from collections.abc import Sequence
+from importlib import import_module
+
+from .. import __version__
+
+# Words of the command -> module, function, what it does. Only the chosen module is imported.
+COMMANDS = {
+    ("train", "vae"): ("train", "train_vae", "train an image tokenizer"),
+    ("train", "base"): ("train", "train_base", "train the text-to-image stage"),
+    ("train", "superres"): ("train", "train_superres", "train the super-resolution stage"),
+    ("generate",): ("generate", "generate", "draw pictures of prompts"),
+    ("bundle",): ("generate", "bundle", "join trained stages into one model file"),
+}
+
+
+def usage() -> str:
+    """What `muse` alone prints."""
+    rows = [f"  muse {' '.join(words):<16} {text}" for words, (*_, text) in COMMANDS.items()]
+    return "\n".join(
+        [
+            f"muse {__version__}: text to image with masked generative transformers",
+            "",
+            *rows,
+            "",
+            "Add --help to a command for its options. Every option can also stand in a YAML file",
+            "given as --config (--vae.dim 64 is `vae: {dim: 64}`); options after it override it.",
+        ]
+    )
+
+
+def run(argv: Sequence[str]) -> None:
+    """Run one command line.
+
+    Raises:
+        ValueError: no such command.
+    """
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return
+    if argv[0] in ("-V", "--version", "version"):
+        print(f"muse {__version__}")
+        return
+    for words, (module, function, _) in COMMANDS.items():
+        if tuple(argv[: len(words)]) == words:
+            command = getattr(import_module(f".{module}", __package__), function)
+            return command(list(argv[len(words) :]))
+    if argv[0] == "train" and (len(argv) == 1 or argv[1] in ("-h", "--help")):
+        print(usage())
+        return
+    known = [" ".join(words) for words in COMMANDS]
+    near = [
+        name
+        for given in (" ".join(argv[:2]), argv[0])
+        for name in difflib.get_close_matches(given, known, n=1)
+    ]
+    hint = f"did you mean {near[0]!r}?" if near else f"the commands are {', '.join(known)}"
+    raise ValueError(f"unknown command {' '.join(argv[:2])!r}: {hint}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the console script; returns the exit code."""
+
+    def show(message, category, filename, lineno, file=None, line=None):
+        print(f"muse: warning: {_one_line(message)}", file=sys.stderr)
+
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = show
+            run(sys.argv[1:] if argv is None else argv)
+    except KeyboardInterrupt:
+        print("muse: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, ImportError, ArgumentError) as error:
+        if os.environ.get("MUSE_DEBUG"):
+            raise
+        print(f"muse: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _one_line(message: object) -> str:
+    return " ".join(str(message).split())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""`muse train vae | base | superres`: a recipe into models and their trainer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jsonargparse import Namespace
+
+from ..checkpoint import find_file, load_tree
+from ..maskgit import MaskGit
+from ..structures import SampleOptions
+from ..training.maskgit_trainer import MaskGitTrainer
+from ..training.vae_trainer import VQGanVAETrainer
+from ..transformer import MaskGitTransformer, TokenCritic
+from ..vqgan_vae import VQGanVAE
+from .parser import Parser, stated
+
+# Arguments that follow from the tokenizer and the image size; stated, they are checked.
+DERIVED = ("num_tokens", "seq_len")
+
+
+def vae_parser() -> Parser:
+    parser = Parser("muse train vae", "Train an image tokenizer on a folder of images.")
+    parser.add_argument("--init_from", type=str | None, help="saved tokenizer to start from")
+    parser.add_section(VQGanVAE, "vae")
+    parser.add_section(VQGanVAETrainer, "trainer", skip={"vae"})
+    return parser
+
+
+def train_vae(argv: list[str]) -> None:
+    config = vae_parser().read(argv)
+    torch.manual_seed(config.trainer.seed)
+    vae = VQGanVAE(**config.vae.as_dict())
+    if config.init_from:
+        vae.load(find_file(config.init_from))
+    VQGanVAETrainer(vae, **config.trainer.as_dict()).train()
+
+
+def maskgit_parser(superres: bool) -> Parser:
+    name = "superres" if superres else "base"
+    parser = Parser(f"muse train {name}", f"Train the {name} stage on a folder with captions.")
+    parser.add_argument("--vae", type=str, required=True, help="saved tokenizer")
+    if superres:
+        parser.add_argument(
+            "--cond_vae",
+            type=str | None,
+            help="saved tokenizer of the low-resolution images; the same one by default",
+        )
+    parser.add_argument(
+        "--init_from",
+        type=str | None,
+        help="saved stage to start from, tokenizers included; a critic that it lacks starts anew",
+    )
+    parser.add_section(MaskGitTransformer, "transformer", skip=DERIVED)
+    parser.add_optional(MaskGitTransformer, "transformer", only=DERIVED)
+    # what is stated here makes a critic; the rest of it is as in the transformer
+    parser.add_optional(TokenCritic, "token_critic")
+    made_here = {"vae", "cond_vae", "transformer", "token_critic"}
+    skip = made_here | {"cond_image_size", "sample_options"}
+    parser.add_section(MaskGit, "maskgit", skip=skip)
+    if superres:
+        parser.add_argument(
+            "--maskgit.cond_image_size",
+            type=int,
+            required=True,
+            help="side of the low-resolution images",
+        )
+    parser.add_optional(SampleOptions, "maskgit.sample_options")
+    parser.add_section(MaskGitTrainer, "trainer", skip={"maskgit"})
+    return parser
+
+
+def make_maskgit(config: Namespace) -> MaskGit:
+    """The stage that a recipe describes, with new weights or those of ``init_from``."""
+    vae = VQGanVAE.from_pretrained(config.vae)
+    cond_vae = config.get("cond_vae") and VQGanVAE.from_pretrained(config.cond_vae)
+    settings = config.maskgit.as_dict()
+    settings["sample_options"] = stated(config.maskgit.sample_options)
+    arguments: dict[str, Any] = {
+        "num_tokens": vae.codebook_size,
+        "seq_len": vae.fmap_size(config.maskgit.image_size) ** 2,
+        **stated(config.transformer),
+    }
+    transformer = MaskGitTransformer(**arguments)
+    critic = None
+    if changes := stated(config.token_critic):
+        critic = TokenCritic(**{**arguments, **changes})
+    model = MaskGit(
+        vae=vae, cond_vae=cond_vae, transformer=transformer, token_critic=critic, **settings
+    )
+    if config.init_from:
+        saved = load_tree(find_file(config.init_from), kind="MaskGit")[0]["state"]
+        new = {k: v for k, v in model.state_dict().items() if k.startswith("critic.")}
+        model._load_state(new | saved, config.init_from)
+    return model
+
+
+def _train_maskgit(argv: list[str], superres: bool) -> None:
+    config = maskgit_parser(superres).read(argv)
+    torch.manual_seed(config.trainer.seed)
+    MaskGitTrainer(make_maskgit(config), **config.trainer.as_dict()).train()
+
+
+def train_base(argv: list[str]) -> None:
+    _train_maskgit(argv, superres=False)
+
+
+def train_superres(argv: list[str]) -> None:
+    _train_maskgit(argv, superres=True)

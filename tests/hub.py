@@ -1,0 +1,90 @@
+"""Tiny, randomly initialised models in the Hugging Face hub's format.
+
+They stand for the real weights where there is no network: what loads them is the real code.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import string
+from pathlib import Path
+
+import torch
+
+COMMIT = "0" * 40
+
+
+def make_t5(folder: Path, dim: int = 16, seed: int = 0) -> Path:
+    """A whole T5 (encoder, decoder, caption tokenizer) that reads letters."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    letters = [(c, -3.0) for c in "▁" + string.ascii_letters + string.digits + ",.'-"]
+    reader = Tokenizer(models.Unigram([*special, *letters], unk_id=2, byte_fallback=False))
+    reader.pre_tokenizer = pre_tokenizers.Metaspace()
+    reader.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=reader, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+    config = T5Config(
+        vocab_size=reader.get_vocab_size(),
+        d_model=dim,
+        d_kv=8,
+        d_ff=2 * dim,
+        num_layers=2,
+        num_heads=2,
+        decoder_start_token_id=0,
+    )
+    _save(T5ForConditionalGeneration, config, folder, seed)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_resnet(folder: Path, seed: int = 0, mean: float = 0.5, std: float = 0.25) -> Path:
+    """A classifier with batch norm whose preprocessing has this mean and this deviation."""
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    config = ResNetConfig(
+        embedding_size=8,
+        hidden_sizes=[8, 16],
+        depths=[1, 1],
+        layer_type="basic",
+        num_labels=7,
+    )
+    _save(ResNetForImageClassification, config, folder, seed)
+    preprocessing = {"image_mean": [mean] * 3, "image_std": [std] * 3}
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessing))
+    return folder
+
+
+def _save(model_class, config, folder: Path, seed: int) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model_class(config).save_pretrained(folder)
+
+
+def make_hub(home: Path, models: dict[str, Path]) -> dict[str, str]:
+    """Lay models out as the hub's cache does.
+
+    Args:
+        home: a new folder.
+        models: hub name -> folder of the model.
+
+    Returns:
+        environment variables with which these names, and no others, can be loaded.
+    """
+    for name, folder in models.items():
+        place = home / "hub" / ("models--" + name.replace("/", "--"))
+        shutil.copytree(folder, place / "snapshots" / COMMIT)
+        (place / "refs").mkdir()
+        (place / "refs" / "main").write_text(COMMIT)
+    return {
+        "HF_HOME": str(home),
+        "HF_HUB_CACHE": str(home / "hub"),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }

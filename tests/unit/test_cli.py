@@ -1,0 +1,475 @@
+"""The command line: signatures to keys, mistakes to one sentence, and three tiny real trainings."""
+
+import inspect
+import itertools
+import json
+import os
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from muse_maskgit_pytorch import (
+    MaskGit,
+    MaskGitTrainer,
+    MaskGitTransformer,
+    Muse,
+    SampleOptions,
+    TokenCritic,
+    VQGanVAE,
+    VQGanVAETrainer,
+)
+from muse_maskgit_pytorch.checkpoint import load_tree
+from muse_maskgit_pytorch.cli import generate as generating
+from muse_maskgit_pytorch.cli import train as training
+from muse_maskgit_pytorch.cli.main import main
+from muse_maskgit_pytorch.cli.parser import nearest
+from muse_maskgit_pytorch.training.trainer import Trainer
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+COLOURS = ("red", "green", "blue", "black")
+SHAPES = ("cross", "square")
+
+# Runs --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory, t5: str) -> Path:
+    """Eight captioned images, and recipes for all stages."""
+    root = tmp_path_factory.mktemp("cli")
+    (root / "images").mkdir()
+    for number, (colour, shape) in enumerate(itertools.product(COLOURS, SHAPES)):
+        image = Image.new("RGB", (16, 16), "white")
+        image.paste(colour, (4, 4, 12, 12) if shape == "square" else (6, 0, 10, 16))
+        image.save(root / "images" / f"{number}.png")
+        (root / "images" / f"{number}.txt").write_text(f"a {colour} {shape}")
+
+    trainer = dict(folder=f"{root}/images", batch_size=4, num_train_steps=2, warmup_steps=0)
+    trainer |= dict(log_every=1, sample_every=0)
+
+    def write(name: str, tree: dict) -> None:
+        (root / name).write_text(yaml.safe_dump(tree))
+
+    vae = dict(dim=8, layers=1, channel_mults=[1, 1], num_res_blocks=1, quantizer="fsq")
+    write(
+        "vae.yaml",
+        {
+            "vae": {**vae, "codebook_size": 64, "patch_size": 2},
+            "trainer": trainer
+            | dict(image_size=16, perceptual_weight=0, gan_weight=0, results_folder=f"{root}/vae"),
+        },
+    )
+    stage = {
+        "vae": f"{root}/vae/vae-ema.safetensors",
+        "transformer": dict(dim=16, depth=1, heads=2, dim_head=8, t5_name=t5),
+        "trainer": trainer | dict(valid_fraction=0, num_samples=2),
+    }
+    base = stage["trainer"] | dict(results_folder=f"{root}/base")
+    options = dict(timesteps=3, cond_scale=2.0)
+    maskgit = dict(image_size=8, sample_options=options)
+    write("base.yaml", stage | dict(maskgit=maskgit, trainer=base))
+    superres = stage["trainer"] | dict(results_folder=f"{root}/superres")
+    sizes = dict(image_size=16, cond_image_size=8)
+    write("superres.yaml", stage | dict(maskgit=sizes, trainer=superres))
+    return root
+
+
+@pytest.fixture(scope="module")
+def muse_file(root: Path) -> Path:
+    """All three stages trained by their recipes, and bundled."""
+    for stage in ("vae", "base", "superres"):
+        assert main(["train", stage, "--config", f"{root}/{stage}.yaml"]) == 0
+    stages = [f"--{s}={root}/{s}/{s}-ema.safetensors" for s in ("base", "superres")]
+    assert main(["bundle", *stages, "--out", f"{root}/muse.safetensors", "--dtype=float16"]) == 0
+    return root / "muse.safetensors"
+
+
+def test_the_three_trainings_write_what_their_recipes_say(muse_file: Path):
+    root = muse_file.parent
+    vae = VQGanVAE.from_pretrained(root / "vae" / "vae-ema.safetensors")
+    assert (vae.codebook_size, vae.factor, vae.config["dim"]) == (64, 4, 8)
+    muse = Muse.from_pretrained(muse_file)
+    assert muse.superres is not None
+    # derived from the tokenizer, not stated in the recipe
+    assert (muse.base.transformer.seq_len, muse.superres.transformer.seq_len) == (4, 16)
+    assert muse.base.transformer.num_tokens == 64
+    assert muse.base.default_options == SampleOptions(timesteps=3, cond_scale=2.0)
+    assert muse.superres.default_options == SampleOptions(timesteps=8)
+    lines = (root / "base" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2]
+
+
+def test_flags_override_the_recipe(root: Path, tmp_path: Path):
+    flags = [
+        "--vae.dim",
+        "4",
+        "--trainer.num_train_steps=1",
+        f"--trainer.results_folder={tmp_path}",
+    ]
+    assert main(["train", "vae", "--config", f"{root}/vae.yaml", *flags]) == 0
+    assert VQGanVAE.from_pretrained(tmp_path / "vae.safetensors").config["dim"] == 4
+
+
+def test_a_recipe_and_its_seed_give_the_same_weights(muse_file: Path, tmp_path: Path):
+    root = muse_file.parent
+    for seed, same in ((0, True), (1, False)):
+        flags = [f"--trainer.results_folder={tmp_path}/{seed}", f"--trainer.seed={seed}"]
+        assert main(["train", "base", "--config", f"{root}/base.yaml", *flags]) == 0
+        first, second = (
+            MaskGit.from_pretrained(folder / "base.safetensors").transformer.to_logits.weight
+            for folder in (root / "base", tmp_path / str(seed))
+        )
+        assert torch.equal(first, second) is same
+
+
+def test_a_run_is_resumed_only_when_asked(root: Path, tmp_path: Path, capsys):
+    run = ["train", "vae", "--config", f"{root}/vae.yaml", f"--trainer.results_folder={tmp_path}"]
+    assert main(run) == 0
+    assert main(run) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert main([*run, "--trainer.resume=true", "--trainer.num_train_steps=3"]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3]
+
+
+def test_a_critic_is_trained_on_a_finished_model(muse_file: Path, tmp_path: Path):
+    root = muse_file.parent
+    saved = root / "base" / "base.safetensors"
+    flags = [f"--init_from={saved}", "--token_critic.depth=2", "--trainer.part=critic"]
+    flags += [f"--trainer.results_folder={tmp_path}"]
+    assert main(["train", "base", "--config", f"{root}/base.yaml", *flags]) == 0
+    before = MaskGit.from_pretrained(saved).state_dict()
+    model = MaskGit.from_pretrained(tmp_path / "base.safetensors")
+    assert isinstance(model.critic, TokenCritic)
+    assert len(model.critic.blocks) == 2
+    assert model.critic.t5_name == model.transformer.t5_name  # as in the transformer
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in before.items())
+    # and a model with its critic goes on as one
+    flags[0], flags[-1] = f"--init_from={tmp_path}/base.safetensors", f"{flags[-1]}/2"
+    config = training.maskgit_parser(False).read(["--config", f"{root}/base.yaml", *flags])
+    again = training.make_maskgit(config).state_dict()
+    assert all(torch.equal(value, again[key]) for key, value in model.state_dict().items())
+
+
+def test_a_tokenizer_starts_from_a_saved_one(muse_file: Path, tmp_path: Path):
+    root = muse_file.parent
+    flags = [f"--init_from={root}/vae/vae.safetensors", f"--trainer.results_folder={tmp_path}"]
+    run = ["train", "vae", "--config", f"{root}/vae.yaml", *flags, "--trainer.lr=0"]
+    assert main(run) == 0
+    first, second = (
+        VQGanVAE.from_pretrained(folder / "vae.safetensors").state_dict()
+        for folder in (root / "vae", tmp_path)
+    )
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_superres_with_a_tokenizer_of_its_own(muse_file: Path):
+    root = muse_file.parent
+    argv = ["--config", f"{root}/superres.yaml", f"--cond_vae={root}/vae/vae.safetensors"]
+    model = training.make_maskgit(training.maskgit_parser(True).read(argv))
+    assert model.cond_vae is not model.vae
+    model = training.make_maskgit(training.maskgit_parser(True).read(argv[:-1]))
+    assert model.cond_vae is model.vae
+
+
+# Pictures ------------------------------------------------------------------------------------
+
+
+def test_one_prompt_gives_the_picture_itself(muse_file: Path, tmp_path: Path, capsys):
+    out = tmp_path / "deep" / "one.png"
+    command = ["generate", "a red square", f"--model={muse_file}", "--seed=3", f"--out={out}"]
+    assert main(command) == 0
+    assert Image.open(out).size == (16, 16)
+    assert capsys.readouterr().out == f"{out}\n"
+    first = Image.open(out).tobytes()
+    assert main(command) == 0
+    assert Image.open(out).tobytes() == first
+    expected = Muse.from_pretrained(muse_file)("a red square", seeds=3)[0]
+    assert expected.tobytes() == first
+    assert [path.name for path in out.parent.iterdir()] == ["one.png"]  # no temporary file
+
+
+def test_several_prompts_give_a_sheet_and_each(muse_file: Path, tmp_path: Path):
+    flags = [f"--model={muse_file}", f"--out={tmp_path}/sheet.png", f"--each={tmp_path}/each"]
+    prompts = ["a red cross", "a blue square"]
+    assert main(["generate", *prompts, *flags, "--seed", "[5, 5]", "--negative", "a black"]) == 0
+    sheet = Image.open(tmp_path / "sheet.png")
+    assert sheet.width >= 2 * 16
+    assert sheet.height > 16 + 4  # captions under the pictures
+    names = sorted(path.name for path in (tmp_path / "each").iterdir())
+    assert names == ["001-a-red-cross.png", "002-a-blue-square.png"]
+    assert Image.open(tmp_path / "each" / names[0]).size == (16, 16)
+
+
+def test_only_stated_options_replace_the_models_own(muse_file: Path, tmp_path: Path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(
+        Muse,
+        "forward",
+        lambda self, prompts, **arguments: (
+            seen.update(arguments) or [Image.new("RGB", (1, 1))] * len(prompts)
+        ),
+    )
+    (tmp_path / "options.yaml").write_text("superres: {cond_scale: 1.5}")
+    flags = [f"--model={muse_file}", f"--out={tmp_path}/x.png", "--base.timesteps", "2"]
+    assert main(["generate", "a", "b", *flags, "--config", f"{tmp_path}/options.yaml"]) == 0
+    assert seen["base_options"] == SampleOptions(timesteps=2, cond_scale=2.0)
+    assert seen["superres_options"] == SampleOptions(timesteps=8, cond_scale=1.5)
+
+
+def test_the_bar_counts_every_sampling_step(muse_file: Path, monkeypatch):
+    ticks = []
+
+    class Bar(nullcontext):
+        def __init__(self, total: int, **_):
+            super().__init__(self)
+            ticks.append(total)
+
+        def update(self) -> None:
+            ticks.append(1)
+
+    monkeypatch.setattr(generating, "tqdm", Bar)
+    model = Muse.from_pretrained(muse_file)
+    with generating._progress(model, [3, 8]):
+        model(["a red cross", "a"])
+    assert ticks == [11] + [1] * 11
+    model("a")
+    assert len(ticks) == 12  # the hooks are gone
+
+
+def test_a_base_alone_draws(muse_file: Path, tmp_path: Path, capsys):
+    base = muse_file.parent / "base" / "base.safetensors"
+    command = ["generate", "a red cross", f"--model={base}", f"--out={tmp_path}/a.png"]
+    assert main(command) == 0
+    assert Image.open(tmp_path / "a.png").size == (8, 8)
+    assert main([*command, "--superres.timesteps=2"]) == 2
+    assert "no such stage" in capsys.readouterr().err
+
+
+# Keys ------------------------------------------------------------------------------------------
+
+PARSERS = {
+    "vae": training.vae_parser(),
+    "base": training.maskgit_parser(superres=False),
+    "superres": training.maskgit_parser(superres=True),
+    "generate": generating.generate_parser(),
+}
+
+
+@pytest.mark.parametrize(
+    "command, section, cls, elsewhere",
+    [
+        ("vae", "vae", VQGanVAE, set()),
+        ("vae", "trainer", VQGanVAETrainer, {"vae"}),
+        ("base", "transformer", MaskGitTransformer, set()),
+        ("superres", "transformer", MaskGitTransformer, set()),
+        ("superres", "token_critic", TokenCritic, set()),
+        ("base", "maskgit", MaskGit, {"vae", "transformer", "token_critic", "cond_vae"}),
+        ("superres", "maskgit", MaskGit, {"vae", "transformer", "token_critic", "cond_vae"}),
+        ("superres", "maskgit.sample_options", SampleOptions, set()),
+        ("base", "trainer", MaskGitTrainer, {"maskgit"}),
+        ("superres", "trainer", MaskGitTrainer, {"maskgit"}),
+        ("generate", "base", SampleOptions, {"seeds"}),  # --seed
+        ("generate", "superres", SampleOptions, {"seeds"}),
+    ],
+)
+def test_every_argument_of_a_constructor_is_a_key(command, section, cls, elsewhere):
+    keys = {key for key in PARSERS[command].keys() if key.startswith(f"{section}.")}  # noqa: SIM118
+    found = {key.removeprefix(f"{section}.").partition(".")[0] for key in keys}
+    wanted = set(inspect.signature(cls).parameters)
+    if issubclass(cls, Trainer):
+        wanted |= set(inspect.signature(Trainer).parameters) - {"model"}
+    wanted -= elsewhere | {"common"}
+    if command == "base":
+        wanted -= {"cond_image_size"}  # would make it a superres
+    assert found == wanted
+
+
+def test_defaults_are_those_of_the_signatures():
+    for section, cls in {"vae": VQGanVAE, "trainer": VQGanVAETrainer}.items():
+        defaults = PARSERS["vae"].get_defaults(skip_validation=True)[section].as_dict()
+        for name, parameter in inspect.signature(cls).parameters.items():
+            if parameter.default is not inspect.Parameter.empty:
+                assert defaults[name] == parameter.default
+    unstated = PARSERS["generate"].get_defaults(skip_validation=True).base.as_dict()
+    assert set(unstated.values()) == {None}
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_recipes_parse(recipe: Path):
+    command = next((c for c in ("vae", "superres") if c in recipe.stem), "base")
+    assert PARSERS[command].read(["--config", str(recipe)]).trainer.results_folder
+
+
+@pytest.mark.parametrize("command", ["vae", "base", "superres"])
+def test_print_config_is_a_config(root: Path, tmp_path: Path, command, capsys):
+    argv = ["--config", f"{root}/{command}.yaml", "--trainer.lr=0.5"]
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", command, *argv, "--print_config"])
+    assert stopped.value.code == 0
+    (tmp_path / "full.yaml").write_text(capsys.readouterr().out)
+    before = PARSERS[command].read(argv).as_dict()
+    after = PARSERS[command].read(["--config", f"{tmp_path}/full.yaml"]).as_dict()
+    assert after.pop("config") != before.pop("config")
+    assert after == before
+    assert after["trainer"]["lr"] == 0.5
+
+
+# Mistakes --------------------------------------------------------------------------------------
+
+
+def fails(argv: list[str], capsys) -> str:
+    """Run; check that it fails as a mistake in the input; return its one sentence."""
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("muse: error: ")
+    assert error.count("\n") == 1
+    assert "Traceback" not in error
+    return error
+
+
+@pytest.mark.parametrize(
+    "text, near",
+    [
+        ("vea: {dim: 8}", "'vea': did you mean vae?"),
+        ("vae: {dmi: 8}", "'vae.dmi': did you mean vae.dim?"),
+        ("trainer: {batchsize: 8}", "'trainer.batchsize': did you mean trainer.batch_size?"),
+        ("codebook_size: 8", "'codebook_size': did you mean vae.codebook_size?"),
+        ("vae: {zzz: 8}", "'vae.zzz': see --help"),
+        ("vae: 5", "vae must hold options, not 5"),
+        ("vae:", "vae must hold options, not None"),
+        ("5", "holds no keys"),
+        ("vae: {a: [}", "is not valid YAML"),
+    ],
+)
+def test_a_mistyped_key_in_yaml_names_the_nearest(text, near, tmp_path: Path, capsys):
+    (tmp_path / "bad.yaml").write_text(text)
+    assert near in fails(["train", "vae", "--config", f"{tmp_path}/bad.yaml"], capsys)
+
+
+def test_a_mistyped_key_in_the_depth(tmp_path: Path, capsys):
+    (tmp_path / "bad.yaml").write_text("maskgit: {sample_options: {cond_scal: 2}}")
+    error = fails(["train", "base", f"--config={tmp_path}/bad.yaml"], capsys)
+    assert "did you mean maskgit.sample_options.cond_scale?" in error
+
+
+@pytest.mark.parametrize(
+    "argv, near",
+    [
+        (["train", "vae", "--vae.dmi", "8"], "--vae.dmi: did you mean --vae.dim?"),
+        (["train", "vae", "--vea.dim=8"], "--vea.dim: did you mean --vae.dim?"),
+        (["train", "vae", "--trainer.fold", "x"], "did you mean --trainer.folder?"),
+        (["train", "base", "--transfomer.dim", "8"], "did you mean --transformer.dim?"),
+        (["train", "base", "--transformer.image_size=8"], "did you mean --maskgit.image_size?"),
+        (["generate", "a", "--base.timestep", "8"], "did you mean --base.timesteps?"),
+        (["generate", "a", "--sed", "8"], "did you mean --seed?"),
+        (["train", "bse"], "did you mean 'train base'?"),
+        (["trian", "vae"], "did you mean 'train vae'?"),
+        (["generat"], "did you mean 'generate'?"),
+        (["xyz"], "the commands are train vae"),
+    ],
+)
+def test_a_mistyped_flag_or_command_names_the_nearest(argv, near, capsys):
+    assert near in fails(argv, capsys)
+
+
+def test_the_nearest_key():
+    known = ["vae.dim", "trainer.lr", "trainer.lr_schedule", "init_from"]
+    assert nearest("trainer.lr_shedule", known) == "trainer.lr_schedule"
+    assert nearest("lr", known) == "trainer.lr"
+    assert nearest("init", known) == "init_from"
+    assert nearest("trainer.qqq", known) is None
+
+
+@pytest.mark.parametrize(
+    "argv, says",
+    [
+        (["train", "vae", "--config", "absent.yaml"], "absent.yaml"),
+        (["train", "vae"], "trainer.folder"),
+        (["train", "vae", "--vae.dim", "abc"], "vae.dim"),
+        (["train", "vae", "--vae.quantizer", "vqq"], "'fsq'"),
+        (["train", "vae", "stray"], "stray"),
+        (["train", "vae", "--trainer.folder=absent", "--trainer.image_size=16"], "does not exist"),
+        (["generate"], "at least one prompt"),
+        (["generate", "a", " "], "no empty one"),
+        (["generate", "a", "--out", "a.xyz"], "must end in .png"),
+        (["generate", "a", "--model", "absent.safetensors"], "absent.safetensors"),
+        (["bundle", "--base", "absent.safetensors", "--out", "a.safetensors"], "absent"),
+    ],
+)
+def test_bad_input(argv, says, capsys):
+    assert says in fails(argv, capsys)
+
+
+def test_geometry_that_does_not_fit_is_said_before_any_work(muse_file: Path, tmp_path, capsys):
+    root = muse_file.parent
+    run = ["train", "base", "--config", f"{root}/base.yaml", f"--trainer.results_folder={tmp_path}"]
+    assert "set seq_len=4" in fails([*run, "--transformer.seq_len=9"], capsys)
+    error = fails([*run, "--transformer.num_tokens=65"], capsys)
+    assert "num_tokens 65" in error
+    assert "codebook_size 64" in error
+    assert "10 is not a positive multiple" in fails([*run, "--maskgit.image_size=10"], capsys)
+    init = f"--init_from={root}/base/base.safetensors"
+    assert "does not fit" in fails([*run, init, "--transformer.dim=24"], capsys)
+    assert "not a VQGanVAE" in fails([*run, f"--vae={root}/base/base.safetensors"], capsys)
+    assert "a local copy" in fails([*run, f"--transformer.t5_name={tmp_path}/no"], capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_of_the_wrong_kind(muse_file: Path, tmp_path: Path, capsys):
+    root = muse_file.parent
+    make = ["generate", "a", f"--out={tmp_path}/a.png", "--model"]
+    assert "holds a VQGanVAE" in fails([*make, f"{root}/vae/vae.safetensors"], capsys)
+    assert "muse bundle" in fails([*make, f"{root}/superres/superres.safetensors"], capsys)
+    assert "--device 'abc'" in fails([*make, f"{muse_file}", "--device=abc"], capsys)
+    stages = [f"--{s}={root}/superres/superres.safetensors" for s in ("base", "superres")]
+    assert "swapped" in fails(["bundle", *stages, f"--out={tmp_path}/m.safetensors"], capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tracebacks_on_request(monkeypatch):
+    monkeypatch.setenv("MUSE_DEBUG", "1")
+    with pytest.raises(ValueError, match="unknown command"):
+        main(["xyz"])
+
+
+def test_interrupted_training_saves_and_exits_130(root: Path, tmp_path: Path, monkeypatch, capsys):
+    def interrupted(self, batches):
+        if self.step == 1:
+            raise KeyboardInterrupt
+        return train_step(self, batches)
+
+    train_step = VQGanVAETrainer.train_step
+    monkeypatch.setattr(VQGanVAETrainer, "train_step", interrupted)
+    run = ["train", "vae", "--config", f"{root}/vae.yaml", f"--trainer.results_folder={tmp_path}"]
+    assert main(run) == 130
+    assert capsys.readouterr().err.endswith("muse: interrupted\n")
+    (checkpoint,) = tmp_path.glob("*checkpoint*")
+    assert load_tree(checkpoint)[0]["step"] == 1
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["train"], ["train", "-h"]])
+def test_help(argv, capsys):
+    assert main(argv) == 0
+    assert "muse train superres" in capsys.readouterr().out
+
+
+def test_version_and_help_are_quick_and_load_no_torch():
+    code = (
+        "import sys; from muse_maskgit_pytorch.cli.main import main\n"
+        "main(['--version']); main(['--help']); assert 'torch' not in sys.modules"
+    )
+    path = os.pathsep.join([str(Path(__file__).parents[2] / "src"), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("muse 0.1.0\n")

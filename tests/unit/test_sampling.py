@@ -1,0 +1,400 @@
+"""The sampler against theory and against a plain, slow one."""
+
+import math
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor
+
+from muse_maskgit_pytorch import SampleOptions, TextEmbeds
+from muse_maskgit_pytorch.sampling import (
+    Denoiser,
+    SampleState,
+    choose_tokens,
+    make_plan,
+    masked_counts,
+    sample_tokens,
+    step,
+)
+from tests import tiny
+
+N = 16
+
+
+def denoiser(text: TextEmbeds, guided: bool = True, model=None, critic=None) -> Denoiser:
+    """A model's view of these texts; with the text-free half where there is guidance."""
+    model = model or MODEL
+    if guided:
+        kept = tiny.conditioning(text)
+        both = replace(
+            kept, text=text.cat(text), keep=torch.cat([kept.keep, torch.zeros_like(kept.keep)])
+        )
+    else:
+        both = tiny.conditioning(text)
+    contexts = [m and m.encode_context(both) for m in (model, critic)]
+    return Denoiser(model, contexts[0], critic, contexts[1])
+
+
+torch.manual_seed(0)
+MODEL = tiny.transformer()
+SELF_COND = tiny.transformer(self_cond=True)
+CRITIC = tiny.critic()
+MASK = MODEL.mask_id
+
+
+def blank(batch: int = 2) -> Tensor:
+    return torch.full((batch, N), MASK)
+
+
+def rows_of(text: TextEmbeds, rows: list[int]) -> TextEmbeds:
+    return TextEmbeds(text.embeds[rows], text.mask[rows])
+
+
+# The plan
+
+
+def test_masked_counts_of_the_paper():
+    assert masked_counts(256, 2) == [181, 0]
+    assert masked_counts(256, 1) == [0]
+    assert masked_counts(256, 4) == [236, 181, 97, 0]
+    assert masked_counts(0, 3) == [0, 0, 0]
+    assert masked_counts(3, 5) == [2, 1, 0, 0, 0]
+
+
+def test_guidance_rises_linearly_and_noise_falls():
+    options = SampleOptions(timesteps=5, cond_scale=3.0, choice_temperature=8.0, seeds=[1])
+    plan = make_plan(torch.ones(1, 100, dtype=torch.bool), options)
+    assert plan.cond_scale[0].tolist() == [1, 1.5, 2, 2.5, 3]
+    assert plan.choice_temperature[0].tolist() == [8, 6, 4, 2, 0]
+    assert plan.temperature.tolist() == [1]  # of the token choice: the same in every step
+    constant = make_plan(
+        torch.ones(1, 100, dtype=torch.bool), options.replace(guidance_schedule="constant")
+    )
+    assert constant.cond_scale[0].tolist() == [3] * 5
+
+
+def test_a_single_step_is_guided_and_without_order_noise():
+    plan = make_plan(torch.ones(1, N, dtype=torch.bool), SampleOptions(timesteps=1, cond_scale=4.0))
+    assert plan.cond_scale.tolist() == [[4]]
+    assert plan.choice_temperature.tolist() == [[0]]
+
+
+def test_ramps_end_where_a_row_with_few_open_tokens_ends():
+    mask = torch.arange(N)[None] < 3
+    plan = make_plan(mask, SampleOptions(timesteps=10, cond_scale=3.0))
+    assert plan.num_masked[0].tolist() == [2, 1, 0] + [0] * 7
+    assert plan.cond_scale[0, :3].tolist() == [1, 2, 3]
+
+
+def test_noise_is_that_of_the_seed_alone():
+    mask = torch.ones(2, N, dtype=torch.bool)
+    a = make_plan(mask, SampleOptions(timesteps=[3, 6], seeds=[5, 9]))
+    b = make_plan(mask, SampleOptions(timesteps=[6, 3], seeds=[9, 5]))
+    assert torch.equal(a.uniform[1], b.uniform[0])
+    assert torch.equal(a.gumbel[0, :3], b.gumbel[1, :3])
+    assert (a.uniform[0, :3] != a.uniform[1, :3]).all()
+    state = torch.get_rng_state()
+    make_plan(mask, SampleOptions(seeds=[5, 9]))
+    assert torch.equal(state, torch.get_rng_state())  # the global generator is left alone
+
+
+def test_gumbel_noise_has_its_law():
+    plan = make_plan(torch.ones(1, 20_000, dtype=torch.bool), SampleOptions(timesteps=1, seeds=[3]))
+    assert stats.kstest(plan.gumbel.flatten().numpy(), "gumbel_r").pvalue > 0.01
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(timesteps=0), "timesteps must be at least 1, not 0"),
+        (dict(timesteps=-3), "timesteps must be at least 1, not -3"),
+        (dict(temperature=-1.0), r"temperature must not be negative, but is -1"),
+        (dict(choice_temperature=[1.0, -2.0]), r"choice_temperature .* -2"),
+        (dict(seeds=[1, 2, 3]), "seeds has 3 values for 2 images"),
+        (dict(cond_scale=[3.0]), "cond_scale has 1 values for 2 images"),
+        (dict(noise_schedule="cosin"), "noise_schedule 'cosin' is unknown"),
+    ],
+)
+def test_bad_options(changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_plan(torch.ones(2, N, dtype=torch.bool), SampleOptions(**changes))
+
+
+# The choice of tokens
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_choice_follows_the_softmax(temperature):
+    logits = torch.randn(12)
+    draws = 100_000
+    ids, log_prob = choose_tokens(
+        logits.expand(1, draws, -1), torch.tensor([temperature]), torch.rand(1, draws)
+    )
+    expected = (logits / temperature).softmax(-1).double() * draws
+    observed = ids.flatten().bincount(minlength=12).double()
+    expected *= observed.sum() / expected.sum()
+    assert stats.chisquare(observed.numpy(), expected.numpy()).pvalue > 0.01
+    # confidence is that of the model, at temperature 1
+    torch.testing.assert_close(log_prob, logits.log_softmax(-1)[ids])
+
+
+def test_temperature_zero_takes_the_likeliest():
+    logits = torch.randn(2, 50, 9)
+    ids, _ = choose_tokens(logits, torch.tensor([0.0, 1e-6]), torch.rand(2, 50))
+    assert torch.equal(ids, logits.argmax(-1))
+
+
+def test_choice_at_the_ends_of_the_uniform():
+    logits = torch.tensor([-math.inf, 0.0, 0.0, -math.inf]).expand(1, 2, 4)
+    ids, _ = choose_tokens(logits, torch.ones(1), torch.tensor([[0.0, 1 - 2**-24]]))
+    assert ids.tolist() == [[1, 2]]  # never a token of probability 0
+
+
+def test_half_precision_logits_are_drawn_in_float32():
+    logits = torch.randn(1, 200, 4096).bfloat16()
+    uniform = torch.rand(1, 200)
+    half = choose_tokens(logits, torch.ones(1), uniform)
+    full = choose_tokens(logits.float(), torch.ones(1), uniform)
+    assert torch.equal(half[0], full[0])
+    assert half[1].dtype == torch.float32
+
+
+# The loop
+
+
+def plain_sample(model, text: TextEmbeds, canvas: Tensor, options: SampleOptions) -> Tensor:
+    """Every row by itself, logits everywhere, two passes, guidance on the logits."""
+    plan = make_plan(canvas == MASK, options)
+    rows = []
+    for row in range(len(canvas)):
+        ids, mask = canvas[row].clone(), canvas[row] == MASK
+        kept = tiny.conditioning(rows_of(text, [row]))
+        dropped = tiny.conditioning(rows_of(text, [row]), keep=False)
+        past_c = past_u = torch.zeros(1, N, model.dim)
+        for i in range(plan.num_steps):
+            if not mask.any():
+                break
+            past_c = model(ids[None], model.encode_context(kept), past_c)
+            past_u = model(ids[None], model.encode_context(dropped), past_u)
+            c, u = model.to_logits(past_c)[0], model.to_logits(past_u)[0]
+            logits = u + plan.cond_scale[row, i] * (c - u)
+            chances = (logits / plan.temperature[row]).softmax(-1)
+            scores = torch.full((N,), math.inf)
+            for position in mask.nonzero().flatten().tolist():
+                cdf = chances[position].cumsum(0)
+                token = int((cdf <= plan.uniform[row, i, position] * cdf[-1]).sum())
+                ids[position] = token
+                confidence = logits[position].log_softmax(-1)[token]
+                noise = plan.choice_temperature[row, i] * plan.gumbel[row, i, position]
+                scores[position] = confidence + noise
+            mask = torch.zeros(N, dtype=torch.bool)
+            mask[scores.argsort()[: int(plan.num_masked[row, i])]] = True
+            ids[mask] = MASK
+        rows.append(ids)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("model", [MODEL, SELF_COND], ids=["plain", "self_cond"])
+def test_sampler_equals_the_plain_one(model):
+    text = tiny.text(3)
+    canvas = blank(3)
+    canvas[1, ::2] = 7
+    canvas[2] = torch.where(torch.arange(N) < 2, MASK, 3)
+    options = SampleOptions(
+        timesteps=[6, 4, 5],
+        temperature=[1.0, 0.7, 1.5],
+        cond_scale=[3.0, 1.0, -0.5],
+        seeds=[1, 2, 3],
+    )
+    with torch.no_grad():
+        expected = plain_sample(model, text, canvas, options)
+        assert torch.equal(sample_tokens(denoiser(text, model=model), canvas, options), expected)
+
+
+@pytest.mark.parametrize("model", [MODEL, SELF_COND], ids=["plain", "self_cond"])
+@pytest.mark.parametrize("critic", [None, CRITIC], ids=["confidence", "critic"])
+def test_a_row_does_not_depend_on_its_neighbours(model, critic):
+    text = tiny.text(4)
+    canvas = blank(4)
+    canvas[3, :9] = 5
+    every = dict(
+        timesteps=[8, 3, 1, 6],
+        temperature=[1.0, 0.0, 2.0, 0.7],
+        choice_temperature=[4.5, 0.0, 1.0, 9.0],
+        cond_scale=[3.0, 1.0, 5.0, 0.0],
+        seeds=[11, 12, 13, 14],
+    )
+    together = sample_tokens(
+        denoiser(text, model=model, critic=critic), canvas, SampleOptions(**every)
+    )
+    for row in range(4):
+        alone = sample_tokens(
+            denoiser(rows_of(text, [row]), model=model, critic=critic),
+            canvas[row : row + 1],
+            SampleOptions(**{name: [values[row]] for name, values in every.items()}),
+        )
+        assert torch.equal(alone[0], together[row]), row
+
+
+def test_scale_one_is_no_guidance():
+    text, options = tiny.text(), SampleOptions(timesteps=6, cond_scale=1.0, seeds=[1, 2])
+    plain = sample_tokens(denoiser(text, guided=False), blank(), options)
+    assert torch.equal(sample_tokens(denoiser(text), blank(), options), plain)
+
+
+def test_scale_zero_is_the_text_free_branch():
+    options = SampleOptions(timesteps=6, cond_scale=0.0, guidance_schedule="constant", seeds=[1, 2])
+    a = sample_tokens(denoiser(tiny.text(seed=1)), blank(), options)
+    b = sample_tokens(denoiser(tiny.text(seed=2)), blank(), options)
+    assert torch.equal(a, b)
+
+
+def test_guided_step_at_scale_one_is_exactly_the_conditional_branch():
+    text, ids, ones = tiny.text(), tiny.ids(), torch.ones(2)
+    guided, _ = denoiser(text).hidden(ids, ones, guided=True)
+    twice = torch.cat([ids, ids])
+    assert torch.equal(guided, MODEL(twice, denoiser(text).context)[:2])
+
+
+def test_guidance_and_text_and_seed_matter():
+    def sample(seed=1, scale=3.0, text=0):
+        options = SampleOptions(timesteps=6, cond_scale=scale, seeds=[seed, seed + 1])
+        return sample_tokens(denoiser(tiny.text(seed=text)), blank(), options)
+
+    same = sample()
+    assert torch.equal(sample(), same)
+    for other in (sample(seed=3), sample(scale=9.0), sample(text=1)):
+        assert not torch.equal(other, same)
+
+
+def test_without_seeds_the_global_generator_decides():
+    options = SampleOptions(timesteps=4)
+    model = denoiser(tiny.text())
+    torch.manual_seed(1)
+    first, second = (sample_tokens(model, blank(), options) for _ in range(2))
+    torch.manual_seed(1)
+    assert torch.equal(sample_tokens(model, blank(), options), first)
+    assert not torch.equal(first, second)
+
+
+def test_temperature_zero_does_not_depend_on_the_seed():
+    def sample(seeds):
+        options = SampleOptions(timesteps=5, temperature=0.0, choice_temperature=0.0, seeds=seeds)
+        return sample_tokens(denoiser(tiny.text()), blank(), options)
+
+    assert torch.equal(sample([1, 2]), sample([3, 4]))
+
+
+@pytest.mark.parametrize("critic", [None, CRITIC], ids=["confidence", "critic"])
+def test_callback_sees_the_planned_counts_and_known_tokens(critic):
+    canvas = blank()
+    canvas[1, 3:9] = torch.arange(6)
+    options = SampleOptions(timesteps=5, seeds=[1, 2])
+    plan = make_plan(canvas == MASK, options)
+    seen = []
+    out = sample_tokens(denoiser(tiny.text(), critic=critic), canvas, options, seen.append)
+    assert [s.step for s in seen] == [1, 2, 3, 4, 5]
+    assert torch.stack([s.mask.sum(1) for s in seen], 1).tolist() == plan.num_masked.tolist()
+    for before, after in pairwise(seen):
+        assert torch.equal(before.ids == MASK, before.mask)
+        assert torch.equal(after.ids[1, 3:9], canvas[1, 3:9])
+        if critic is None:  # what was once decided stays
+            assert torch.equal(after.ids[~before.mask], before.ids[~before.mask])
+    assert torch.equal(out, seen[-1].ids)
+    assert (out < MASK).all()
+
+
+def test_a_critic_may_take_back_a_decision():
+    seen = []
+    options = SampleOptions(timesteps=8, seeds=[1, 2], choice_temperature=0.0)
+    sample_tokens(denoiser(tiny.text(), critic=CRITIC), blank(), options, seen.append)
+    steps = pairwise(seen)
+    assert any((~before.mask & after.mask).any() for before, after in steps)
+
+
+def test_critic_is_guided_too():
+    text, ids = tiny.text(), tiny.ids()
+    model = denoiser(text, critic=CRITIC)
+    scale = torch.tensor([3.0, 0.0])
+    with_text = CRITIC.to_logits(CRITIC(ids, CRITIC.encode_context(tiny.conditioning(text))))
+    no_text = CRITIC.encode_context(tiny.conditioning(text, keep=False))
+    without = CRITIC.to_logits(CRITIC(ids, no_text))
+    expected = (without + scale[:, None, None] * (with_text - without)).squeeze(-1)
+    torch.testing.assert_close(model.critic_scores(ids, scale, True), expected)
+
+
+def test_callback_can_stop():
+    seen = []
+    out = sample_tokens(
+        denoiser(tiny.text()),
+        blank(),
+        SampleOptions(timesteps=6),
+        lambda s: seen.append(s) or s.step == 2,
+    )
+    assert len(seen) == 2
+    assert torch.equal(out, seen[-1].ids)
+    assert (out == MASK).any()
+
+
+def test_a_full_canvas_comes_back():
+    canvas = tiny.ids()
+    assert torch.equal(sample_tokens(denoiser(tiny.text()), canvas, SampleOptions()), canvas)
+
+
+def first_state(canvas: Tensor) -> SampleState:
+    return SampleState(
+        canvas,
+        canvas == MASK,
+        torch.zeros(len(canvas), dtype=torch.long),
+        torch.zeros(canvas.shape),
+    )
+
+
+def test_logits_of_masked_positions_are_enough():
+    canvas = blank()
+    canvas[0, ::3] = 4
+    plan = make_plan(canvas == MASK, SampleOptions(timesteps=4, seeds=[1, 2]))
+    model = denoiser(tiny.text())
+    fast = slow = first_state(canvas)
+    for most in (16, 14, 11, 6):
+        assert int(fast.mask.sum(1).max()) <= most
+        fast = step(fast, plan, model, num_logits=most)
+        slow = step(slow, plan, model)
+        assert torch.equal(fast.ids, slow.ids)
+        assert torch.equal(fast.mask, slow.mask)
+    assert not fast.mask.any()
+
+
+def test_rows_at_different_steps_share_a_batch():
+    """A prompt admitted while another is half done: each ends as it would alone."""
+    text = tiny.text()
+    options = SampleOptions(timesteps=[6, 4], cond_scale=[2.0, 5.0], seeds=[1, 2])
+    model, canvas = denoiser(text), blank()
+    expected = sample_tokens(model, canvas, options)
+    plan = make_plan(canvas == MASK, options)
+
+    alone = denoiser(rows_of(text, [0]))
+    one = make_plan(canvas[:1] == MASK, SampleOptions(timesteps=6, cond_scale=2.0, seeds=[1]))
+    state = first_state(canvas[:1])
+    for _ in range(3):
+        state = step(state, one, alone)
+    new = first_state(canvas[1:])
+    names = ("ids", "mask", "step", "scores")
+    state = SampleState(*(torch.cat([getattr(s, n) for s in (state, new)]) for n in names))
+    for _ in range(4):
+        state = step(state, plan, model)
+    assert state.step.tolist() == [7, 4]  # the first row was done a step ago, and stayed
+    assert torch.equal(state.ids, expected)
+
+
+def test_a_finished_row_stays():
+    text, canvas = tiny.text(), blank()
+    plan = make_plan(canvas == MASK, SampleOptions(timesteps=2, seeds=[1, 2]))
+    state = first_state(canvas)
+    for _ in range(2):
+        state = step(state, plan, denoiser(text))
+    again = step(state, plan, denoiser(text, critic=CRITIC))
+    assert torch.equal(again.ids, state.ids)
