@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import jaxtyping
 import pytest
 import torch
+from hypothesis import settings
 
 from tests import shapes
 
@@ -20,6 +21,11 @@ jaxtyping.install_import_hook(
 )
 
 from tests import hub  # noqa: E402
+
+
+# The same examples in every run, however slow the machine.
+settings.register_profile("project", deadline=None, derandomize=True)
+settings.load_profile("project")
 
 
 @pytest.fixture(autouse=True)

@@ -232,7 +232,12 @@ class Saveable(nn.Module):
 def _build(cls: type[Saveable], config: dict[str, Any]) -> Any:
     def value(argument: Any) -> Any:
         if isinstance(argument, dict) and argument.keys() == {"kind", "config"}:
-            return _build(_classes()[argument["kind"]], argument["config"])
+            known = _classes()
+            if argument["kind"] not in known:
+                raise CheckpointError(
+                    f"the saved {cls.__name__} has a part of an unknown kind, {argument['kind']}"
+                )
+            return _build(known[argument["kind"]], argument["config"])
         return argument
 
     try:

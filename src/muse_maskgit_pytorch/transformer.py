@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from typing import Any
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -168,6 +169,14 @@ class MaskGitTransformer(Saveable):
                 f"the transformer already reads {existing.seq_len} low-resolution tokens of "
                 f"{existing.num_tokens} codes, not {seq_len} of {num_tokens}: make a new one"
             )
+
+    def _load_state(self, state: dict[str, Tensor], path: Any) -> None:
+        name = "cond_encoder.embed"
+        if self.cond_encoder is None and f"{name}.token.weight" in state:
+            # a super-resolution transformer saved alone: its encoder is no constructor argument
+            num_tokens, side = len(state[f"{name}.token.weight"]), len(state[f"{name}.row"])
+            self.add_cond_encoder(num_tokens, side**2)
+        super()._load_state(state, path)
 
     def encode_context(self, conditioning: Conditioning) -> Context:
         """First phase: everything that does not depend on the image tokens."""

@@ -56,7 +56,7 @@ row = st.tuples(
 )
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(rows=st.lists(row, min_size=1, max_size=4), data=st.data(), schedule=schedules)
 def test_any_batch(rows, data, schedule):
     timesteps, temperature, choice, scale, seeds, canvas = map(list, zip(*rows, strict=True))

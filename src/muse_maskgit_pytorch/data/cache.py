@@ -45,9 +45,8 @@ class TokenCache(Dataset):
             if cond is not None:
                 cond_ids.append(cond.int().cpu())
             text = maskgit.embed_texts(batch["text"])
-            lengths = text.mask.sum(dim=1).tolist()
-            rows = zip(text.embeds.half().cpu(), lengths, strict=True)
-            self.embeds += [embeds[:length].clone() for embeds, length in rows]
+            rows = zip(text.embeds.half().cpu(), text.mask.cpu(), strict=True)
+            self.embeds += [embeds[mask] for embeds, mask in rows]
         self.ids = torch.cat(ids)
         self.cond_ids = torch.cat(cond_ids) if cond_ids else None
 

@@ -5,6 +5,7 @@ The paper names an adversarial loss of weight 0.1 but not its form; the hinge fo
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import torch
@@ -27,7 +28,7 @@ class Discriminator(nn.Module):
         net: list[nn.Module] = [nn.Conv2d(3, dim, 3, padding=1), nn.LeakyReLU(0.2)]
         for a, b in pairwise(widths):
             net += [nn.Conv2d(a, b, 4, stride=2, padding=1)]
-            net += [nn.GroupNorm(min(32, b // 4), b), nn.LeakyReLU(0.2)]
+            net += [nn.GroupNorm(math.gcd(min(32, b // 4), b), b), nn.LeakyReLU(0.2)]
         net += [nn.Conv2d(widths[-1], 1, 3, padding=1)]
         self.net = nn.Sequential(*net)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -48,6 +48,10 @@ class MaskGitTrainer(Trainer):
         **common: Any,
     ):
         super().__init__(maskgit, **common)
+        if part not in get_args(Part):
+            raise ValueError(f"part must be one of {get_args(Part)}, not {part!r}")
+        if num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1, not {num_samples}")
         if part == "critic" and maskgit.critic is None:
             raise ValueError(
                 "part='critic', but the model has no token_critic or self_token_critic"

@@ -122,11 +122,18 @@ class Trainer:
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
         notnegative = dict(lr=lr, warmup_steps=warmup_steps, sample_every=sample_every)
-        for name, value in (notnegative | dict(weight_decay=weight_decay)).items():
+        notnegative |= dict(weight_decay=weight_decay, max_grad_norm=max_grad_norm)
+        for name, value in (notnegative | dict(num_workers=num_workers)).items():
             if value < 0:
                 raise ValueError(f"{name} must not be negative, but is {value}")
         if not 0 <= valid_fraction < 1:
             raise ValueError(f"valid_fraction must be in [0, 1), not {valid_fraction}")
+        if not 0 <= ema_decay < 1:
+            raise ValueError(f"ema_decay must be in [0, 1), not {ema_decay}")
+        if max_minutes is not None and max_minutes <= 0:
+            raise ValueError(f"max_minutes must be above 0, not {max_minutes}")
+        if lr_schedule not in ("cosine", "constant"):
+            raise ValueError(f"lr_schedule must be cosine or constant, not {lr_schedule!r}")
         from accelerate import Accelerator
 
         self.accelerator = Accelerator(mixed_precision=mixed_precision)
@@ -229,9 +236,10 @@ class Trainer:
         try:
             while self.step < self.num_train_steps and not self._out_of_time():
                 self._seed_step()
+                lr = self.lr * self._lr_factor()
                 for optimizer in self.optimizers.values():
                     for group in optimizer.param_groups:
-                        group["lr"] = self.lr * self._lr_factor()
+                        group["lr"] = lr
                 terms = self.train_step(batches)
                 self.step += 1
                 self.ema.update(self.step)
@@ -240,7 +248,7 @@ class Trainer:
                     values = {name: float(value) for name, value in terms.items()}
                     seconds = time.monotonic() - self._started
                     rate = (self.step - first_step) / seconds
-                    self._log({**values, "lr": self.lr * self._lr_factor(), "steps_per_s": rate})
+                    self._log({**values, "lr": lr, "steps_per_s": rate})
                     bar.set_postfix({k: f"{v:.4g}" for k, v in values.items()})
                 if self.sample_every and self.step % self.sample_every == 0:
                     self._look()
@@ -255,6 +263,7 @@ class Trainer:
         self._look()
         self._save_checkpoint()
         self.save()
+        accelerator.wait_for_everyone()  # what follows may read the files
 
     def save(self) -> None:
         """Write ``NAME.safetensors`` (raw weights) and ``NAME-ema.safetensors`` (averaged)."""
@@ -359,7 +368,10 @@ class Trainer:
     def _log(self, values: dict[str, float]) -> None:
         if self.accelerator.is_main_process:
             self.results_folder.mkdir(parents=True, exist_ok=True)
-            line = {"step": self.step, **values}
+            # JSON has no infinity and no NaN
+            line = {"step": self.step} | {
+                name: value if math.isfinite(value) else None for name, value in values.items()
+            }
             with open(self.results_folder / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
 
@@ -397,5 +409,8 @@ class Trainer:
                 )
             module.load_state_dict(saved, strict=False)
             self.optimizers[name].load_state_dict(tree["optimizers"][name])
+            for state in self.optimizers[name].state.values():
+                # what was equal is stored once and comes back as one tensor, all the step counts
+                state.update({key: value.clone() for key, value in state.items()})
         self.ema.load(tree["ema"])
         self.step = tree["step"]

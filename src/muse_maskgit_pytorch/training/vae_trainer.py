@@ -67,6 +67,16 @@ class VQGanVAETrainer(Trainer):
     ):
         super().__init__(vae, betas=betas, weight_decay=weight_decay, **common)
         vae.fmap_size(image_size)
+        if recon_loss not in ("l2", "l1"):
+            raise ValueError(f"recon_loss must be l2 or l1, not {recon_loss!r}")
+        if discriminator_dim < 1:
+            raise ValueError(f"discriminator_dim must be at least 1, not {discriminator_dim}")
+        notnegative = dict(recon_weight=recon_weight, perceptual_weight=perceptual_weight)
+        notnegative |= dict(gan_weight=gan_weight, gan_start=gan_start)
+        notnegative |= dict(gradient_penalty_weight=gradient_penalty_weight)
+        for name, value in (notnegative | dict(quantizer_weight=quantizer_weight)).items():
+            if value < 0:
+                raise ValueError(f"{name} must not be negative, but is {value}")
         self.vae = vae
         self.folder, self.image_size, self.cache_images = folder, image_size, cache_images
         self.recon_loss, self.recon_weight = recon_loss, recon_weight
@@ -81,9 +91,8 @@ class VQGanVAETrainer(Trainer):
         self.discriminator = Discriminator(discriminator_dim) if gan_weight > 0 else None
 
     def make_datasets(self) -> tuple[Dataset, Dataset | None]:
-        if self.valid_fraction == 0:
-            return self.dataset, None
-        return split(self.dataset, self.valid_fraction)
+        train, valid = split(self.dataset, self.valid_fraction)
+        return train, valid if len(valid) else None
 
     def modules(self) -> dict[str, nn.Module]:
         modules: dict[str, nn.Module] = {"vae": self.vae}
