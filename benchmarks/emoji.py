@@ -69,14 +69,17 @@ def main() -> None:
     muse = Muse.from_pretrained(args.model).to(device)
     base_options = muse.base.default_options.replace(**args.base)
     superres = muse.superres
-    superres_options = superres and superres.default_options.replace(**args.superres)
+    superres_options = superres.default_options.replace(**args.superres) if superres else None
 
-    splits = {}
+    splits: dict[str, tuple[list[str], Tensor, Tensor]] = {}
     for name in ("train", "heldout"):
         texts, small = load(args.data / "64" / name)
         _, large = load(args.data / "128" / name)
         splits[name] = (texts, small, large)
-    real = {size: torch.cat([splits[n][i] for n in splits]) for i, size in ((1, 64), (2, 128))}
+    real = {
+        64: torch.cat([small for _, small, _ in splits.values()]),
+        128: torch.cat([large for *_, large in splits.values()]),
+    }
 
     results: dict[str, dict[str, float]] = {}
     start = 0
@@ -86,7 +89,7 @@ def main() -> None:
         # all held-out captions in their own order; of the training ones a fixed sample
         rows = torch.arange(len(texts)) if count is None else order[:count].sort().values
         prompts = [texts[row] for row in rows]
-        figures = {"captions": len(prompts)}
+        figures: dict[str, float] = {"captions": len(prompts)}
         figures["psnr_64"] = psnr(muse.base.vae, small[rows].to(device))
         if superres:
             figures["psnr_128"] = psnr(superres.vae, large[rows].to(device))

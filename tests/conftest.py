@@ -22,7 +22,6 @@ jaxtyping.install_import_hook(
 
 from tests import hub  # noqa: E402
 
-
 # The same examples in every run, however slow the machine.
 settings.register_profile("project", deadline=None, derandomize=True)
 settings.load_profile("project")

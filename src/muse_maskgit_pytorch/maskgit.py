@@ -154,11 +154,11 @@ class MaskGit(Saveable):
         images: Float[Tensor, "B 3 H W"] | None = None,
     ) -> Int[Tensor, "B M"] | None:
         """Low-resolution ids: given, or from low-resolution images, or from ``images`` reduced."""
-        if self.cond_vae is None:
+        size = self.cond_image_size
+        if self.cond_vae is None or size is None:
             if cond_images is not None or cond_ids is not None:
                 raise ValueError("cond_images or cond_ids given to a model without cond_image_size")
             return None
-        size = self.cond_image_size
         if cond_ids is not None:
             cond_ids, wanted = cond_ids.flatten(1), self.cond_vae.fmap_size(size) ** 2
             if cond_ids.shape[1] != wanted:
@@ -302,7 +302,9 @@ class MaskGit(Saveable):
                 negatives = list(given) * (batch if len(given) == 1 else 1)
             if len(negatives) != batch:
                 raise ValueError(f"{len(negatives)} negative_texts for {batch} texts")
-            negative = text if negative_texts is None else self.embed_texts(negatives, allow_empty=True)
+            negative = (
+                text if negative_texts is None else self.embed_texts(negatives, allow_empty=True)
+            )
             text = text.cat(negative)
             seen = torch.tensor([bool(n) for n in negatives], device=self.device)
             keep = torch.cat([keep, seen])

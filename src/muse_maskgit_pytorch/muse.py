@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from .checkpoint import Saveable
 from .images import to_pil
 from .maskgit import MaskGit
-from .structures import SampleOptions, TextEmbeds
+from .structures import SampleOptions, SampleStep, TextEmbeds
 from .vqgan_vae import VQGanVAE
 
 
@@ -52,6 +52,7 @@ class Muse(Saveable):
         seeds: int | Sequence[int] | None = None,
         base_options: SampleOptions | None = None,
         superres_options: SampleOptions | None = None,
+        callback: Callable[[SampleStep], Any] | None = None,
     ) -> list[Image.Image]:
         """Texts -> PIL images at the final size.
 
@@ -62,6 +63,8 @@ class Muse(Saveable):
             seeds: one for each image, or an integer s for s, s + 1, ...; None: random.
             base_options: sampling of the base; by default its ``default_options``.
             superres_options: likewise of the super-resolution.
+            callback: sees a `SampleStep` after each step of either stage; returning True stops
+                that stage.
         """
         images = self.stages(
             texts,
@@ -70,6 +73,7 @@ class Muse(Saveable):
             seeds=seeds,
             base_options=base_options,
             superres_options=superres_options,
+            callback=callback,
         )
         return to_pil(images[-1])
 
@@ -83,6 +87,7 @@ class Muse(Saveable):
         seeds: int | Sequence[int] | None = None,
         base_options: SampleOptions | None = None,
         superres_options: SampleOptions | None = None,
+        callback: Callable[[SampleStep], Any] | None = None,
     ) -> list[Float[Tensor, "B 3 H W"]]:
         """Like calling the model, but the images of every stage, as tensors in [0, 1]."""
         text = self.base.embed_texts(texts, text_embeds)
@@ -96,6 +101,7 @@ class Muse(Saveable):
             text_embeds=text,
             negative_texts=negative_texts,
             options=seeded(base_options or self.base.default_options),
+            callback=callback,
         )
         images = [self.base.decode(base_ids)]
         if self.superres is not None:
@@ -112,6 +118,7 @@ class Muse(Saveable):
                     cond_ids=base_ids if shares_ids else None,
                     cond_images=None if shares_ids else images[0],
                     options=seeded(superres_options or self.superres.default_options),
+                    callback=callback,
                 )
             )
         return images

@@ -138,8 +138,7 @@ def make_plan(mask: Bool[Tensor, "B N"], options: SampleOptions) -> SamplePlan:
         options: see `SampleOptions`.
 
     Raises:
-        ValueError: steps below 1, a negative temperature, or a number of values or seeds that is
-            not the number of rows.
+        ValueError: a number of values or seeds that is not the number of rows.
     """
     batch, num_tokens = mask.shape
     mask = mask.cpu()
@@ -147,11 +146,6 @@ def make_plan(mask: Bool[Tensor, "B N"], options: SampleOptions) -> SamplePlan:
     temperature = per_row(options.temperature, batch, "temperature")
     choice = per_row(options.choice_temperature, batch, "choice_temperature")
     scale = per_row(options.cond_scale, batch, "cond_scale")
-    if min(timesteps, default=1) < 1:
-        raise ValueError(f"timesteps must be at least 1, not {min(timesteps)}")
-    for name, values in {"temperature": temperature, "choice_temperature": choice}.items():
-        if min(values, default=0) < 0:
-            raise ValueError(f"{name} must not be negative, but is {min(values)}")
     seeds = options.seeds
     if seeds is None:
         seeds = torch.randint(2**62, (batch,)).tolist()

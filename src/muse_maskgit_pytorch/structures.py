@@ -147,6 +147,13 @@ class SampleOptions:
     noise_schedule: Schedule = "cosine"
     seeds: Sequence[int] | None = None
 
+    def __post_init__(self):
+        for name, least in {"timesteps": 1, "temperature": 0, "choice_temperature": 0}.items():
+            value = getattr(self, name)
+            lowest = min(value, default=least) if isinstance(value, Sequence) else value
+            if not lowest >= least:  # also refuses NaN
+                raise ValueError(f"{name} must be at least {least}, not {lowest}")
+
     def replace(self, **changes) -> SampleOptions:
         return replace(self, **changes)
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from typing import Any
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -18,7 +18,7 @@ from ..checkpoint import CheckpointError, find_file, load_tree
 from ..images import image_grid
 from ..maskgit import MaskGit
 from ..muse import Muse
-from ..structures import SampleOptions
+from ..structures import SampleOptions, SampleStep
 from .parser import Parser, stated
 
 
@@ -59,8 +59,14 @@ def generate(argv: list[str]) -> None:
         f"{name}_options": stage.default_options.replace(**stated(config[name]))
         for name, stage in _stages(model).items()
     }
-    with _progress(model, [o.timesteps for o in options.values()]):
-        images = model(prompts, negative_texts=config.negative, seeds=config.seed, **options)
+    with _progress([o.timesteps for o in options.values()]) as callback:
+        images = model(
+            prompts,
+            negative_texts=config.negative,
+            seeds=config.seed,
+            callback=callback,
+            **options,
+        )
     if config.each:
         for number, (image, prompt) in enumerate(zip(images, prompts, strict=True), 1):
             words = "-".join(re.findall(r"\w+", prompt))[:60]
@@ -125,21 +131,15 @@ def _stages(model: Muse) -> dict[str, MaskGit]:
 
 
 @contextmanager
-def _progress(model: Muse, timesteps: list) -> Iterator[None]:
-    """A bar over the sampling steps: every step reads each stage's logits once."""
+def _progress(timesteps: list) -> Iterator[Callable[[SampleStep], None]]:
+    """A bar over the sampling steps of all stages, as a callback that moves it."""
     total = sum(steps if isinstance(steps, int) else max(steps) for steps in timesteps)
     with tqdm(total=total, desc="sampling", unit="step", dynamic_ncols=True) as bar:
 
-        def tick(*_) -> None:
+        def advance(step: SampleStep) -> None:
             bar.update()
 
-        stages = _stages(model).values()
-        hooks = [stage.transformer.to_logits.register_forward_hook(tick) for stage in stages]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+        yield advance
 
 
 def _write(image: Image.Image, path: Path) -> None:

@@ -149,6 +149,7 @@ class Trainer:
         self.keep_checkpoints, self.valid_fraction = keep_checkpoints, valid_fraction
         self.max_minutes = max_minutes
         self.step = 0
+        self._minutes = 0.0
         self._written: list[Path] = []
 
     # What a trainer adds ---------------------------------------------------------------------
@@ -338,14 +339,18 @@ class Trainer:
             return 1.0
         done = (self.step - self.warmup_steps) / max(1, self.num_train_steps - self.warmup_steps)
         if self.max_minutes:
-            done = max(done, min(1.0, self._minutes() / self.max_minutes))
+            done = max(done, min(1.0, self._minutes / self.max_minutes))
         return 0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2
 
-    def _minutes(self) -> float:
-        return (time.monotonic() - self._started) / 60
-
     def _out_of_time(self) -> bool:
-        return self.max_minutes is not None and self._minutes() > self.max_minutes
+        from accelerate.utils import broadcast
+
+        if self.max_minutes is None:
+            return False
+        # the main process's clock for all: they must slow down and stop as one
+        seconds = torch.tensor(time.monotonic() - self._started, device=self.device)
+        self._minutes = float(broadcast(seconds)) / 60
+        return self._minutes > self.max_minutes
 
     def _look(self) -> None:
         """Validate and draw, with the averaged weights, leaving the randomness untouched."""

@@ -100,6 +100,15 @@ class VQGanVAETrainer(Trainer):
             modules["discriminator"] = self.discriminator
         return modules
 
+    def _prepare(self) -> None:
+        if self.accelerator.num_processes > 1:
+            # "vq" codes follow the batches of all processes. VectorQuantize decides that when it
+            # is made, which is before the processes have met.
+            codebooks: list[Any] = [m for m in self.vae.modules() if hasattr(m, "all_reduce_fn")]
+            for codebook in codebooks:
+                codebook.all_reduce_fn = torch.distributed.all_reduce
+        super()._prepare()
+
     def train_step(self, batches: Iterator[Any]) -> dict[str, Tensor]:
         self.vae.train()
         judge = self.discriminator if self.step >= self.gan_start else None

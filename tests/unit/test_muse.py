@@ -1,0 +1,121 @@
+"""The cascade: sizes, seeds, and ids that are not made twice."""
+
+import pytest
+import torch
+from PIL import Image
+
+from muse_maskgit_pytorch import Muse, SampleOptions
+from tests import tiny
+
+
+def cascade(shared: bool = True, **text) -> Muse:
+    """Images of 16, then 32 pixels."""
+    vae = tiny.vae()
+    base = tiny.maskgit(tiny.transformer(**text), vae=vae, sample_options=dict(timesteps=3))
+    superres = tiny.superres(
+        model=tiny.transformer(seq_len=64, **text),
+        vae=tiny.vae(),
+        cond_vae=vae if shared else tiny.randomise(tiny.vae()),
+        sample_options=dict(timesteps=3),
+    )
+    return Muse(base, superres)
+
+
+def test_models_that_do_not_fit():
+    with pytest.raises(ValueError, match=r"base has a cond_image_size.*swapped"):
+        Muse(tiny.superres(), tiny.maskgit())
+    with pytest.raises(ValueError, match=r"base draws 16 pixels.*cond_image_size 8"):
+        Muse(tiny.maskgit(), tiny.superres(cond_image_size=8))
+    with pytest.raises(ValueError, match=r"base draws 16 pixels.*cond_image_size None"):
+        Muse(tiny.maskgit(), tiny.maskgit())
+
+
+def test_a_list_of_pictures_of_the_final_size(t5):
+    muse = cascade(t5_name=t5, text_embed_dim=None)
+    images = muse(["a red car", "two cats"])
+    assert isinstance(images, list)
+    assert len(images) == 2
+    assert all(isinstance(image, Image.Image) for image in images)
+    assert {(image.size, image.mode) for image in images} == {((32, 32), "RGB")}
+    assert len(muse("a red car")) == 1  # a string is one prompt
+    assert Muse(muse.base)("a red car")[0].size == (16, 16)
+    with pytest.raises(ValueError, match="texts is empty"):
+        muse([])
+
+
+def test_prompts_seeds_and_negative_prompts_matter(t5):
+    muse = cascade(t5_name=t5, text_embed_dim=None)
+    same = muse("a red car", seeds=5)
+    assert muse(["a red car"], seeds=[5]) == same
+    assert muse("two cats", seeds=5) != same
+    assert muse("a red car", seeds=6) != same
+    assert muse("a red car", seeds=5, negative_texts="blurred") != same
+
+
+def test_embeddings_instead_of_texts(t5):
+    muse = cascade(t5_name=t5, text_embed_dim=None)
+    text = muse.base.embed_texts(["a red car"])
+    assert muse(text_embeds=text, seeds=1) == muse(["a red car"], seeds=1)
+    with pytest.raises(ValueError, match="either texts or text_embeds"):
+        muse()
+
+
+def test_an_integer_seed_counts_up():
+    muse, text = cascade(), tiny.text(3)
+    pictures = muse(text_embeds=text, seeds=7)
+    assert pictures == muse(text_embeds=text, seeds=[7, 8, 9])
+    assert pictures != muse(text_embeds=text, seeds=[7, 7, 7])
+    with pytest.raises(ValueError, match="seeds has 2 values for 3 images"):
+        muse(text_embeds=text, seeds=[1, 2])
+
+
+def test_options_of_each_stage():
+    muse, text = cascade(), tiny.text()
+    base = muse.stages(text_embeds=text, seeds=1)
+    assert [image.shape for image in base] == [(2, 3, 16, 16), (2, 3, 32, 32)]
+    other = muse.stages(
+        text_embeds=text, seeds=1, superres_options=SampleOptions(timesteps=2, cond_scale=9.0)
+    )
+    assert torch.equal(other[0], base[0])
+    assert not torch.equal(other[1], base[1])
+    other = muse.stages(text_embeds=text, seeds=1, base_options=SampleOptions(timesteps=2))
+    assert not torch.equal(other[0], base[0])
+    assert not torch.equal(other[1], base[1])  # the low resolution reaches the second stage
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_second_stage_reads_the_ids_or_the_pixels_of_the_first(shared):
+    muse, text = cascade(shared), tiny.text()
+    low = muse.base.generate_ids(text_embeds=text, seeds=[1, 2])
+    if shared:  # ids at hand are not decoded and encoded again
+        cond = dict(cond_ids=low)
+    else:
+        cond = dict(cond_images=muse.base.decode(low))
+    high = muse.superres.generate(text_embeds=text, seeds=[1, 2], **cond)
+    stages = muse.stages(text_embeds=text, seeds=1)
+    assert torch.equal(stages[0], muse.base.decode(low))
+    assert torch.equal(stages[1], high)
+
+
+def test_weights_loaded_later_are_seen():
+    """Two tokenizers that become equal after the cascade was made share their ids."""
+    muse, text = cascade(shared=False), tiny.text()
+    muse.superres.cond_vae.load_state_dict(muse.base.vae.state_dict())
+    low = muse.base.generate_ids(text_embeds=text, seeds=[1, 2])
+    high = muse.superres.generate(text_embeds=text, seeds=[1, 2], cond_ids=low)
+    assert torch.equal(muse.stages(text_embeds=text, seeds=1)[1], high)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_saved_cascade_draws_the_same_pictures(shared, tmp_path):
+    muse = cascade(shared)
+    again = Muse.from_pretrained(muse.save(tmp_path / "muse.safetensors"))
+    pictures = muse(text_embeds=tiny.text(), seeds=3)
+    assert again(text_embeds=tiny.text(), seeds=3) == pictures
+
+
+def test_a_base_alone_is_saved_too(tmp_path):
+    muse = Muse(cascade().base)
+    again = Muse.from_pretrained(muse.save(tmp_path / "muse.safetensors"))
+    assert again.superres is None
+    assert again(text_embeds=tiny.text(), seeds=3) == muse(text_embeds=tiny.text(), seeds=3)
