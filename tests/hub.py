@@ -37,7 +37,6 @@ def make_t5(folder: Path, dim: int = 16, seed: int = 0) -> Path:
         d_ff=2 * dim,
         num_layers=2,
         num_heads=2,
-        decoder_start_token_id=0,
     )
     _save(T5ForConditionalGeneration, config, folder, seed)
     tokenizer.save_pretrained(folder)
@@ -53,8 +52,8 @@ def make_resnet(folder: Path, seed: int = 0, mean: float = 0.5, std: float = 0.2
         hidden_sizes=[8, 16],
         depths=[1, 1],
         layer_type="basic",
-        num_labels=7,
     )
+    config.num_labels = 7
     _save(ResNetForImageClassification, config, folder, seed)
     preprocessing = {"image_mean": [mean] * 3, "image_std": [std] * 3}
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessing))

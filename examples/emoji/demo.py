@@ -9,15 +9,22 @@ from pathlib import Path
 from muse_maskgit_pytorch import Muse
 from muse_maskgit_pytorch.images import image_grid
 
-PROMPTS = [
+KNOWN = [
     "red apple",
     "sun with face",
     "sailboat",
-    "frog",
-    "woman astronaut medium skin tone",
-    "flag Japan",
-    # combinations that were held out of the training
-    "HELD OUT",
+    "octopus",
+    "cactus",
+    "woman cook light skin tone",
+    "Japan",
+    "rocket",
+]
+# held out of the training: these words were never seen together
+NEW = [
+    "woman astronaut dark skin tone",
+    "man superhero medium skin tone",
+    "woman pilot dark skin tone",
+    "detective light skin tone",
 ]
 
 
@@ -30,8 +37,9 @@ def main() -> None:
     start = time.perf_counter()
     print("drawing ...", flush=True)
     muse = Muse.from_pretrained("emoji")
-    images = muse(PROMPTS, seeds=args.seed)
-    image_grid(images, columns=4, labels=PROMPTS).save(args.out)
+    images = muse([*KNOWN, *NEW], seeds=args.seed)
+    labels = [*KNOWN, *(f"new: {prompt}" for prompt in NEW)]
+    image_grid(images, columns=4, labels=labels).save(args.out)
     print(f"{len(images)} pictures in {time.perf_counter() - start:.1f} s: {args.out.resolve()}")
     print('your own prompt:  .venv/bin/muse generate "cat with a red hat" --out cat.png')
 

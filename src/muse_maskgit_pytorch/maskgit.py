@@ -150,7 +150,7 @@ class MaskGit(Saveable):
     def encode_cond(
         self,
         cond_images: Float[Tensor, "B 3 Hc Wc"] | None,
-        cond_ids: Int[Tensor, "B M"] | None,
+        cond_ids: Int[Tensor, "B ..."] | None,
         images: Float[Tensor, "B 3 H W"] | None = None,
     ) -> Int[Tensor, "B M"] | None:
         """Low-resolution ids: given, or from low-resolution images, or from ``images`` reduced."""
@@ -188,7 +188,7 @@ class MaskGit(Saveable):
         *,
         text_embeds: TextEmbeds | Float[Tensor, "B L E"] | None = None,
         cond_images: Float[Tensor, "B 3 Hc Wc"] | None = None,
-        cond_ids: Int[Tensor, "B M"] | None = None,
+        cond_ids: Int[Tensor, "B ..."] | None = None,
         cond_drop_prob: float | None = None,
         part: Part = "all",
     ) -> LossTerms:
@@ -272,7 +272,7 @@ class MaskGit(Saveable):
         text_embeds: TextEmbeds | Float[Tensor, "B L E"] | None = None,
         negative_texts: Sequence[str] | str | None = None,
         cond_images: Float[Tensor, "B 3 Hc Wc"] | None = None,
-        cond_ids: Int[Tensor, "B M"] | None = None,
+        cond_ids: Int[Tensor, "B ..."] | None = None,
         canvas: Int[Tensor, "B N"] | None = None,
         callback: Callable[[SampleStep], Any] | None = None,
         options: SampleOptions | None = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from muse_maskgit_pytorch import MaskGit, MaskGitTransformer, TextEmbeds, TokenCritic, VQGanVAE
+from muse_maskgit_pytorch.quantizer import QuantizerName
 
 CODES, TEXT_DIM, BATCH = 64, 12, 4
+T = TypeVar("T", bound=MaskGitTransformer)
 
 
 def fit(loss: Callable[[], Tensor], parameters: Iterable[nn.Parameter], steps: int) -> list[float]:
@@ -45,14 +48,20 @@ def patchwork(size: int = 16) -> Tensor:
     return F.interpolate(colours, size, mode="nearest")
 
 
-def make_vae(quantizer: str = "fsq", **changes) -> VQGanVAE:
-    size = dict(dim=16, layers=2, num_res_blocks=1, channel_mults=[1, 2, 2])
-    return VQGanVAE(codebook_size=CODES, quantizer=quantizer, **size, **changes)
+def make_vae(quantizer: QuantizerName = "fsq") -> VQGanVAE:
+    return VQGanVAE(
+        dim=16,
+        layers=2,
+        num_res_blocks=1,
+        channel_mults=[1, 2, 2],
+        codebook_size=CODES,
+        quantizer=quantizer,
+    )
 
 
-def make_transformer(kind: type[MaskGitTransformer] = MaskGitTransformer, seq_len: int = 16):
-    size = dict(dim=32, depth=2, dim_head=16, heads=2, text_embed_dim=TEXT_DIM, t5_name="none")
-    return kind(num_tokens=CODES, seq_len=seq_len, **size)
+def make_transformer(kind: type[T] = MaskGitTransformer) -> T:
+    size: dict[str, Any] = dict(num_tokens=CODES, seq_len=16, dim=32, depth=2, dim_head=16, heads=2)
+    return kind(text_embed_dim=TEXT_DIM, t5_name="none", **size)
 
 
 def texts() -> TextEmbeds:
@@ -68,7 +77,7 @@ def random_ids(num_tokens: int, codes: int = CODES) -> Tensor:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("quantizer", ["vq", "simvq", "lfq", "fsq"])
-def test_tokenizer(quantizer: str):
+def test_tokenizer(quantizer: QuantizerName):
     vae, images = make_vae(quantizer), patchwork()
 
     def loss() -> Tensor:

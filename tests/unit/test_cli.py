@@ -4,6 +4,7 @@ import inspect
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -440,8 +441,8 @@ def test_tracebacks_on_request(monkeypatch):
 
 def test_interrupted_training_saves_and_exits_130(root: Path, tmp_path: Path, monkeypatch, capsys):
     def interrupted(self, batches):
-        if self.step == 1:
-            raise KeyboardInterrupt
+        if self.step == 0:
+            signal.raise_signal(signal.SIGINT)
         return train_step(self, batches)
 
     train_step = VQGanVAETrainer.train_step

@@ -31,7 +31,7 @@ def save_tokenizer(folder: Path) -> None:
 
 def bert(folder: Path) -> None:
     sizes = dict(hidden_size=20, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
-    config = transformers.BertConfig(len(WORDS), max_position_embeddings=12, **sizes)
+    config = transformers.BertConfig(vocab_size=len(WORDS), max_position_embeddings=12, **sizes)
     transformers.BertModel(config).save_pretrained(folder)
 
 
@@ -81,7 +81,7 @@ def test_states_and_mask(encoder):
     assert out.mask.sum(1).tolist() == lengths
     assert out.mask.shape[1] == max(lengths)  # padded to the longest, no further
     assert out.mask[0, : lengths[0]].all()
-    assert not torch.allclose(out.embeds[0, 0], out.embeds[1, 0])
+    assert not torch.allclose(out.embeds[0, 1], out.embeds[1, 1])
 
 
 def test_padding_does_not_change_the_real_tokens(encoder):
@@ -192,4 +192,4 @@ def test_packaged_minilm():
     weights = out.mask[..., None].float()
     means = torch.nn.functional.normalize((out.embeds * weights).sum(1), dim=-1)
     alike = means @ means.T
-    assert alike[0, 1] > 0.6 > 0.4 > alike[0, 2]  # the trained weights, not random ones
+    assert alike[0, 1] > alike[0, 2] + 0.3  # the trained weights, not random ones

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import math
+import signal
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -75,7 +77,7 @@ class Trainer:
         log_every: optimizer steps between lines in ``metrics.jsonl``.
         sample_every: optimizer steps between validations with a picture; 0: only at the end.
         save_every: optimizer steps between checkpoints; one is always written at the end and on
-            Ctrl-C.
+            Ctrl-C or SIGTERM, after the step in progress.
         keep_checkpoints: how many of the checkpoints that this run wrote to keep.
         valid_fraction: share of the data held back for validation.
         max_minutes: stop (and save) after this time; the learning rate then follows the clock
@@ -234,7 +236,7 @@ class Trainer:
             dynamic_ncols=True,
         )
         self._started, first_step = time.monotonic(), self.step
-        try:
+        with bar, self._signals_wait():
             while self.step < self.num_train_steps and not self._out_of_time():
                 self._seed_step()
                 lr = self.lr * self._lr_factor()
@@ -255,16 +257,32 @@ class Trainer:
                     self._look()
                 if self.step % self.save_every == 0:
                     self._save_checkpoint()
-        except KeyboardInterrupt:
-            accelerator.print(f"\ninterrupted at step {self.step}: saving")
-            self._save_checkpoint()
-            raise
-        finally:
-            bar.close()
+                if self._stop_asked:
+                    accelerator.print(f"\nstopped after step {self.step}: saving")
+                    self._save_checkpoint()
+                    raise KeyboardInterrupt
         self._look()
         self._save_checkpoint()
         self.save()
         accelerator.wait_for_everyone()  # what follows may read the files
+
+    @contextmanager
+    def _signals_wait(self) -> Iterator[None]:
+        """Ctrl-C and SIGTERM take effect between two steps, never within one; twice: at once."""
+
+        def ask(signum: int, frame: Any) -> None:
+            if self._stop_asked:
+                raise KeyboardInterrupt
+            self._stop_asked = True
+
+        self._stop_asked = False
+        main = threading.current_thread() is threading.main_thread()
+        before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM) if main}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def save(self) -> None:
         """Write ``NAME.safetensors`` (raw weights) and ``NAME-ema.safetensors`` (averaged)."""
