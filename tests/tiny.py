@@ -1,4 +1,9 @@
-"""Models small enough for a slow core, with random weights everywhere."""
+"""Models small enough for a slow core, with random weights everywhere.
+
+What is made is typed as Any: tests look into its parts, of which many are optional.
+"""
+
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +17,12 @@ from muse_maskgit_pytorch import (
     VQGanVAE,
 )
 
+Module = TypeVar("Module", bound=nn.Module)
 TEXT_DIM = 12
 CODES = 60
 
 
-def randomise(module: nn.Module) -> nn.Module:
+def randomise(module: Module) -> Module:
     """Give every weight a random value: output projections start at zero and hide much."""
     with torch.no_grad():
         for parameter in module.parameters():
@@ -27,24 +33,28 @@ def randomise(module: nn.Module) -> nn.Module:
     return module
 
 
-def vae(**changes) -> VQGanVAE:
+def vae(**changes: Any) -> Any:
     """Factor 4, 60 codes."""
-    arguments = dict(dim=8, codebook_size=CODES, layers=2, num_res_blocks=1, quantizer="fsq")
+    arguments: dict[str, Any] = dict(
+        dim=8, codebook_size=CODES, layers=2, num_res_blocks=1, quantizer="fsq"
+    )
     return VQGanVAE(**{**arguments, **changes}).eval()
 
 
-def transformer(kind: type[MaskGitTransformer] = MaskGitTransformer, **changes):
+def transformer(kind: type[MaskGitTransformer] = MaskGitTransformer, **changes: Any) -> Any:
     """60 codes, 4 x 4 tokens, texts of width 12."""
-    arguments = dict(num_tokens=CODES, seq_len=16, dim=16, depth=2, dim_head=8, heads=2)
+    arguments: dict[str, Any] = dict(
+        num_tokens=CODES, seq_len=16, dim=16, depth=2, dim_head=8, heads=2
+    )
     arguments |= dict(text_embed_dim=TEXT_DIM, t5_name="none")
     return randomise(kind(**{**arguments, **changes}))
 
 
-def critic(**changes) -> TokenCritic:
+def critic(**changes: Any) -> Any:
     return transformer(TokenCritic, **changes)
 
 
-def maskgit(model: MaskGitTransformer | None = None, **changes) -> MaskGit:
+def maskgit(model: MaskGitTransformer | None = None, **changes: Any) -> Any:
     """Images of 16 pixels, 4 x 4 tokens."""
     changes.setdefault("vae", vae())
     changes.setdefault("image_size", 16)
@@ -55,10 +65,11 @@ def maskgit(model: MaskGitTransformer | None = None, **changes) -> MaskGit:
     return made
 
 
-def superres(**changes) -> MaskGit:
+def superres(**changes: Any) -> Any:
     """Images of 32 pixels, 8 x 8 tokens, over images of 16 pixels, 4 x 4 tokens."""
     changes.setdefault("model", transformer(seq_len=64))
-    return maskgit(**{"image_size": 32, "cond_image_size": 16, **changes})
+    arguments: dict[str, Any] = {"image_size": 32, "cond_image_size": 16, **changes}
+    return maskgit(**arguments)
 
 
 def text(batch: int = 2, length: int = 5, seed: int = 0) -> TextEmbeds:

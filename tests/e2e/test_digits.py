@@ -115,7 +115,7 @@ def test_digits_are_recognised(tmp_path: Path):
     drawn = muse([f"a handwritten {NAMES[label]}" for label in wanted], seeds=0)
     assert {image.size for image in drawn} == {(HIGH, HIGH)}
     small = [image.convert("L").resize((8, 8), Image.Resampling.BOX) for image in drawn]
-    read = judge.predict(np.stack([np.asarray(image).ravel() for image in small]) * 16 / 255)
+    read = judge.predict(np.stack([np.asarray(i, float).ravel() for i in small]) * 16 / 255)
     right = float((read == wanted).mean())
     print(f"{right:.0%} of {len(wanted)} drawn digits are recognised; by chance: 10%")
     assert right >= 0.6

@@ -6,6 +6,7 @@ import pickle  # noqa: TID251  (to make the file that must be refused)
 import stat
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,7 +60,11 @@ def test_tuples_come_back_as_lists(tmp_path):
 
 
 def test_names_that_coincide(tmp_path):
-    tree = {"a.b": torch.ones(1), "a": {"b": torch.zeros(1), "": torch.full((1,), 2.0)}, 1: 2}
+    tree: dict[Any, Any] = {
+        "a.b": torch.ones(1),
+        "a": {"b": torch.zeros(1), "": torch.full((1,), 2.0)},
+        1: 2,
+    }
     tree |= {"1": torch.full((1,), 3.0), "c": {1: torch.ones(2), "1": torch.zeros(2)}}
     save_tree(tmp_path / "a", tree, "thing")
     assert equal(load_tree(tmp_path / "a")[0], tree)
@@ -219,7 +224,7 @@ def test_models_are_rebuilt_without_a_config(tmp_path):
 
 def test_the_self_critic_is_saved_too(tmp_path):
     maskgit = tiny.maskgit(self_token_critic=True)
-    again = MaskGit.from_pretrained(maskgit.save(tmp_path / "a.safetensors"))
+    again: Any = MaskGit.from_pretrained(maskgit.save(tmp_path / "a.safetensors"))
     assert same_ids(again, maskgit)
     assert again.critic._transformer[0] is again.transformer
 

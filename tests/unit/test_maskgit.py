@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from tests import tiny
 from tests.shapes import unchecked
 
 
-def loss(model: MaskGit, *args, seed: int = 0, **kwargs) -> Tensor:
+def loss(model: MaskGit, *args, seed: int = 0, **kwargs: Any) -> Tensor:
     kwargs.setdefault("cond_drop_prob", 0.0)
     torch.manual_seed(seed)
     return model(*args, **kwargs)
@@ -165,15 +166,15 @@ def test_low_resolution_matters_in_training():
     assert torch.equal(loss(model, images, text_embeds=text, cond_images=small), derived)
     assert not torch.isclose(loss(model, images, text_embeds=text, cond_images=one), derived)
     # and it still does where the text is dropped
-    dropped = [
+    one, two = (
         loss(model, ids, text_embeds=text, cond_images=c, cond_drop_prob=1.0) for c in (one, two)
-    ]
-    assert not torch.isclose(*dropped)
+    )
+    assert not torch.isclose(one, two)
 
 
 def test_text_and_image_matter_in_training():
     for model, tokens in ((tiny.maskgit(), 16), (tiny.superres(), 64)):
-        cond = {} if tokens == 16 else dict(cond_ids=tiny.ids())
+        cond: dict[str, Any] = {} if tokens == 16 else dict(cond_ids=tiny.ids())
         ids = tiny.ids(2, tokens)
         base = loss(model, ids, text_embeds=tiny.text(), **cond)
         assert not torch.isclose(loss(model, ids, text_embeds=tiny.text(seed=1), **cond), base)
@@ -261,7 +262,8 @@ def test_critic_losses():
     plain = tiny.maskgit().losses(tiny.ids(), text_embeds=tiny.text())
     assert plain.critic is None
     assert plain.total is plain.ce
-    for changes in (dict(token_critic=tiny.critic()), dict(self_token_critic=True)):
+    critics: list[dict[str, Any]] = [dict(token_critic=tiny.critic()), dict(self_token_critic=True)]
+    for changes in critics:
         model = tiny.maskgit(critic_loss_weight=0.5, **changes)
         terms = model.losses(tiny.ids(), text_embeds=tiny.text())
         assert terms.critic > 0
@@ -269,7 +271,7 @@ def test_critic_losses():
 
 
 def test_parts_train_alone():
-    def gradients(part: str) -> tuple[bool, bool]:
+    def gradients(part: Any) -> tuple[bool, ...]:
         model = tiny.maskgit(token_critic=tiny.critic())
         model.losses(tiny.ids(), text_embeds=tiny.text(), part=part).total.backward()
         return tuple(

@@ -43,7 +43,7 @@ def test_cosine_value():
 
 def test_unknown_schedule_is_named():
     with pytest.raises(ValueError, match=r"'cosin'.*cosine"):
-        mask_ratio(torch.zeros(1), "cosin")
+        mask_ratio(torch.zeros(1), "cosin")  # pyrefly: ignore
 
 
 @given(

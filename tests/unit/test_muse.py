@@ -1,5 +1,7 @@
 """The cascade: sizes, seeds, and ids that are not made twice."""
 
+from typing import Any
+
 import pytest
 import torch
 from PIL import Image
@@ -8,7 +10,7 @@ from muse_maskgit_pytorch import Muse, SampleOptions
 from tests import tiny
 
 
-def cascade(shared: bool = True, **text) -> Muse:
+def cascade(shared: bool = True, **text: Any) -> Any:
     """Images of 16, then 32 pixels."""
     vae = tiny.vae()
     base = tiny.maskgit(tiny.transformer(**text), vae=vae, sample_options=dict(timesteps=3))

@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -221,7 +222,7 @@ def test_a_row_does_not_depend_on_its_neighbours(model, critic):
     text = tiny.text(4)
     canvas = blank(4)
     canvas[3, :9] = 5
-    every = dict(
+    every: dict[str, Any] = dict(
         timesteps=[8, 3, 1, 6],
         temperature=[1.0, 0.0, 2.0, 0.7],
         choice_temperature=[4.5, 0.0, 1.0, 9.0],
@@ -232,10 +233,11 @@ def test_a_row_does_not_depend_on_its_neighbours(model, critic):
         denoiser(text, model=model, critic=critic), canvas, SampleOptions(**every)
     )
     for row in range(4):
+        own: dict[str, Any] = {name: [values[row]] for name, values in every.items()}
         alone = sample_tokens(
             denoiser(rows_of(text, [row]), model=model, critic=critic),
             canvas[row : row + 1],
-            SampleOptions(**{name: [values[row]] for name, values in every.items()}),
+            SampleOptions(**own),
         )
         assert torch.equal(alone[0], together[row]), row
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ def _no_grad():
         yield
 
 
-def superres(**changes) -> MaskGitTransformer:
+def superres(**changes: Any) -> Any:
     """8 x 8 tokens that read 4 x 4 tokens of 30 codes."""
     made = tiny.transformer(seq_len=64, **changes)
     made.add_cond_encoder(30, 16)
@@ -80,6 +81,8 @@ def plain_cross(layer: CrossAttention, x: Tensor, seen: Tensor, mask: Tensor) ->
 def plain_block(block: Block, x: Tensor, seen: Tensor | None, mask: Tensor | None) -> Tensor:
     x = x + plain_self(block.attn, x)
     if block.cross is not None:
+        assert seen is not None
+        assert mask is not None
         x = x + plain_cross(block.cross, x, seen, mask)
     value, gate = block.ff.to_hidden(block.ff.norm(x)).chunk(2, -1)
     return x + block.ff.to_out(value * F.gelu(gate))
