@@ -479,6 +479,29 @@ def test_bf16(images: Path, tmp_path: Path, t5: str, resnet: str):
         assert all(math.isfinite(value) for line in lines for value in line.values())
 
 
+def test_a_time_limit_ends_the_run_and_saves(images: Path, tmp_path: Path):
+    results = tmp_path / "r"
+    trainer = vae_trainer(
+        images, results, num_train_steps=10**6, warmup_steps=0, max_minutes=0.01, save_every=10**6
+    )
+    trainer.train()
+    assert 0 < trainer.step < 10**6
+    assert last_checkpoint(results)["step"] == trainer.step
+    assert (results / "vae-ema.safetensors").is_file()
+    rates = [line["lr"] for line in metrics(results) if "lr" in line]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[-1] < 0.5 * COMMON["lr"]  # it follows the clock
+
+
+def test_loading_processes_change_nothing(images: Path, tmp_path: Path):
+    states = []
+    for workers in (0, 1):
+        vae = make_vae()
+        vae_trainer(images, tmp_path / f"r{workers}", vae, num_workers=workers).train()
+        states.append(dict(vae.state_dict()))
+    assert_same(states[0], states[1])
+
+
 def test_metrics_files_and_pictures(images: Path, tmp_path: Path, t5: str):
     results = tmp_path / "r"
     maskgit = make_maskgit(t5)
