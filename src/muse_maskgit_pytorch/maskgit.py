@@ -306,7 +306,7 @@ class MaskGit(Saveable):
                 text if negative_texts is None else self.embed_texts(negatives, allow_empty=True)
             )
             text = text.cat(negative)
-            seen = torch.tensor([bool(n) for n in negatives], device=self.device)
+            seen = torch.tensor([bool(n.strip()) for n in negatives], device=self.device)
             keep = torch.cat([keep, seen])
             cond = None if cond is None else torch.cat([cond, cond])
         conditioning = Conditioning(text, cond, keep)
@@ -327,7 +327,8 @@ class MaskGit(Saveable):
         Args:
             texts: B prompts.
             text_embeds: their embeddings instead.
-            negative_texts: what to stay away from: one for all, or one each; empty for none.
+            negative_texts: what to stay away from: one for all, or one each; empty for none. They
+                take the place of u in ``u + cond_scale * (c - u)``, so they need guidance.
             cond_images: low-resolution images (super-resolution), of ``cond_image_size``, or
             cond_ids: their token ids.
             canvas: token ids (B, N) that are given, ``mask_id`` where to draw.

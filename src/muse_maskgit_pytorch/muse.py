@@ -91,11 +91,9 @@ class Muse(Saveable):
     ) -> list[Float[Tensor, "B 3 H W"]]:
         """Like calling the model, but the images of every stage, as tensors in [0, 1]."""
         text = self.base.embed_texts(texts, text_embeds)
-        if isinstance(seeds, int):
-            seeds = range(seeds, seeds + len(text.mask))
 
         def seeded(options: SampleOptions) -> SampleOptions:
-            return options if seeds is None else options.replace(seeds=list(seeds))
+            return options if seeds is None else options.replace(seeds=seeds)
 
         base_ids = self.base.generate_ids(
             text_embeds=text,

@@ -94,6 +94,8 @@ class Quantizer(nn.Module):
 
         if codebook_size < 2:
             raise ValueError(f"codebook_size must be at least 2, not {codebook_size}")
+        if levels is not None and kind != "fsq":
+            raise ValueError(f"fsq_levels are given, but the quantizer is {kind!r}: leave them out")
         self.kind = kind
         self.codebook_size = codebook_size
         if kind == "vq":

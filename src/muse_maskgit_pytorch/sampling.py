@@ -149,6 +149,8 @@ def make_plan(mask: Bool[Tensor, "B N"], options: SampleOptions) -> SamplePlan:
     seeds = options.seeds
     if seeds is None:
         seeds = torch.randint(2**62, (batch,)).tolist()
+    elif isinstance(seeds, int):
+        seeds = range(seeds, seeds + batch)
     seeds = per_row(seeds, batch, "seeds")
 
     most = max(timesteps, default=1)

@@ -136,7 +136,8 @@ class SampleOptions:
             ``(1+t) c - t u``, so cond_scale = 1 + t (2.7).
         guidance_schedule: "linear" raises t from 0 over the steps (the paper's), or "constant".
         noise_schedule: share of tokens still masked as a function of the steps done.
-        seeds: one integer per row. None draws them from torch's global generator.
+        seeds: one integer per row, or s for s, s + 1, ... None draws them from torch's global
+            generator.
     """
 
     timesteps: int | Sequence[int] = 24
@@ -145,7 +146,7 @@ class SampleOptions:
     cond_scale: float | Sequence[float] = 3.0
     guidance_schedule: GuidanceSchedule = "linear"
     noise_schedule: Schedule = "cosine"
-    seeds: Sequence[int] | None = None
+    seeds: int | Sequence[int] | None = None
 
     def __post_init__(self):
         for name, least in {"timesteps": 1, "temperature": 0, "choice_temperature": 0}.items():

@@ -106,7 +106,7 @@ class TextEncoder:
         model_class = getattr(transformers, alone.get(config.model_type, ""), AutoModel)
         self.tokenizer = _from_hub_or_package(AutoTokenizer.from_pretrained, name)
         self.model = _from_hub_or_package(model_class.from_pretrained, name)
-        self.model.eval().requires_grad_(False)
+        self.model.float().eval().requires_grad_(False)  # some files hold half precision
         limit = getattr(config, "max_position_embeddings", None)
         limit = limit or getattr(getattr(config, "text_config", None), "max_position_embeddings", 0)
         self.max_text_len = min(max_text_len, limit or max_text_len)

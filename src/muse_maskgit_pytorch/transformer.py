@@ -133,6 +133,7 @@ class MaskGitTransformer(Saveable):
         self.mask_id = num_tokens
         self.t5_name, self.max_text_len = t5_name, max_text_len
         self.text_embed_dim = text_embed_dim or embed_dim(t5_name)
+        self._init_args["text_embed_dim"] = self.text_embed_dim  # rebuilt without the encoder
         self.self_cond = self_cond
         self._block_args = (heads, dim_head, ff_mult)
         self.cond_depth = math.ceil(depth / 2) if cond_depth is None else cond_depth

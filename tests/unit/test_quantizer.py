@@ -159,3 +159,8 @@ def test_fsq_size_that_cannot_be():
 def test_bad_arguments(kind, changes, message):
     with pytest.raises(ValueError, match=message):
         make(kind, **changes)
+
+
+def test_levels_without_fsq_are_refused():
+    with pytest.raises(ValueError, match="fsq_levels are given, but the quantizer is 'vq'"):
+        Quantizer(8, 64, "vq", levels=[8, 8])

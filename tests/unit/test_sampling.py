@@ -99,6 +99,9 @@ def test_noise_is_that_of_the_seed_alone():
     assert (a.uniform[0, :3] != a.uniform[1, :3]).all()
     state = torch.get_rng_state()
     make_plan(mask, SampleOptions(seeds=[5, 9]))
+    counted = make_plan(mask, SampleOptions(seeds=5))
+    listed = make_plan(mask, SampleOptions(seeds=[5, 6]))
+    assert torch.equal(counted.uniform, listed.uniform)
     assert torch.equal(state, torch.get_rng_state())  # the global generator is left alone
 
 

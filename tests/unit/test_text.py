@@ -1,5 +1,6 @@
 """Text encoders: T5, BERT and CLIP in the hub's format, and what happens without them."""
 
+import shutil
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
@@ -193,3 +194,15 @@ def test_packaged_minilm():
     means = torch.nn.functional.normalize((out.embeds * weights).sum(1), dim=-1)
     alike = means @ means.T
     assert alike[0, 1] > alike[0, 2] + 0.3  # the trained weights, not random ones
+
+
+def test_a_saved_transformer_is_rebuilt_without_its_text_encoder(t5: str, tmp_path: Path):
+    small = dict(num_tokens=8, seq_len=4, dim=8, depth=1, heads=1, dim_head=8)
+    copy = tmp_path / "t5"
+    shutil.copytree(t5, copy)
+    model = MaskGitTransformer(**small, t5_name=str(copy))
+    model.save(tmp_path / "model.safetensors")
+    shutil.rmtree(copy)
+    embed_dim.cache_clear()
+    again = MaskGitTransformer.from_pretrained(tmp_path / "model.safetensors")
+    assert again.text_embed_dim == model.text_embed_dim == 16
