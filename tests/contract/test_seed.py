@@ -306,8 +306,9 @@ def test_the_four_examples_in_small(tmp_path: Path, hub_environment: dict[str, s
 @pytest.mark.timeout(3600)
 def test_the_examples_in_their_own_sizes(tmp_path: Path, hub_environment: dict[str, str]):
     """All four are constructed; base and super-resolution give one loss; 24 GB are enough."""
-    (tmp_path / "images").mkdir()
-    Image.new("RGB", (128, 128), "teal").save(tmp_path / "images" / "1.png")
+    images = tmp_path / "path" / "to" / "images"
+    images.mkdir(parents=True)
+    Image.new("RGB", (128, 128), "teal").save(images / "1.png")
 
     def until(example: str, end: str) -> str:
         assert end in example

@@ -572,13 +572,13 @@ def test_a_broken_image_does_not_end_the_run(images: Path, tmp_path: Path, t5: s
 # Checkpoints -------------------------------------------------------------------------------------
 
 
-def interrupt(trainer: Trainer, step: int) -> None:
-    """Train, and press Ctrl-C after this step."""
+def interrupt(trainer: Trainer, step: int, number: int = signal.SIGINT) -> None:
+    """Train, and press Ctrl-C within this step."""
     original = trainer.train_step
 
     def pressed(batches: Iterator[Any]) -> dict[str, Tensor]:
         if trainer.step == step - 1:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
         return original(batches)
 
     trainer.train_step = pressed  # type: ignore[method-assign]
@@ -631,6 +631,16 @@ def test_an_interrupted_transformer_run_ends_as_an_unbroken_one(
     assert whole["step"] == 6
     steps = {float(s["step"]) for s in whole["optimizers"]["model"]["state"].values()}
     assert steps == {6.0}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_waits_for_the_step_and_saves(images: Path, tmp_path: Path, number: int):
+    before = signal.getsignal(number)
+    trainer = vae_trainer(images, tmp_path / "r", num_train_steps=9)
+    interrupt(trainer, step=2, number=number)
+    assert trainer.step == 2
+    assert last_checkpoint(tmp_path / "r")["step"] == 2
+    assert signal.getsignal(number) is before
 
 
 def test_resuming_a_finished_run_changes_nothing(images: Path, tmp_path: Path):
