@@ -48,7 +48,7 @@ def train_tokenizer(folder: Path, results: Path, image_size: int, **size: Any) -
         folder=str(folder),
         image_size=image_size,
         batch_size=32,
-        num_train_steps=200,
+        num_train_steps=300,
         lr=3e-3,
         warmup_steps=20,
         ema_decay=0.98,
@@ -100,7 +100,7 @@ def test_digits_are_recognised(tmp_path: Path):
     high = train_tokenizer(folder, tmp_path / "vae32", HIGH, layers=0, channel_mults=[3])
     assert (low.fmap_size(LOW), high.fmap_size(HIGH)) == (4, 8)
     base = MaskGit(vae=low, transformer=transformer(16), image_size=LOW)
-    base = train_maskgit(folder, tmp_path / "base", 600, base)
+    base = train_maskgit(folder, tmp_path / "base", 800, base)
     superres = MaskGit(
         vae=high,
         cond_vae=low,
@@ -108,7 +108,7 @@ def test_digits_are_recognised(tmp_path: Path):
         image_size=HIGH,
         cond_image_size=LOW,
     )
-    superres = train_maskgit(folder, tmp_path / "superres", 250, superres)
+    superres = train_maskgit(folder, tmp_path / "superres", 400, superres)
 
     wanted = np.repeat(np.arange(10), PER_CLASS)
     muse = Muse(base, superres)

@@ -84,7 +84,7 @@ def test_tokenizer(quantizer: QuantizerName):
         reconstruction, output = vae(images)
         return F.mse_loss(reconstruction, images) + output.loss
 
-    fit(loss, vae.parameters(), steps=300)
+    fit(loss, vae.parameters(), steps=400)
     vae.eval()
     error = F.mse_loss(vae.decode_from_ids(vae.encode_to_ids(images)), images)
     spread = images.var()  # what a grey image would cost
@@ -144,7 +144,7 @@ def test_critic():
     assert model.critic is not None
     ids, text = random_ids(16), texts()
     values = fit(
-        lambda: model(ids, text_embeds=text, part="critic"), model.critic.parameters(), steps=300
+        lambda: model(ids, text_embeds=text, part="critic"), model.critic.parameters(), steps=400
     )
     assert values[0] > 0.4
     assert last(values) < 0.1
