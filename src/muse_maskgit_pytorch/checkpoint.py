@@ -112,9 +112,15 @@ def load_tree(path: str | os.PathLike, kind: str | None = None) -> tuple[dict[st
     if kind is not None and header["kind"] != kind:
         raise CheckpointError(f"{path} holds a {header['kind']}, not a {kind}")
 
+    given: set[str] = set()
+
     def rebuild(node: dict[str, Any]) -> Any:
         if "tensor" in node:
-            return tensors[node["tensor"]]
+            name = node["tensor"]
+            # stored once, but not one tensor: what changes in place must not change elsewhere
+            tensor = tensors[name].clone() if name in given else tensors[name]
+            given.add(name)
+            return tensor
         if "dict" in node:
             return {key: rebuild(value) for key, value in node["dict"]}
         if "list" in node:

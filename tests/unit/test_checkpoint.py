@@ -314,3 +314,11 @@ def test_copies_are_independent(tmp_path: Path):
     assert twin.critic._transformer[0] is twin.transformer
     assert twin.save(tmp_path / "a.safetensors")
     assert not same_ids(twin, maskgit)
+
+
+def test_equal_tensors_come_back_as_tensors_of_their_own(tmp_path: Path):
+    steps = {"a": torch.zeros(3), "b": torch.zeros(3)}
+    save_tree(tmp_path / "x.safetensors", steps, kind="x")
+    tree, _ = load_tree(tmp_path / "x.safetensors")
+    tree["a"] += 1
+    assert tree["b"].tolist() == [0, 0, 0]

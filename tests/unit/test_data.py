@@ -254,6 +254,7 @@ def test_split_edges(tmp_path: Path):
     dataset = ImageFolder(tmp_path, 1)
     train, valid = split(dataset, 0)
     assert (len(train), len(valid)) == (1, 0)
+    assert [len(part) for part in split(dataset, 0.999)] == [1, 0]  # a single image trains
     for fraction in (-0.1, 1.0):
         with pytest.raises(ValueError, match="valid_fraction"):
             split(dataset, fraction)

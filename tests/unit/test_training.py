@@ -38,7 +38,7 @@ from muse_maskgit_pytorch.training.gan import (
     gradient_penalty,
 )
 from muse_maskgit_pytorch.training.perceptual import PerceptualLoss
-from muse_maskgit_pytorch.training.trainer import EndlessBatches, Trainer
+from muse_maskgit_pytorch.training.trainer import Diverged, EndlessBatches, Trainer
 
 CAPTIONS = ["one", "two owls", "three red kites", "four", "five plums in a bowl", "six", "seven"]
 
@@ -476,7 +476,12 @@ def test_bf16(images: Path, tmp_path: Path, t5: str, resnet: str):
     assert {p.dtype for p in maskgit.parameters()} == {torch.float32}
     for folder in ("vae", "base"):
         lines = metrics(tmp_path / folder)
-        assert all(math.isfinite(value) for line in lines for value in line.values())
+        assert all(
+            math.isfinite(value)
+            for line in lines
+            for name, value in line.items()
+            if name != "stage"
+        )
 
 
 def test_a_time_limit_ends_the_run_and_saves(images: Path, tmp_path: Path):
@@ -512,7 +517,7 @@ def test_metrics_files_and_pictures(images: Path, tmp_path: Path, t5: str):
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5]
     assert {line["step"] for line in lines if "valid_loss" in line} == {2, 4, 5}
     pictures = sorted(path.name for path in (results / "samples").iterdir())
-    assert pictures == [f"step-0000000{i}.png" for i in (2, 4, 5)]
+    assert pictures == [f"base-0000000{i}.png" for i in (2, 4, 5)]
     with Image.open(results / "samples" / pictures[0]) as picture:
         picture.load()
     assert (results / "base.safetensors").is_file()
@@ -888,3 +893,36 @@ def test_cached_texts_need_not_be_padded_on_the_right(
     text = TokenCache(maskgit, ImageFolder(images, 16, captions=True))[1].text_embeds
     assert text is not None
     assert text.embeds[0, :, 0].tolist() == list(range(len(CAPTIONS[1])))
+
+
+def test_a_diverging_run_stops_with_a_sentence_and_keeps_its_checkpoint(
+    images: Path, tmp_path: Path
+):
+    trainer = vae_trainer(images, tmp_path / "r", num_train_steps=6, save_every=2)
+    original = trainer.train_step
+
+    def poisoned(batches: Iterator[Any]) -> dict[str, Tensor]:
+        terms = original(batches)
+        return terms if trainer.step < 3 else terms | {"loss": torch.tensor(torch.nan)}
+
+    trainer.train_step = poisoned  # type: ignore[method-assign]
+    with pytest.raises(Diverged, match="the loss is nan at step 4: lower lr"):
+        trainer.train()
+    assert last_checkpoint(tmp_path / "r")["step"] == 2
+
+
+def test_precisions_may_differ_from_trainer_to_trainer(images: Path, tmp_path: Path, t5: str):
+    vae = make_vae()
+    forward = vae.forward
+    vae_trainer(images, tmp_path / "vae", vae, mixed_precision="bf16").train()
+    assert vae.forward == forward  # not wrapped for good
+    maskgit_trainer(images, tmp_path / "base", make_maskgit(t5), mixed_precision="no").train()
+
+
+def test_a_frozen_part_trains_again_with_the_next_trainer(images: Path, tmp_path: Path, t5: str):
+    model = make_maskgit(t5, critic=True)
+    maskgit_trainer(images, tmp_path, model, part="critic")
+    assert not any(p.requires_grad for p in model.transformer.parameters())
+    maskgit_trainer(images, tmp_path, model, part="all")
+    assert all(p.requires_grad for p in model.transformer.parameters())
+    assert not any(p.requires_grad for p in model.vae.parameters())

@@ -179,7 +179,8 @@ def split(
 
     An image's side depends on its own path and the seed alone, so adding or removing others never
     moves it. The one exception: where the fraction leaves a side empty, the image whose hash
-    comes nearest goes there, so that a set of two or more images always has both.
+    comes nearest goes there, so that a set of two or more images always has both. A single image
+    is for training.
 
     Args:
         dataset: the whole.
@@ -202,6 +203,8 @@ def split(
             valid = {places.index(min(places))}
         elif len(valid) == len(places):
             valid.remove(places.index(max(places)))
+    elif len(places) == 1:
+        valid = set()  # a single image trains
     train = [row for row in range(len(places)) if row not in valid]
     return dataset.select(train), dataset.select(sorted(valid))
 

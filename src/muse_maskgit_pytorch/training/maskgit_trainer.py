@@ -59,10 +59,9 @@ class MaskGitTrainer(Trainer):
         self.name = "superres" if maskgit.cond_image_size else "base"
         self.maskgit, self.part, self.cache_tokens = maskgit, part, cache_tokens
         self.dataset = ImageFolder(folder, maskgit.image_size, captions=True)
-        if part == "critic":
-            maskgit.transformer.requires_grad_(False)
-        elif part == "transformer" and maskgit.critic is not None:
-            maskgit.critic.requires_grad_(False)
+        maskgit.transformer.requires_grad_(part != "critic")
+        if maskgit.critic is not None:
+            maskgit.critic.requires_grad_(part != "transformer")
         self.num_samples = min(num_samples, len(self.dataset))
 
     def make_datasets(self) -> tuple[Dataset, Dataset | None]:
@@ -94,20 +93,27 @@ class MaskGitTrainer(Trainer):
     def train_step(self, batches: Iterator[Batch]) -> dict[str, Tensor]:
         total = torch.zeros((), device=self.device)
         for micro in range(self.grad_accum_every):
-            with self.accelerator.autocast():
-                loss = self.wrapped["model"](**self._arguments(next(batches)))
+            arguments = self._arguments(next(batches))
+            with self.accumulating(self.wrapped["model"], micro):
+                with self.autocast():
+                    loss = self.wrapped["model"](**arguments)
+                self.backward(loss)
             total += loss.detach() / self.grad_accum_every
-            self.backward(self.wrapped["model"], loss, micro)
         return {"loss": total, "grad_norm": self.optimizer_step("model")}
 
     def validate(self, loader: DataLoader) -> dict[str, float]:
         """Mean loss terms, with the text always seen."""
         sums: dict[str, float] = defaultdict(float)
+        count = 0
         for batch in loader:
-            terms = self.maskgit.losses(**self._arguments(batch), cond_drop_prob=0.0)
+            arguments = self._arguments(batch)
+            terms = self.maskgit.losses(**arguments, cond_drop_prob=0.0)
+            rows = len(arguments["images_or_ids"])
             for name, value in vars(terms).items():
                 if value is not None:
-                    sums[name] += float(value) / len(loader)
+                    sums[name] += float(value) * rows
+            count += rows
+        sums = {name: value / count for name, value in sums.items()}
         return {"loss" if name == "total" else name: value for name, value in sums.items()}
 
     def draw(self, path: Path) -> None:
@@ -116,7 +122,7 @@ class MaskGitTrainer(Trainer):
         items = [self.dataset[row] for row in rows]
         images = torch.stack([item["image"] for item in items])
         texts = [item["text"] for item in items]
-        with self.accelerator.autocast():
+        with self.autocast():
             cond_ids = self.maskgit.encode_cond(None, None, images.to(self.device))
             drawn = self.maskgit.generate(texts, cond_ids=cond_ids, seeds=list(range(len(rows))))
         path.parent.mkdir(parents=True, exist_ok=True)

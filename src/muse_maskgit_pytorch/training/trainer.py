@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -54,6 +54,10 @@ class EndlessBatches(Sampler[list[int]]):
             yield batch[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
 
 
+class Diverged(ValueError):
+    """The loss is no longer a number. Nothing is saved over the last good checkpoint."""
+
+
 class Trainer:
     """Base of the trainers: everything but the losses.
 
@@ -81,7 +85,7 @@ class Trainer:
         keep_checkpoints: how many of the checkpoints that this run wrote to keep.
         valid_fraction: share of the data held back for validation.
         max_minutes: stop (and save) after this time; the learning rate then follows the clock
-            where that is ahead of the steps. None: no limit.
+            where that is ahead of the steps. A resumed run starts the clock anew. None: no limit.
     """
 
     name = "model"
@@ -138,7 +142,11 @@ class Trainer:
             raise ValueError(f"lr_schedule must be cosine or constant, not {lr_schedule!r}")
         from accelerate import Accelerator
 
-        self.accelerator = Accelerator(mixed_precision=mixed_precision)
+        # accelerate holds one precision per process and wraps models for it; what needs it is the
+        # gradient scaler of fp16 alone, so the rest is autocast of our own
+        scaled = "fp16" if mixed_precision == "fp16" else "no"
+        self.accelerator = Accelerator(mixed_precision=scaled)
+        self.mixed_precision = mixed_precision
         self.model = model
         self.batch_size, self.grad_accum_every = batch_size, grad_accum_every
         self.num_train_steps, self.lr = num_train_steps, lr
@@ -195,6 +203,7 @@ class Trainer:
         Raises:
             CheckpointError: ``results_folder`` holds a run and ``resume`` is off, or its
                 checkpoint does not fit this model.
+            Diverged: the loss is not finite.
         """
         accelerator = self.accelerator
         newest = self._newest_checkpoint()
@@ -253,6 +262,11 @@ class Trainer:
                     rate = (self.step - first_step) / seconds
                     self._log({**values, "lr": lr, "steps_per_s": rate})
                     bar.set_postfix({k: f"{v:.4g}" for k, v in values.items()})
+                    if not math.isfinite(values["loss"]):
+                        raise Diverged(
+                            f"the loss is {values['loss']} at step {self.step}: lower lr, or use "
+                            "mixed_precision bf16 or no; resume goes on from the last checkpoint"
+                        )
                 if self.sample_every and self.step % self.sample_every == 0:
                     self._look()
                 if self.step % self.save_every == 0:
@@ -291,14 +305,22 @@ class Trainer:
             with self.ema.applied():
                 self.model.save(self.results_folder / f"{self.name}-ema.safetensors")
 
-    def backward(self, wrapped: nn.Module, loss: Tensor, micro: int) -> None:
-        """Accumulate gradients of one of ``grad_accum_every`` micro batches.
+    def autocast(self) -> AbstractContextManager:
+        """Half precision where it is safe, if ``mixed_precision`` says so."""
+        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.mixed_precision)
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
+
+    def accumulating(self, wrapped: nn.Module, micro: int) -> AbstractContextManager:
+        """Around forward and backward of one of ``grad_accum_every`` micro batches.
 
         Gradients are exchanged between processes with the last one only.
         """
         last = micro == self.grad_accum_every - 1
-        with nullcontext() if last else self.accelerator.no_sync(wrapped):
-            self.accelerator.backward(loss / self.grad_accum_every)
+        return nullcontext() if last else self.accelerator.no_sync(wrapped)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add this micro batch's share to the gradients."""
+        self.accelerator.backward(loss / self.grad_accum_every)
 
     def optimizer_step(self, name: str) -> Tensor:
         """Clip this module's gradients alone, step, clear; returns the gradient norm."""
@@ -380,11 +402,11 @@ class Trainer:
                 module.eval()
             torch.manual_seed(self.seed)
             if self._valid_loader is not None:
-                with self.accelerator.autocast():
+                with self.autocast():
                     self._log(
                         {f"valid_{k}": v for k, v in self.validate(self._valid_loader).items()}
                     )
-            self.draw(self.results_folder / "samples" / f"step-{self.step:08d}.png")
+            self.draw(self.results_folder / "samples" / f"{self.name}-{self.step:08d}.png")
             for module in modules:
                 module.train()
 
@@ -392,7 +414,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.results_folder.mkdir(parents=True, exist_ok=True)
             # JSON has no infinity and no NaN
-            line = {"step": self.step} | {
+            line = {"stage": self.name, "step": self.step} | {
                 name: value if math.isfinite(value) else None for name, value in values.items()
             }
             with open(self.results_folder / "metrics.jsonl", "a") as file:
@@ -413,12 +435,18 @@ class Trainer:
             "modules": {n: self._trained_state(m) for n, m in self.modules().items()},
             "optimizers": {n: o.state_dict() for n, o in self.optimizers.items()},
             "ema": self.ema.average,
+            "scaler": self._scaler_state(),
         }
         save_tree(path, tree, kind=f"{type(self).__name__} checkpoint")
         if path not in self._written:
             self._written.append(path)
         while len(self._written) > self.keep_checkpoints:
             self._written.pop(0).unlink(missing_ok=True)
+
+    def _scaler_state(self) -> dict[str, Any]:
+        """State of fp16's gradient scaler; empty in other precisions."""
+        scaler = self.accelerator.scaler
+        return {} if scaler is None else scaler.state_dict()
 
     def _load_checkpoint(self, path: Path) -> None:
         tree, _ = load_tree(path, kind=f"{type(self).__name__} checkpoint")
@@ -432,8 +460,7 @@ class Trainer:
                 )
             module.load_state_dict(saved, strict=False)
             self.optimizers[name].load_state_dict(tree["optimizers"][name])
-            for state in self.optimizers[name].state.values():
-                # what was equal is stored once and comes back as one tensor, all the step counts
-                state.update({key: value.clone() for key, value in state.items()})
+        if self.accelerator.scaler is not None and tree["scaler"]:
+            self.accelerator.scaler.load_state_dict(tree["scaler"])
         self.ema.load(tree["ema"])
         self.step = tree["step"]

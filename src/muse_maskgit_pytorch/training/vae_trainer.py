@@ -112,58 +112,69 @@ class VQGanVAETrainer(Trainer):
     def train_step(self, batches: Iterator[Any]) -> dict[str, Tensor]:
         self.vae.train()
         judge = self.discriminator if self.step >= self.gan_start else None
-        terms: dict[str, Tensor] = {}
+        totals: dict[str, Tensor] = {}
 
-        def note(name: str, value: Tensor) -> None:
-            terms[name] = terms.get(name, 0) + value.detach() / self.grad_accum_every
+        def note(terms: dict[str, Tensor]) -> None:
+            for name, value in terms.items():
+                share = value.detach() / self.grad_accum_every
+                totals[name] = totals[name] + share if name in totals else share
 
         pairs = []
         for micro in range(self.grad_accum_every):
             images = next(batches)["image"].to(self.device, non_blocking=True)
-            with self.accelerator.autocast():
-                recon, quantized = self.wrapped["vae"](images)
-            recon = recon.float()
-            difference = F.mse_loss if self.recon_loss == "l2" else F.l1_loss
-            recon_term = difference(recon, images)
-            loss = self.recon_weight * recon_term + self.quantizer_weight * quantized.loss
-            note("recon", recon_term)
-            note("quantizer", quantized.loss)
-            note("codebook_usage", quantized.usage)
-            if self.perceptual is not None:
-                with self.accelerator.autocast():
-                    term = self.perceptual(recon, images)
-                loss = loss + self.perceptual_weight * term
-                note("perceptual", term)
+            with self.accumulating(self.wrapped["vae"], micro):
+                recon, terms = self._generator_terms(images, judge)
+                self.backward(terms["loss"])
+            note(terms)
             if judge is not None:
-                # the discriminator only judges here: its own gradients come from its own step
-                judge.requires_grad_(False)
-                with self.accelerator.autocast():
-                    term = generator_loss(judge(recon))
-                judge.requires_grad_(True)
-                loss = loss + self.gan_weight * term
-                note("generator", term)
                 pairs.append((images, recon.detach()))
-            note("loss", loss)
-            self.backward(self.wrapped["vae"], loss, micro)
-        terms["grad_norm"] = self.optimizer_step("vae")
+        totals["grad_norm"] = self.optimizer_step("vae")
 
         for micro, (images, recon) in enumerate(pairs):
-            penalised = self.gradient_penalty_weight > 0
-            real = images.requires_grad_(penalised)
-            with self.accelerator.autocast():
-                # one forward through the wrapper for both, as DistributedDataParallel wants it
-                scores = self.wrapped["discriminator"](torch.cat([real, recon]))
-            real_scores, fake_scores = scores.chunk(2)
-            loss = discriminator_loss(real_scores, fake_scores)
-            note("discriminator", loss)
-            if penalised:
-                penalty = gradient_penalty(real, real_scores)
-                loss = loss + self.gradient_penalty_weight * penalty
-                note("gradient_penalty", penalty)
-            self.backward(self.wrapped["discriminator"], loss, micro)
+            with self.accumulating(self.wrapped["discriminator"], micro):
+                terms = self._discriminator_terms(images, recon)
+                self.backward(terms["discriminator_loss"])
+            note(terms)
         if pairs:
-            terms["discriminator_grad_norm"] = self.optimizer_step("discriminator")
-        return terms
+            totals["discriminator_grad_norm"] = self.optimizer_step("discriminator")
+        return totals
+
+    def _generator_terms(
+        self, images: Tensor, judge: Discriminator | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Reconstruction, and the terms of the tokenizer's loss; "loss" is their weighted sum."""
+        with self.autocast():
+            recon, quantized = self.wrapped["vae"](images)
+        recon = recon.float()
+        difference = F.mse_loss if self.recon_loss == "l2" else F.l1_loss
+        terms = {"recon": difference(recon, images), "quantizer": quantized.loss}
+        loss = self.recon_weight * terms["recon"] + self.quantizer_weight * terms["quantizer"]
+        if self.perceptual is not None:
+            with self.autocast():
+                terms["perceptual"] = self.perceptual(recon, images)
+            loss = loss + self.perceptual_weight * terms["perceptual"]
+        if judge is not None:
+            # it only judges here: its own gradients come from its own step
+            judge.requires_grad_(False)
+            with self.autocast():
+                terms["generator"] = generator_loss(judge(recon))
+            judge.requires_grad_(True)
+            loss = loss + self.gan_weight * terms["generator"]
+        return recon, terms | {"loss": loss, "codebook_usage": quantized.usage}
+
+    def _discriminator_terms(self, images: Tensor, recon: Tensor) -> dict[str, Tensor]:
+        """The terms of the discriminator's loss; "discriminator_loss" is their weighted sum."""
+        real = images.requires_grad_(self.gradient_penalty_weight > 0)
+        with self.autocast():
+            # one forward through the wrapper for both, as DistributedDataParallel wants it
+            scores = self.wrapped["discriminator"](torch.cat([real, recon]))
+        real_scores, fake_scores = scores.chunk(2)
+        terms = {"discriminator": discriminator_loss(real_scores, fake_scores)}
+        loss = terms["discriminator"]
+        if self.gradient_penalty_weight > 0:
+            terms["gradient_penalty"] = gradient_penalty(real, real_scores)
+            loss = loss + self.gradient_penalty_weight * terms["gradient_penalty"]
+        return terms | {"discriminator_loss": loss}
 
     def validate(self, loader: DataLoader) -> dict[str, float]:
         """PSNR in dB (mean over images) and mean squared error."""
