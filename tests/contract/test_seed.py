@@ -304,7 +304,6 @@ def test_the_four_examples_in_small(tmp_path: Path, hub_environment: dict[str, s
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.skipif("FULL_SIZE" not in os.environ, reason="13 TFLOP: set FULL_SIZE=1 to run it")
 def test_the_examples_in_their_own_sizes(tmp_path: Path, hub_environment: dict[str, str]):
     """All four are constructed; base and super-resolution give one loss; 24 GB are enough."""
     images = tmp_path / "path" / "to" / "images"
