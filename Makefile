@@ -13,7 +13,7 @@ export TOKENIZERS_PARALLELISM ?= false
 .PHONY: help env demo test lint format data clean
 
 help:
-	@echo 'make env      an environment in .venv (Python 3.11 or newer, about 2 GB)'
+	@echo 'make env      an environment in .venv (Python 3.11 or newer; 2 GB and up)'
 	@echo 'make demo     draw a sheet of prompts with the shipped model'
 	@echo 'make test     linters, types, import rules and tests'
 	@echo 'make lint     the same without the tests'

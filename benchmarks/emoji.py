@@ -81,6 +81,7 @@ def main() -> None:
         128: torch.cat([large for *_, large in splits.values()]),
     }
 
+    muse("warming up", seeds=0)
     results: dict[str, dict[str, float]] = {}
     start = 0
     for name, (texts, small, large) in splits.items():
@@ -103,8 +104,8 @@ def main() -> None:
                 base_options=base_options,
                 superres_options=superres_options,
             )
-            seconds += time.perf_counter() - before
             stages.append([images.float().cpu() for images in drawn])
+            seconds += time.perf_counter() - before
         for size, images in zip((64, 128), zip(*stages, strict=True), strict=False):
             for k in (1, 5):
                 found = recall(torch.cat(images), real[size], rows + start, k)

@@ -41,7 +41,7 @@ def main() -> None:
     labels = [*KNOWN, *(f"new: {prompt}" for prompt in NEW)]
     image_grid(images, columns=4, labels=labels).save(args.out)
     print(f"{len(images)} pictures in {time.perf_counter() - start:.1f} s: {args.out.resolve()}")
-    print('your own prompt:  .venv/bin/muse generate "cat with a red hat" --out cat.png')
+    print('your own prompt:  .venv/bin/muse generate "man farmer dark skin tone" --out mine.png')
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .checkpoint import Saveable
-from .masking import draw_mask, mask_tokens
+from .masking import draw_mask, mask_ratio, mask_tokens
 from .sampling import Denoiser, choose_tokens, sample_tokens
 from .structures import Conditioning, LossTerms, SampleOptions, SampleStep, Schedule, TextEmbeds
 from .text import get_text_encoder
@@ -73,6 +73,7 @@ class MaskGit(Saveable):
         for name, value in probs.items():
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} must be in [0, 1], not {value}")
+        mask_ratio(torch.zeros(()), noise_schedule)  # refuses an unknown one before any work
         if token_critic is not None and self_token_critic:
             raise ValueError("token_critic and self_token_critic exclude each other: choose one")
         if cond_vae is not None and cond_image_size is None:
@@ -134,7 +135,8 @@ class MaskGit(Saveable):
         if (texts is None) == (text_embeds is None):
             raise ValueError("give either texts or text_embeds")
         if text_embeds is not None:
-            return TextEmbeds.of(text_embeds).to(self.device)
+            text = TextEmbeds.of(text_embeds).to(self.device)
+            return TextEmbeds(text.embeds.float(), text.mask)
         texts = [texts] if isinstance(texts, str) else list(texts or ())
         if not texts:
             raise ValueError("texts is empty: give at least one caption")
@@ -165,7 +167,7 @@ class MaskGit(Saveable):
                 raise ValueError(
                     f"{cond_ids.shape[1]} cond_ids per image, cond_image_size {size} has {wanted}"
                 )
-            return cond_ids.to(self.device)
+            return _check_ids(cond_ids.to(self.device), self.cond_vae, "cond_ids")
         if cond_images is None:
             if images is None:
                 raise ValueError(
@@ -210,7 +212,7 @@ class MaskGit(Saveable):
             ids = self.vae.encode_to_ids(images).flatten(1)
             cond = self.encode_cond(cond_images, cond_ids, images)
         else:
-            ids = images.flatten(1)
+            ids = _check_ids(images.flatten(1), self.vae, "ids")
             cond = self.encode_cond(cond_images, cond_ids)
         if ids.shape[1] != self.fmap_size**2:
             raise ValueError(f"{ids.shape[1]} ids per image, this model has {self.fmap_size**2}")
@@ -232,6 +234,8 @@ class MaskGit(Saveable):
             if self.transformer.self_cond and torch.rand(()) < self.self_cond_prob:
                 with torch.no_grad():  # the same context: a dropped text stays dropped
                     self_cond = self.transformer(masked.input_ids, context)
+                # before torch 2.11 the weights cast in there would stay without a gradient
+                torch.clear_autocast_cache()
             hidden = self.transformer(masked.input_ids, context, self_cond)
             logits = self.transformer.to_logits(hidden[mask]).float()
             ce = F.cross_entropy(logits, ids[mask], label_smoothing=self.label_smoothing)
@@ -347,6 +351,17 @@ class MaskGit(Saveable):
         """Token ids -> pixels in [0, 1]."""
         ids = ids.clamp(max=self.vae.codebook_size - 1)  # a callback may have stopped early
         return self.vae.decode_from_ids(ids.view(len(ids), self.fmap_size, self.fmap_size))
+
+
+def _check_ids(ids: Tensor, vae: VQGanVAE, name: str) -> Tensor:
+    """Ids beyond the codebook would end in an index error, on a GPU in a dead process."""
+    # not on a GPU, which would have to wait for the answer in every step
+    if ids.device.type == "cpu" and not bool(((ids >= 0) & (ids < vae.codebook_size)).all()):
+        raise ValueError(
+            f"{name} reach from {ids.min()} to {ids.max()}, "
+            f"the codebook has {vae.codebook_size} codes"
+        )
+    return ids
 
 
 def _check_geometry(name: str, model: MaskGitTransformer, vae: VQGanVAE, image_size: int) -> None:

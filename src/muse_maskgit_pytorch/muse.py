@@ -59,10 +59,12 @@ class Muse(Saveable):
         Args:
             texts: B prompts (a single string is one prompt), or
             text_embeds: what the text encoder, the same of both stages, made of them.
-            negative_texts: what to stay away from: one for all, or one each.
+            negative_texts: what to stay away from: one for all, or one each. A stage without
+                guidance does not see them.
             seeds: one for each image, or an integer s for s, s + 1, ...; None: random.
             base_options: sampling of the base; by default its ``default_options``.
-            superres_options: likewise of the super-resolution.
+            superres_options: likewise of the super-resolution. To change one field of a model's
+                own: ``muse.superres.default_options.replace(cond_scale=2.0)``.
             callback: sees a `SampleStep` after each step of either stage; returning True stops
                 that stage.
         """
@@ -107,15 +109,17 @@ class Muse(Saveable):
             same_text = same_text or texts is None
             # weights may have been loaded since the last call, so this is asked anew
             shares_ids = _same(self.base.vae, self.superres.cond_vae)
+            vocabulary = self.base.vae.codebook_size  # a callback may have left masks
+            options = seeded(superres_options or self.superres.default_options)
             images.append(
                 self.superres.generate(
                     None if same_text else texts,
                     text_embeds=text if same_text else None,
-                    negative_texts=negative_texts,
+                    negative_texts=negative_texts if options.cond_scale != 1 else None,
                     # ids at hand are not decoded and encoded again
-                    cond_ids=base_ids if shares_ids else None,
+                    cond_ids=base_ids.clamp(max=vocabulary - 1) if shares_ids else None,
                     cond_images=None if shares_ids else images[0],
-                    options=seeded(superres_options or self.superres.default_options),
+                    options=options,
                     callback=callback,
                 )
             )

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -149,6 +149,20 @@ class SampleOptions:
     seeds: int | Sequence[int] | None = None
 
     def __post_init__(self):
+        for name, kind in {
+            "guidance_schedule": GuidanceSchedule,
+            "noise_schedule": Schedule,
+        }.items():
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(
+                    f"{name} must be one of {get_args(kind)}, not {getattr(self, name)!r}"
+                )
+        for name in ("timesteps", "temperature", "choice_temperature", "cond_scale", "seeds"):
+            if isinstance(value := getattr(self, name), torch.Tensor):
+                object.__setattr__(self, name, value.tolist())
+        steps = self.timesteps if isinstance(self.timesteps, Sequence) else [self.timesteps]
+        if not all(isinstance(step, int) for step in steps):
+            raise ValueError(f"timesteps must be whole numbers, not {self.timesteps}")
         for name, least in {"timesteps": 1, "temperature": 0, "choice_temperature": 0}.items():
             value = getattr(self, name)
             lowest = min(value, default=least) if isinstance(value, Sequence) else value

@@ -106,6 +106,10 @@ class TextEncoder:
         model_class = getattr(transformers, alone.get(config.model_type, ""), AutoModel)
         self.tokenizer = _from_hub_or_package(AutoTokenizer.from_pretrained, name)
         self.model = _from_hub_or_package(model_class.from_pretrained, name)
+        if getattr(config, "is_encoder_decoder", False) and hasattr(self.model, "get_encoder"):
+            self.model = self.model.get_encoder()
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
         self.model.float().eval().requires_grad_(False)  # some files hold half precision
         limit = getattr(config, "max_position_embeddings", None)
         limit = limit or getattr(getattr(config, "text_config", None), "max_position_embeddings", 0)

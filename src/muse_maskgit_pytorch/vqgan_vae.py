@@ -189,8 +189,12 @@ class VQGanVAE(Saveable):
 
     @torch.no_grad()
     def encode_to_ids(self, images: Float[Tensor, "B 3 H W"]) -> Int[Tensor, "B h w"]:
-        """Pixels in [0, 1] -> token ids in [0, V)."""
-        return self.encode(images).ids
+        """Pixels in [0, 1] -> token ids in [0, V); in the weights' precision, never autocast.
+
+        In bfloat16 some 2 % of the ids would be others than those of the same image in float32.
+        """
+        with torch.autocast(images.device.type, enabled=False):
+            return self.encode(images).ids
 
     @torch.no_grad()
     def decode_from_ids(self, ids: Int[Tensor, "B h w"]) -> Float[Tensor, "B 3 H W"]:

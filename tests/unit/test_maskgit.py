@@ -466,3 +466,29 @@ def test_one_batch_is_learnt_by_heart():
         value.backward()
         optimizer.step()
     assert value < 0.5  # from log(60) = 4.1
+
+
+def test_ids_beyond_the_codebook_are_refused():
+    model = tiny.maskgit()
+    with pytest.raises(ValueError, match="ids reach from 0 to 60, the codebook has 60 codes"):
+        model(
+            torch.cat([tiny.ids(1)[:, :14] * 0, torch.tensor([[0, 60]])], 1),
+            text_embeds=tiny.text(1),
+        )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(guidance_schedule="lineer"), dict(noise_schedule="cosin"), dict(timesteps=2.5)],
+)
+def test_mistyped_options_are_refused_where_they_are_made(options: dict):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        SampleOptions(**options)
+
+
+def test_ids_are_those_of_float32_under_autocast():
+    model = tiny.maskgit()
+    images = tiny.images(8)
+    with torch.autocast("cpu", torch.bfloat16):
+        ids = model.vae.encode_to_ids(images)
+    assert torch.equal(ids, model.vae.encode_to_ids(images))

@@ -121,3 +121,10 @@ def test_a_base_alone_is_saved_too(tmp_path):
     again = Muse.from_pretrained(muse.save(tmp_path / "muse.safetensors"))
     assert again.superres is None
     assert again(text_embeds=tiny.text(), seeds=3) == muse(text_embeds=tiny.text(), seeds=3)
+
+
+def test_a_base_stopped_early_still_goes_through_the_cascade():
+    cascade = Muse(tiny.maskgit(), tiny.superres())
+    cascade.superres.cond_vae = cascade.base.vae
+    images = cascade.stages(text_embeds=tiny.text(), callback=lambda step: True)
+    assert [image.shape[-1] for image in images] == [16, 32]

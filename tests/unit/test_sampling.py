@@ -120,7 +120,7 @@ def test_gumbel_noise_has_its_law():
         (dict(temperature=math.nan), "temperature must be at least 0, not nan"),
         (dict(seeds=[1, 2, 3]), "seeds has 3 values for 2 images"),
         (dict(cond_scale=[3.0]), "cond_scale has 1 values for 2 images"),
-        (dict(noise_schedule="cosin"), "noise_schedule 'cosin' is unknown"),
+        (dict(noise_schedule="cosin"), "noise_schedule must be one of .* not 'cosin'"),
     ],
 )
 def test_bad_options(changes, message):

@@ -926,3 +926,41 @@ def test_a_frozen_part_trains_again_with_the_next_trainer(images: Path, tmp_path
     maskgit_trainer(images, tmp_path, model, part="all")
     assert all(p.requires_grad for p in model.transformer.parameters())
     assert not any(p.requires_grad for p in model.vae.parameters())
+
+
+def test_no_checkpoint_is_written_over_a_good_one_once_the_loss_is_no_number(
+    images: Path, tmp_path: Path
+):
+    trainer = vae_trainer(images, tmp_path / "r", num_train_steps=9, save_every=1, log_every=50)
+    original = trainer.train_step
+
+    def poisoned(batches: Iterator[Any]) -> dict[str, Tensor]:
+        terms = original(batches)
+        return terms if trainer.step < 4 else terms | {"loss": torch.tensor(torch.nan)}
+
+    trainer.train_step = poisoned  # type: ignore[method-assign]
+    with pytest.raises(Diverged):
+        trainer.train()
+    assert last_checkpoint(tmp_path / "r")["step"] == 4
+
+
+def test_a_checkpoint_leaves_the_tokenizers_out(images: Path, tmp_path: Path, t5: str):
+    vae = make_vae(123)
+    size = dict(num_tokens=16, seq_len=16, dim=16, depth=1, dim_head=8, heads=2, t5_name=t5)
+    model = MaskGit(
+        vae=vae, transformer=MaskGitTransformer(**size), image_size=16, cond_image_size=8
+    )
+    maskgit_trainer(images, tmp_path / "r", model).train()
+    saved = last_checkpoint(tmp_path / "r")["modules"]["model"]
+    assert saved
+    assert all(name.startswith("transformer.") for name in saved)
+
+
+def test_resume_takes_the_settings_of_today(images: Path, tmp_path: Path):
+    vae_trainer(images, tmp_path / "r", num_train_steps=2).train()
+    again = vae_trainer(
+        images, tmp_path / "r", num_train_steps=3, resume=True, betas=(0.5, 0.6), weight_decay=0.7
+    )
+    again.train()
+    assert {group["betas"] for group in again.optimizers["vae"].param_groups} == {(0.5, 0.6)}
+    assert [g["weight_decay"] for g in again.optimizers["vae"].param_groups] == [0.7, 0.0]

@@ -68,7 +68,7 @@ class Trainer:
         num_train_steps: optimizer steps in all.
         lr: peak learning rate.
         betas: of AdamW.
-        weight_decay: of AdamW, on matrices only (not on norms, biases, embeddings' scales).
+        weight_decay: of AdamW, on tensors of two or more dimensions (not on norms and biases).
         warmup_steps: linear rise of the learning rate.
         lr_schedule: "cosine" (to 1 % of the peak) or "constant", after the warm-up.
         max_grad_norm: gradient clipping; 0 switches it off.
@@ -160,6 +160,7 @@ class Trainer:
         self.max_minutes = max_minutes
         self.step = 0
         self._minutes = 0.0
+        self._loss = torch.zeros(())
         self._written: list[Path] = []
 
     # What a trainer adds ---------------------------------------------------------------------
@@ -253,32 +254,49 @@ class Trainer:
                     for group in optimizer.param_groups:
                         group["lr"] = lr
                 terms = self.train_step(batches)
+                self._loss = terms["loss"]
                 self.step += 1
                 self.ema.update(self.step)
                 bar.update()
                 if self.step % self.log_every == 0 or self.step == self.num_train_steps:
-                    values = {name: float(value) for name, value in terms.items()}
+                    values = {
+                        name: float(accelerator.reduce(value.detach().float(), "mean"))
+                        for name, value in terms.items()
+                    }
                     seconds = time.monotonic() - self._started
                     rate = (self.step - first_step) / seconds
                     self._log({**values, "lr": lr, "steps_per_s": rate})
                     bar.set_postfix({k: f"{v:.4g}" for k, v in values.items()})
-                    if not math.isfinite(values["loss"]):
-                        raise Diverged(
-                            f"the loss is {values['loss']} at step {self.step}: lower lr, or use "
-                            "mixed_precision bf16 or no; resume goes on from the last checkpoint"
-                        )
+                    self._check_loss()
                 if self.sample_every and self.step % self.sample_every == 0:
                     self._look()
                 if self.step % self.save_every == 0:
+                    self._check_loss()
                     self._save_checkpoint()
-                if self._stop_asked:
+                if self._agreed(self._stop_asked):
                     accelerator.print(f"\nstopped after step {self.step}: saving")
+                    self._check_loss()
                     self._save_checkpoint()
                     raise KeyboardInterrupt
+        self._check_loss()
         self._look()
         self._save_checkpoint()
         self.save()
         accelerator.wait_for_everyone()  # what follows may read the files
+
+    def _agreed(self, flag: bool) -> bool:
+        """Whether any process says so: they must stop as one, or the others wait for ever."""
+        if self.accelerator.num_processes == 1:
+            return flag
+        return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.device)) > 0)
+
+    def _check_loss(self) -> None:
+        """Refuse to go on, and to save, once the loss of any process is not finite."""
+        if self._agreed(not math.isfinite(float(self._loss))):
+            raise Diverged(
+                f"the loss is {float(self._loss)} at step {self.step}: lower lr, or use "
+                "mixed_precision bf16 or no; resume goes on from the last checkpoint"
+            )
 
     @contextmanager
     def _signals_wait(self) -> Iterator[None]:
@@ -356,11 +374,12 @@ class Trainer:
     @staticmethod
     def _trained_state(module: nn.Module) -> dict[str, Tensor]:
         """The module's state without what is frozen (a tokenizer inside a MaskGit)."""
-        frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
+        parameters = module.named_parameters(remove_duplicate=False)
+        frozen = {name for name, p in parameters if not p.requires_grad}
         skip = tuple(
             f"{name}."
-            for name, child in module.named_children()
-            if all(not p.requires_grad for p in child.parameters())
+            for name, child in module._modules.items()  # with those that stand there twice
+            if child is not None and all(not p.requires_grad for p in child.parameters())
         )
         return {
             name: value
@@ -397,7 +416,7 @@ class Trainer:
         if not self.accelerator.is_main_process:
             return
         modules = list(self.modules().values())
-        with torch.no_grad(), torch.random.fork_rng(), self.ema.applied():
+        with torch.no_grad(), torch.random.fork_rng(self._gpus()), self.ema.applied():
             for module in modules:
                 module.eval()
             torch.manual_seed(self.seed)
@@ -409,6 +428,9 @@ class Trainer:
             self.draw(self.results_folder / "samples" / f"{self.name}-{self.step:08d}.png")
             for module in modules:
                 module.train()
+
+    def _gpus(self) -> list[torch.device]:
+        return [self.device] if self.device.type == "cuda" else []
 
     def _log(self, values: dict[str, float]) -> None:
         if self.accelerator.is_main_process:
@@ -460,6 +482,9 @@ class Trainer:
                 )
             module.load_state_dict(saved, strict=False)
             self.optimizers[name].load_state_dict(tree["optimizers"][name])
+            for group in self.optimizers[name].param_groups:  # today's settings, not the saved ones
+                group["betas"] = self.betas
+                group["weight_decay"] = self.weight_decay if group["params"][0].ndim > 1 else 0.0
         if self.accelerator.scaler is not None and tree["scaler"]:
             self.accelerator.scaler.load_state_dict(tree["scaler"])
         self.ema.load(tree["ema"])
