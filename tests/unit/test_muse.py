@@ -124,7 +124,7 @@ def test_a_base_alone_is_saved_too(tmp_path):
 
 
 def test_a_base_stopped_early_still_goes_through_the_cascade():
-    cascade = Muse(tiny.maskgit(), tiny.superres())
-    cascade.superres.cond_vae = cascade.base.vae
-    images = cascade.stages(text_embeds=tiny.text(), callback=lambda step: True)
+    base, superres = tiny.maskgit(), tiny.superres()
+    superres.cond_vae = base.vae
+    images = Muse(base, superres).stages(text_embeds=tiny.text(), callback=lambda step: True)
     assert [image.shape[-1] for image in images] == [16, 32]
