@@ -1,11 +1,9 @@
 """Fixtures for all tests."""
 
 import os
-import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: nothing downloads
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import jaxtyping
 import pytest

@@ -132,5 +132,6 @@ def _same(a: VQGanVAE, b: VQGanVAE | None) -> bool:
         return a is b
     own, other = a.state_dict(), b.state_dict()
     return own.keys() == other.keys() and all(
-        own[k].shape == other[k].shape and torch.equal(own[k].cpu(), other[k].cpu()) for k in own
+        own[k].shape == other[k].shape and torch.equal(own[k], other[k].to(own[k].device))
+        for k in own
     )
