@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from muse_maskgit_pytorch import Muse, VQGanVAE
+from muse_maskgit_pytorch import Muse
 from muse_maskgit_pytorch.images import image_grid, read_image, to_tensor
+from muse_maskgit_pytorch.vqgan_vae import ImageTokenizer
 
 
 def load(folder: Path) -> tuple[list[str], Tensor]:
@@ -33,7 +34,7 @@ def load(folder: Path) -> tuple[list[str], Tensor]:
 
 
 @torch.no_grad()
-def psnr(vae: VQGanVAE, images: Tensor) -> float:
+def psnr(vae: ImageTokenizer, images: Tensor) -> float:
     """Mean over the images of the PSNR of their reconstruction, dB."""
     errors = [
         (vae.decode_from_ids(vae.encode_to_ids(x)) - x).square().mean(dim=(1, 2, 3))

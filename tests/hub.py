@@ -9,6 +9,7 @@ import json
 import shutil
 import string
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -58,6 +59,43 @@ def make_resnet(folder: Path, seed: int = 0, mean: float = 0.5, std: float = 0.2
     preprocessing = {"image_mean": [mean] * 3, "image_std": [std] * 3}
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessing))
     return folder
+
+
+def make_vqmodel(folder: Path, seed: int = 0, **changes: Any) -> Any:
+    """A diffusers VQModel, saved to ``folder``: factor 4, 50 codes, all of them near the latents.
+
+    Args:
+        folder: a new one.
+        seed: of the weights.
+        changes: of the model's arguments.
+
+    Returns:
+        the model, in eval mode.
+    """
+    from diffusers import VQModel
+
+    widths = changes.get("block_out_channels", [32, 64, 64])
+    arguments: dict[str, Any] = dict(
+        block_out_channels=widths,
+        down_block_types=["DownEncoderBlock2D"] * len(widths),
+        up_block_types=["UpDecoderBlock2D"] * len(widths),
+        layers_per_block=1,
+        latent_channels=8,
+        num_vq_embeddings=50,
+        mid_block_add_attention=False,
+        lookup_from_codebook=True,
+    )
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        model: Any = VQModel(**(arguments | changes))
+        for value in model.parameters():
+            if value.ndim == 1:  # norms and biases would start as ones and zeros
+                value.add_(torch.randn_like(value), alpha=0.1)
+        latents = model.encode(torch.rand(8, 3, 32, 32)).latents.transpose(0, 1).flatten(1)
+        rows = torch.randint(latents.shape[1], (model.config["num_vq_embeddings"],))
+        model.quantize.embedding.weight.copy_(latents[:, rows].T)
+    model.eval().save_pretrained(folder)
+    return model
 
 
 def _save(model_class, config, folder: Path, seed: int) -> None:

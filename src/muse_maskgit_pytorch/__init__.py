@@ -1,7 +1,7 @@
 """The complete Muse: text-to-image generation by masked generative transformers, in PyTorch.
 
 Reading order: structures, vqgan_vae, quantizer, text, masking, layers, transformer, sampling,
-maskgit, muse. Around them: checkpoint, images, data, training, cli.
+maskgit, muse. Around them: checkpoint, images, features, foreign, data, training, evaluation, cli.
 
 Public names are loaded on first use, so that importing the package is fast.
 """
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from .checkpoint import CheckpointError
     from .data.cache import TokenCache
     from .data.folder import ImageFolder
+    from .evaluation.tokenizer import evaluate_tokenizer
+    from .features import FeatureNet
+    from .foreign import ForeignVQGAN, load_tokenizer
     from .maskgit import MaskGit
     from .muse import Muse
     from .structures import Conditioning, LossTerms, SampleOptions, SampleStep, TextEmbeds
@@ -29,6 +32,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "CheckpointError": "checkpoint",
     "Conditioning": "structures",
+    "FeatureNet": "features",
+    "ForeignVQGAN": "foreign",
     "ImageFolder": "data.folder",
     "LossTerms": "structures",
     "MaskGit": "maskgit",
@@ -45,6 +50,8 @@ _HOMES = {
     "TokenCritic": "transformer",
     "VQGanVAE": "vqgan_vae",
     "VQGanVAETrainer": "training.vae_trainer",
+    "evaluate_tokenizer": "evaluation.tokenizer",
+    "load_tokenizer": "foreign",
 }
 __all__ = sorted(_HOMES)
 

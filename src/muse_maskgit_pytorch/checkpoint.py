@@ -14,7 +14,7 @@ import inspect
 import json
 import os
 from collections.abc import Callable
-from importlib import resources
+from importlib import import_module, resources
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,6 +26,8 @@ from torch import Tensor, nn
 FORMAT = "muse_maskgit_pytorch"
 VERSION = 1
 SHIPPED = resources.files(FORMAT) / "pretrained"
+# Kinds that a saved model may hold although the model's own module does not import theirs.
+ELSEWHERE = {"ForeignVQGAN": ".foreign"}
 
 
 class CheckpointError(ValueError):
@@ -238,6 +240,8 @@ class Saveable(nn.Module):
 def _build(cls: type[Saveable], config: dict[str, Any]) -> Any:
     def value(argument: Any) -> Any:
         if isinstance(argument, dict) and argument.keys() == {"kind", "config"}:
+            if argument["kind"] in ELSEWHERE:
+                import_module(ELSEWHERE[argument["kind"]], FORMAT)
             known = _classes()
             if argument["kind"] not in known:
                 raise CheckpointError(

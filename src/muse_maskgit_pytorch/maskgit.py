@@ -20,7 +20,7 @@ from .sampling import Denoiser, choose_tokens, sample_tokens
 from .structures import Conditioning, LossTerms, SampleOptions, SampleStep, Schedule, TextEmbeds
 from .text import get_text_encoder
 from .transformer import MaskGitTransformer, SelfCritic, TokenCritic
-from .vqgan_vae import VQGanVAE
+from .vqgan_vae import ImageTokenizer
 
 Part = Literal["all", "transformer", "critic"]
 
@@ -52,11 +52,11 @@ class MaskGit(Saveable):
     def __init__(
         self,
         *,
-        vae: VQGanVAE,
+        vae: ImageTokenizer,
         transformer: MaskGitTransformer,
         image_size: int,
         cond_image_size: int | None = None,
-        cond_vae: VQGanVAE | None = None,
+        cond_vae: ImageTokenizer | None = None,
         cond_drop_prob: float = 0.1,
         noise_schedule: Schedule = "cosine",
         label_smoothing: float = 0.0,
@@ -89,7 +89,7 @@ class MaskGit(Saveable):
         self.self_cond_prob, self.critic_loss_weight = self_cond_prob, critic_loss_weight
 
         self.vae = vae.requires_grad_(False).eval()
-        self.cond_vae: VQGanVAE | None = None
+        self.cond_vae: ImageTokenizer | None = None
         if cond_image_size is not None:
             if not 0 < cond_image_size < image_size:
                 raise ValueError(
@@ -117,6 +117,21 @@ class MaskGit(Saveable):
         if self.cond_vae is not None:
             self.cond_vae.eval()
         return self
+
+    def swap_vae(self, vae: ImageTokenizer) -> bool:
+        """Put a tokenizer in the place of those with the same ids: a better decoder, say.
+
+        Returns:
+            whether there was one (`ImageTokenizer.same_ids`); nothing changes otherwise.
+        """
+        swapped = False
+        for name in ("vae", "cond_vae"):
+            own = getattr(self, name)
+            if own is not None and own.same_ids(vae):
+                setattr(self, name, vae.to(self.device).requires_grad_(False).eval())
+                self._init_args[name] = vae
+                swapped = True
+        return swapped
 
     # Conditioning ----------------------------------------------------------------------------
 
@@ -353,7 +368,7 @@ class MaskGit(Saveable):
         return self.vae.decode_from_ids(ids.view(len(ids), self.fmap_size, self.fmap_size))
 
 
-def _check_ids(ids: Tensor, vae: VQGanVAE, name: str) -> Tensor:
+def _check_ids(ids: Tensor, vae: ImageTokenizer, name: str) -> Tensor:
     """Ids beyond the codebook would end in an index error, on a GPU in a dead process."""
     # not on a GPU, which would have to wait for the answer in every step
     if ids.device.type == "cpu" and not bool(((ids >= 0) & (ids < vae.codebook_size)).all()):
@@ -364,7 +379,9 @@ def _check_ids(ids: Tensor, vae: VQGanVAE, name: str) -> Tensor:
     return ids
 
 
-def _check_geometry(name: str, model: MaskGitTransformer, vae: VQGanVAE, image_size: int) -> None:
+def _check_geometry(
+    name: str, model: MaskGitTransformer, vae: ImageTokenizer, image_size: int
+) -> None:
     if model.num_tokens != vae.codebook_size:
         raise ValueError(
             f"{name} has num_tokens {model.num_tokens}, the tokenizer codebook_size "

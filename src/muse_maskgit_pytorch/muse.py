@@ -14,7 +14,6 @@ from .checkpoint import Saveable
 from .images import to_pil
 from .maskgit import MaskGit
 from .structures import SampleOptions, SampleStep, TextEmbeds
-from .vqgan_vae import VQGanVAE
 
 
 class Muse(Saveable):
@@ -108,7 +107,8 @@ class Muse(Saveable):
             same_text = self.superres.transformer.t5_name == self.base.transformer.t5_name
             same_text = same_text or texts is None
             # weights may have been loaded since the last call, so this is asked anew
-            shares_ids = _same(self.base.vae, self.superres.cond_vae)
+            assert self.superres.cond_vae is not None
+            shares_ids = self.base.vae.same_ids(self.superres.cond_vae)
             vocabulary = self.base.vae.codebook_size  # a callback may have left masks
             options = seeded(superres_options or self.superres.default_options)
             images.append(
@@ -124,14 +124,3 @@ class Muse(Saveable):
                 )
             )
         return images
-
-
-def _same(a: VQGanVAE, b: VQGanVAE | None) -> bool:
-    """Whether two tokenizers are one: the same object, or equal weights."""
-    if a is b or b is None:
-        return a is b
-    own, other = a.state_dict(), b.state_dict()
-    return own.keys() == other.keys() and all(
-        own[k].shape == other[k].shape and torch.equal(own[k], other[k].to(own[k].device))
-        for k in own
-    )

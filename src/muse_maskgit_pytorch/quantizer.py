@@ -1,22 +1,193 @@
-"""VQ, SimVQ, LFQ and FSQ behind one interface: feature map -> codes, ids -> codes.
+"""VQ, SimVQ, LFQ, BSQ and FSQ behind one interface: feature map -> codes, ids -> codes.
 
-The quantizers themselves are vector-quantize-pytorch's; here they get one interface, float32
-arithmetic under mixed precision, and codebook sizes that mean what they say.
+Every quantizer takes rows of vectors (B, n, c) and gives codes, ids and named loss terms, in
+float32 whatever the precision around it, and alike on one process and on many: whatever a
+codebook learns from a batch it learns from the batches of all processes. SimVQ and FSQ are
+vector-quantize-pytorch's. VQ is ours because a codebook with its dead codes revived must stay
+equal on all processes, LFQ and BSQ because their entropy must not cost a table of all codes.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .structures import QuantizerOutput
 
-QuantizerName = Literal["vq", "simvq", "lfq", "fsq"]
+QuantizerName = Literal["vq", "simvq", "lfq", "bsq", "fsq"]
 FSQ_LEVELS = (8, 7, 6, 5, 4, 3)
+
+
+class Codes(NamedTuple):
+    """What a quantizer makes of rows of vectors."""
+
+    codes: Float[Tensor, "B n c"]
+    ids: Int[Tensor, "B n"]
+    terms: dict[str, Tensor]
+
+
+def _processes() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _gather_rows(rows: Float[Tensor, "n c"]) -> Float[Tensor, "m c"]:
+    """The rows of all processes in the order of the processes, which may hold different numbers."""
+    if _processes() == 1:
+        return rows
+    counts = torch.zeros(_processes(), dtype=torch.long, device=rows.device)
+    counts[dist.get_rank()] = len(rows)
+    dist.all_reduce(counts)
+    padded = rows.new_zeros(int(counts.max()), rows.shape[1])
+    padded[: len(rows)] = rows
+    shares = [torch.empty_like(padded) for _ in range(_processes())]
+    dist.all_gather(shares, padded)
+    return torch.cat([share[:count] for share, count in zip(shares, counts.tolist(), strict=True)])
+
+
+class VQ(nn.Module):
+    """Nearest neighbour in a codebook of moving averages (VQ-VAE, van den Oord et al. 2017, A.1).
+
+    A code that is chosen less than ``DEAD`` times as often as the average one is dead. Dead codes
+    are moved to vectors of the batch, spread in proportion to their distance from their nearest
+    code, so that they go where the codebook is too coarse; a new codebook is filled in this way
+    from the first batches. It is done without random numbers, from the batches of all processes.
+
+    Args:
+        dim: width of a code.
+        codebook_size: number of codes.
+        decay: of the moving averages, per batch.
+        l2_norm: codes and vectors on the unit sphere (ViT-VQGAN, Yu et al. 2021, 3.2).
+    """
+
+    DEAD = 0.1
+
+    codes: Tensor
+    sums: Tensor
+    counts: Tensor
+
+    def __init__(self, dim: int, codebook_size: int, decay: float, l2_norm: bool):
+        super().__init__()
+        self.decay, self.l2_norm = decay, l2_norm
+        self.register_buffer("codes", F.normalize(torch.randn(codebook_size, dim), dim=-1))
+        self.register_buffer("sums", torch.zeros(codebook_size, dim))
+        self.register_buffer("counts", torch.zeros(codebook_size))
+
+    def forward(self, rows: Float[Tensor, "B n c"]) -> Codes:
+        if self.l2_norm:
+            rows = F.normalize(rows, dim=-1)
+        flat = rows.detach().flatten(0, 1)
+        # |z - c|^2 without |z|^2, which is the same for all codes
+        distances = torch.addmm(self.codes.square().sum(-1), flat, self.codes.t(), alpha=-2)
+        least, ids = distances.min(dim=-1)
+        codes = self.codes[ids].view_as(rows)
+        if self.training:
+            self._learn(flat, ids, (least + flat.square().sum(-1)).clamp(min=0))
+        ids = ids.view(rows.shape[:2])
+        return Codes(rows + (codes - rows).detach(), ids, {"commitment": F.mse_loss(rows, codes)})
+
+    def codes_of(self, ids: Int[Tensor, "B n"]) -> Float[Tensor, "B n c"]:
+        return self.codes[ids]
+
+    @torch.no_grad()
+    def _learn(self, rows: Tensor, ids: Tensor, distances: Tensor) -> None:
+        """Move the codes towards this batch's vectors, then revive the dead ones."""
+        finite = rows.isfinite().all(dim=-1)  # one bad batch must not poison the codebook
+        rows, ids, distances = rows[finite], ids[finite], distances[finite]
+        batch = torch.zeros(len(self.codes), rows.shape[1] + 1, device=rows.device)
+        batch.index_add_(0, ids, F.pad(rows, (0, 1), value=1.0))
+        if _processes() > 1:
+            dist.all_reduce(batch)
+        self.sums.lerp_(batch[:, :-1], 1 - self.decay)
+        self.counts.lerp_(batch[:, -1], 1 - self.decay)
+        average = batch[:, -1].sum() / len(self.codes)
+        means = self.sums / self.counts.clamp(min=1e-12)[:, None]
+        if self.l2_norm:
+            means = F.normalize(means, dim=-1)
+        self.codes.copy_(torch.where(self.counts[:, None] > 0, means, self.codes))
+
+        dead = (self.counts < self.DEAD * average).nonzero()[:, 0]
+        if len(dead) == 0:  # equal on all processes, so they all go on or all return
+            return
+        candidates = _gather_rows(torch.cat([rows, distances[:, None]], dim=1))
+        total = candidates[:, -1].double().cumsum(0)
+        dead = dead[: len(candidates)]
+        if len(dead) == 0 or total[-1] <= 0:
+            return
+        places = (torch.arange(len(dead), device=dead.device) + 0.5) / len(dead) * total[-1]
+        chosen = candidates[torch.searchsorted(total, places).clamp(max=len(total) - 1), :-1]
+        self.codes[dead] = chosen
+        self.sums[dead] = chosen * average
+        self.counts[dead] = average
+
+
+class Binary(nn.Module):
+    """One bit per dimension: LFQ (Yu et al. 2023), or on the unit sphere BSQ (Zhao et al. 2024).
+
+    The entropy terms see each vector as a random code, whose bits are independent with log-odds
+    proportional to the vector. The entropy of one vector's code is then exactly the sum of its
+    bits'. The entropy of the codes over the batch is taken within groups of ``GROUP`` bits and
+    summed, an upper bound (BSQ, 4.2): exact up to 1,024 codes, and affordable at 2^18.
+
+    Args:
+        bits: width of a code; the codebook has 2^bits.
+        spherical: vectors and codes on the unit sphere (BSQ).
+    """
+
+    GROUP = 10
+    SHARPNESS = 4.0  # log-odds of a bit at the distance of the code from the decision boundary
+
+    powers: Tensor
+
+    def __init__(self, bits: int, spherical: bool):
+        super().__init__()
+        self.spherical = spherical
+        self.scale = bits**-0.5 if spherical else 1.0
+        self.register_buffer("powers", 2 ** torch.arange(bits), persistent=False)
+
+    def forward(self, rows: Float[Tensor, "B n c"]) -> Codes:
+        if self.spherical:
+            rows = F.normalize(rows, dim=-1)
+        ids = ((rows > 0) * self.powers).sum(-1)
+        codes = self.codes_of(ids)
+        terms = {"commitment": F.mse_loss(rows, codes)}
+        if self.training:
+            terms |= self._entropies(rows.flatten(0, 1))
+        return Codes(rows + (codes - rows).detach(), ids, terms)
+
+    def codes_of(self, ids: Int[Tensor, "B n"]) -> Float[Tensor, "B n c"]:
+        return ((ids[..., None] & self.powers) != 0).float() * (2 * self.scale) - self.scale
+
+    def _entropies(self, rows: Float[Tensor, "n c"]) -> dict[str, Tensor]:
+        odds = rows * (self.SHARPNESS / self.scale)
+        chances = torch.stack([torch.sigmoid(-odds), torch.sigmoid(odds)], dim=-1)  # n c 2
+        diversity = rows.new_zeros(())
+        for bits in chances.split(self.GROUP, dim=1):
+            joint = bits[:, 0]
+            for bit in bits.unbind(1)[1:]:
+                joint = (joint[:, :, None] * bit[:, None]).flatten(1)
+            diversity = diversity + _entropy(_mean_over_processes(joint))
+        return {"entropy": _entropy(chances).sum(-1).mean(), "diversity": diversity}
+
+
+def _entropy(chances: Tensor) -> Tensor:
+    """Entropy in nats over the last dimension."""
+    return -torch.special.xlogy(chances, chances.clamp(min=1e-12)).sum(-1)
+
+
+def _mean_over_processes(rows: Float[Tensor, "n k"]) -> Float[Tensor, "k"]:
+    """Mean over the rows of all processes, with the gradient that goes through it."""
+    total = torch.cat([rows.sum(0), rows.new_tensor([len(rows)])])
+    if _processes() > 1:
+        from torch.distributed.nn.functional import all_reduce
+
+        total = all_reduce(total)
+    return total[:-1] / total[-1]
 
 
 def fsq_levels(codebook_size: int) -> list[int]:
@@ -62,15 +233,17 @@ class Quantizer(nn.Module):
     Args:
         dim: channels of the feature map.
         codebook_size: number of codes V.
-        kind: "vq" (nearest neighbour, EMA codes, cosine distance, dead codes revived), "simvq"
-            (a frozen codebook behind one learned linear map), "lfq" (signs; V a power of two)
-            or "fsq" (rounding; V a product of small levels).
-        codebook_dim: width of a code for "vq" and "simvq"; low-dimensional codes keep the whole
-            codebook in use (ViT-VQGAN, 3.2). LFQ and FSQ derive it from V.
+        kind: "vq" (nearest neighbour, codes are moving averages, dead ones revived), "simvq" (a
+            frozen codebook behind one learned linear map), "lfq" and "bsq" (signs, "bsq" on the
+            unit sphere; V a power of two) or "fsq" (rounding; V a product of small levels).
+        codebook_dim: width of a code, by default 16 for "vq" and 6 for "simvq"; low-dimensional
+            codes keep the whole codebook in use (ViT-VQGAN, 3.2). The others derive it from V.
+        l2_norm: codes and vectors of "vq" on the unit sphere.
         levels: FSQ's levels; derived from V unless given.
-        commitment_weight: weight of the commitment term ("vq", "simvq", "lfq").
-        entropy_weight: weight of LFQ's entropy terms.
-        diversity_gamma: weight of the codebook's entropy within LFQ's entropy terms.
+        commitment_weight: weight of the commitment term ("fsq" has none).
+        entropy_weight: weight of the entropy terms, by default 0.1 for "lfq", which collapses
+            with less, and 0.02 for "bsq" (docs/tokenizer.md has the figures).
+        diversity_gamma: weight of the codebook's entropy within them.
         decay: EMA decay of "vq" codes.
 
     Raises:
@@ -82,54 +255,54 @@ class Quantizer(nn.Module):
         dim: int,
         codebook_size: int,
         kind: QuantizerName = "vq",
-        codebook_dim: int = 16,
+        codebook_dim: int | None = None,
+        l2_norm: bool = True,
         levels: list[int] | None = None,
         commitment_weight: float = 0.25,
-        entropy_weight: float = 0.1,
+        entropy_weight: float | None = None,
         diversity_gamma: float = 1.0,
         decay: float = 0.99,
     ):
         super().__init__()
-        from vector_quantize_pytorch import FSQ, LFQ, SimVQ, VectorQuantize
-
         if codebook_size < 2:
             raise ValueError(f"codebook_size must be at least 2, not {codebook_size}")
+        if codebook_dim is None:
+            codebook_dim = 6 if kind == "simvq" else 16
+        if entropy_weight is None:
+            entropy_weight = 0.02 if kind == "bsq" else 0.1
+        if codebook_dim < 1:
+            raise ValueError(f"codebook_dim must be at least 1, not {codebook_dim}")
         if levels is not None and kind != "fsq":
             raise ValueError(f"fsq_levels are given, but the quantizer is {kind!r}: leave them out")
         self.kind = kind
         self.codebook_size = codebook_size
+        self.weights = {
+            "commitment": commitment_weight,
+            "entropy": entropy_weight,
+            "diversity": -entropy_weight * diversity_gamma,
+        }
+        width = codebook_dim
         if kind == "vq":
-            width = codebook_dim
-            self.inner: Any = VectorQuantize(
-                dim=width,
-                codebook_size=codebook_size,
-                use_cosine_sim=True,
-                decay=decay,
-                threshold_ema_dead_code=2,
-                commitment_weight=commitment_weight,
-            )
+            self.inner: nn.Module = VQ(width, codebook_size, decay, l2_norm)
         elif kind == "simvq":
-            width = codebook_dim
+            from vector_quantize_pytorch import SimVQ
+
+            # one of the two terms it adds up has our weight already, the other always 1
             self.inner = SimVQ(
-                dim=width,
-                codebook_size=codebook_size,
-                input_to_quantize_commit_loss_weight=commitment_weight,
+                width, codebook_size, input_to_quantize_commit_loss_weight=commitment_weight
             )
-        elif kind == "lfq":
+            self.weights["commitment"] = 1.0
+        elif kind in ("lfq", "bsq"):
             if codebook_size & (codebook_size - 1):
                 raise ValueError(
-                    f"codebook_size {codebook_size} is no power of two, which LFQ needs; "
-                    f"the next one is {1 << codebook_size.bit_length()}"
+                    f"codebook_size {codebook_size} is no power of two, which {kind.upper()} "
+                    f"needs; the next one is {1 << codebook_size.bit_length()}"
                 )
             width = codebook_size.bit_length() - 1
-            self.inner = LFQ(
-                dim=width,
-                codebook_size=codebook_size,
-                entropy_loss_weight=entropy_weight,
-                diversity_gamma=diversity_gamma,
-                commitment_loss_weight=commitment_weight,
-            )
+            self.inner = Binary(width, spherical=kind == "bsq")
         elif kind == "fsq":
+            from vector_quantize_pytorch import FSQ
+
             levels = fsq_levels(codebook_size) if levels is None else list(levels)
             if math.prod(levels) != codebook_size:
                 raise ValueError(
@@ -139,7 +312,8 @@ class Quantizer(nn.Module):
             width = len(levels)
             self.inner = FSQ(levels=levels, dim=width)
         else:
-            raise ValueError(f"quantizer {kind!r} is unknown: use vq, simvq, lfq or fsq")
+            raise ValueError(f"quantizer {kind!r} is unknown: use vq, simvq, lfq, bsq or fsq")
+        self.settings = (kind, kind == "vq" and l2_norm, levels)  # what decides ids and shows in no weight
         self.project_in = nn.Conv2d(dim, width, 1)
         self.project_out = nn.Conv2d(width, dim, 1)
 
@@ -147,22 +321,27 @@ class Quantizer(nn.Module):
         # distances and rounding decide between neighbouring codes: too fine for half precision
         with torch.autocast(features.device.type, enabled=False):
             z = self.project_in(features.float())
-            rows = z.permute(0, 2, 3, 1).flatten(1, 2)  # b c h w -> b (h w) c
-            codes, ids, *rest = self.inner(rows)
-            codes = codes.transpose(1, 2).reshape(z.shape)
-            quantized = self.project_out(codes)
-        loss = rest[0].sum() if rest else z.new_zeros(())
+            codes, ids, terms = self._quantize(z.flatten(2).transpose(1, 2))
+            quantized = self.project_out(codes.transpose(1, 2).reshape(z.shape))
+        loss = z.new_zeros(())
+        for name, value in terms.items():
+            loss = loss + self.weights[name] * value
         ids = ids.long().view(ids.shape[0], *z.shape[-2:])
-        counts = torch.zeros(self.codebook_size, device=ids.device)
-        counts.scatter_(0, ids.flatten(), 1.0)
-        return QuantizerOutput(quantized.to(features.dtype), ids, loss, counts.mean())
+        occurs = torch.zeros(self.codebook_size, device=ids.device).scatter_(0, ids.flatten(), 1.0)
+        return QuantizerOutput(quantized.to(features.dtype), ids, loss, terms, occurs.mean())
+
+    def _quantize(self, rows: Float[Tensor, "B n c"]) -> Codes:
+        if self.kind == "fsq":
+            codes, ids = self.inner(rows)
+            return Codes(codes, ids, {})
+        if self.kind == "simvq":
+            codes, ids, loss = self.inner(rows)
+            return Codes(codes, ids, {"commitment": loss})
+        return self.inner(rows)
 
     def decode(self, ids: Int[Tensor, "B h w"]) -> Float[Tensor, "B C h w"]:
         """The quantized feature map that ``forward`` gave together with these ids."""
-        flat = ids.flatten(1)
-        if self.kind == "vq":
-            codes = self.inner.get_codes_from_indices(flat)
-        else:
-            codes = self.inner.indices_to_codes(flat)
-        codes = codes.float().transpose(1, 2).reshape(ids.shape[0], -1, *ids.shape[1:])
-        return self.project_out(codes)
+        inner: Any = self.inner
+        look_up = inner.codes_of if self.kind in ("vq", "lfq", "bsq") else inner.indices_to_codes
+        codes = look_up(ids.flatten(1)).float().transpose(1, 2)
+        return self.project_out(codes.reshape(ids.shape[0], -1, *ids.shape[1:]))

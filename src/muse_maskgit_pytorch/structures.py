@@ -29,13 +29,16 @@ class QuantizerOutput:
     Attributes:
         quantized: the codes, projected back to the width of the feature map.
         ids: index of each code in the codebook.
-        loss: auxiliary loss (commitment, entropy); zero where the quantizer has none.
+        loss: auxiliary loss, the weighted sum of ``terms``; zero where the quantizer has none.
+        terms: its parts by name, unweighted: "commitment", "entropy" (of a vector's code, in
+            nats), "diversity" (entropy of the codes over the batch, in nats).
         usage: share of the codebook's entries that occur in this batch, in [0, 1].
     """
 
     quantized: Float[Tensor, "B C h w"]
     ids: Int[Tensor, "B h w"]
     loss: Float[Tensor, ""]
+    terms: dict[str, Tensor]
     usage: Float[Tensor, ""]
 
 

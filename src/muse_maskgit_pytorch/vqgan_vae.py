@@ -1,5 +1,8 @@
 """The image tokenizer: a convolutional VQGAN, pixels <-> ids.
 
+`ImageTokenizer` is what the rest of the package asks of any tokenizer, ours or another project's
+(`foreign`); `VQGanVAE` is ours.
+
 Paper 2.2 and A.2: all convolution, no attention, so that it works at any size divisible by its
 factor; two residual blocks per resolution. How it is trained is in `training`.
 """
@@ -8,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -51,28 +55,91 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-class VQGanVAE(Saveable):
+class ImageTokenizer(Saveable):
+    """Pixels <-> ids. What the transformers, the cascade and the evaluation use of a tokenizer.
+
+    Attributes:
+        codebook_size: number of codes V.
+        factor: pixels per token, on each side.
+    """
+
+    codebook_size: int
+    factor: int
+
+    def fmap_size(self, image_size: int) -> int:
+        """Side of the token grid of a square image of ``image_size`` pixels.
+
+        Raises:
+            ValueError: the size is not divisible by the factor.
+        """
+        if image_size < 1 or image_size % self.factor:
+            raise ValueError(
+                f"image size {image_size} is not a positive multiple of the tokenizer's factor "
+                f"{self.factor}: use {max(1, round(image_size / self.factor)) * self.factor}"
+            )
+        return image_size // self.factor
+
+    def check_images(self, images: Tensor) -> None:
+        """Refuse what cannot be encoded.
+
+        Raises:
+            ValueError: not RGB, or a side not divisible by the factor.
+        """
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"images must be (B, 3, H, W), not {tuple(images.shape)}")
+        for side in images.shape[-2:]:
+            self.fmap_size(side)
+
+    def encode_to_ids(self, images: Float[Tensor, "B 3 H W"]) -> Int[Tensor, "B h w"]:
+        """Pixels in [0, 1] -> token ids in [0, V)."""
+        raise NotImplementedError
+
+    def decode_from_ids(self, ids: Int[Tensor, "B h w"]) -> Float[Tensor, "B 3 H W"]:
+        """Token ids -> pixels, clamped to [0, 1]."""
+        raise NotImplementedError
+
+    def id_state(self) -> dict[str, Tensor]:
+        """The weights that decide which ids an image gets."""
+        return self.state_dict()
+
+    def same_ids(self, other: ImageTokenizer) -> bool:
+        """Whether the ids of one are the ids of the other: equal weights decide them."""
+        own, others = self.id_state(), other.id_state()
+        return self is other or (
+            type(self) is type(other)
+            and own.keys() == others.keys()
+            and all(own[k].shape == others[k].shape for k in own)
+            and all(torch.equal(own[k], others[k].to(own[k].device)) for k in own)
+        )
+
+
+class VQGanVAE(ImageTokenizer):
     """Convolutional image tokenizer.
 
     Args:
         dim: channels at the finest resolution (paper: 128; light: 64).
         vq_codebook_size: number of codes V (paper and default: 8192).
         codebook_size: the same thing under its other name; give one of the two.
-        layers: how many times the resolution is halved.
+        factor: pixels per token on each side, a power of two (default: 16).
+        layers: how many times the resolution is halved; follows from ``factor`` unless given.
         channel_mults: channels of each of the ``layers + 1`` resolutions as multiples of
             ``dim``; by default 1, 1, 2, 2, 4 (the last ones where there are fewer).
         num_res_blocks: residual blocks per resolution, encoder and decoder each.
         patch_size: pixels folded into channels before the first convolution and unfolded after
             the last (1 is the paper's); 2 or 4 spares the costly finest resolutions.
-        quantizer: "vq", "simvq", "lfq" or "fsq", see `Quantizer`.
-        codebook_dim: width of a code ("vq", "simvq").
+        decoder_dim: channels of the decoder's finest resolution, ``dim`` unless given.
+        decoder_res_blocks: residual blocks per resolution of the decoder, ``num_res_blocks``
+            unless given. Both are what `with_decoder` sets.
+        quantizer: "vq", "simvq", "lfq", "bsq" or "fsq", see `Quantizer`.
+        codebook_dim: width of a code ("vq", "simvq"), see `Quantizer`.
+        l2_norm: codes and features on the unit sphere ("vq").
         fsq_levels: FSQ's levels, derived from the codebook size unless given.
         commitment_weight: weight of the commitment term.
-        entropy_weight: weight of LFQ's entropy terms.
+        entropy_weight: weight of the entropy terms ("lfq", "bsq"), see `Quantizer`.
         diversity_gamma: weight of the codebook's entropy within them.
         codebook_decay: EMA decay of "vq" codes.
 
-    The factor is ``patch_size * 2**layers`` (default 16).
+    The factor is ``patch_size * 2**layers``.
     """
 
     def __init__(
@@ -81,15 +148,19 @@ class VQGanVAE(Saveable):
         dim: int = 128,
         vq_codebook_size: int | None = None,
         codebook_size: int | None = None,
-        layers: int = 4,
+        factor: int | None = None,
+        layers: int | None = None,
         channel_mults: Sequence[int] | None = None,
         num_res_blocks: int = 2,
         patch_size: int = 1,
+        decoder_dim: int | None = None,
+        decoder_res_blocks: int | None = None,
         quantizer: QuantizerName = "vq",
-        codebook_dim: int = 16,
+        codebook_dim: int | None = None,
+        l2_norm: bool = True,
         fsq_levels: list[int] | None = None,
         commitment_weight: float = 0.25,
-        entropy_weight: float = 0.1,
+        entropy_weight: float | None = None,
         diversity_gamma: float = 1.0,
         codebook_decay: float = 0.99,
     ):
@@ -99,13 +170,19 @@ class VQGanVAE(Saveable):
                 f"vq_codebook_size {vq_codebook_size} and codebook_size {codebook_size} name the "
                 "same thing and disagree: give one of them"
             )
-        for name, value in {"dim": dim, "patch_size": patch_size}.items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
-        if layers < 0 or num_res_blocks < 0:
-            raise ValueError(f"layers {layers} and num_res_blocks {num_res_blocks} must be >= 0")
-        if dim % 4:
-            raise ValueError(f"dim {dim} must be divisible by 4 (group norm)")
+        decoder_dim = dim if decoder_dim is None else decoder_dim
+        blocks = num_res_blocks if decoder_res_blocks is None else decoder_res_blocks
+        for name, value in {"dim": dim, "decoder_dim": decoder_dim}.items():
+            if value < 4 or value % 4:
+                raise ValueError(f"{name} {value} must be a positive multiple of 4 (group norm)")
+        if patch_size < 1:
+            raise ValueError(f"patch_size must be at least 1, not {patch_size}")
+        layers = _layers(factor, layers, patch_size)
+        if min(layers, num_res_blocks, blocks) < 0:
+            raise ValueError(
+                f"layers {layers}, num_res_blocks {num_res_blocks} and decoder_res_blocks "
+                f"{blocks} must be >= 0"
+            )
         mults = [1] * (layers - 4) + [1, 1, 2, 2, 4][-(layers + 1) :]
         mults = mults if channel_mults is None else list(channel_mults)
         if len(mults) != layers + 1:
@@ -113,6 +190,7 @@ class VQGanVAE(Saveable):
                 f"channel_mults {mults} must have layers + 1 = {layers + 1} entries, one for each "
                 "resolution"
             )
+        self.decoder_dim, self.decoder_res_blocks = decoder_dim, blocks
         self.patch_size = patch_size
         self.factor = patch_size * 2**layers
         sizes = [size for size in (vq_codebook_size, codebook_size) if size is not None]
@@ -130,38 +208,75 @@ class VQGanVAE(Saveable):
         encoder += [_norm(widths[-1]), nn.SiLU()]
         self.encoder = nn.Sequential(*encoder)
 
-        decoder: list[nn.Module] = [nn.Conv2d(widths[-1], widths[-1], 3, padding=1)]
-        for i, width in reversed(list(enumerate(widths))):
-            decoder += [ResBlock(width) for _ in range(num_res_blocks)]
+        back = [decoder_dim * mult for mult in mults]
+        decoder: list[nn.Module] = [nn.Conv2d(widths[-1], back[-1], 3, padding=1)]
+        for i, width in reversed(list(enumerate(back))):
+            decoder += [ResBlock(width) for _ in range(blocks)]
             if i > 0:
-                decoder += [Upsample(width, widths[i - 1])]
-        decoder += [_norm(widths[0]), nn.SiLU(), nn.Conv2d(widths[0], pixels, 3, padding=1)]
+                decoder += [Upsample(width, back[i - 1])]
+        decoder += [_norm(back[0]), nn.SiLU(), nn.Conv2d(back[0], pixels, 3, padding=1)]
         self.decoder = nn.Sequential(*decoder)
 
         self.quantizer = Quantizer(
             widths[-1],
             self.codebook_size,
             quantizer,
-            codebook_dim,
-            fsq_levels,
-            commitment_weight,
-            entropy_weight,
-            diversity_gamma,
-            codebook_decay,
+            codebook_dim=codebook_dim,
+            l2_norm=l2_norm,
+            levels=fsq_levels,
+            commitment_weight=commitment_weight,
+            entropy_weight=entropy_weight,
+            diversity_gamma=diversity_gamma,
+            decay=codebook_decay,
         )
 
-    def fmap_size(self, image_size: int) -> int:
-        """Side of the token grid of a square image of ``image_size`` pixels.
+    def with_decoder(
+        self, decoder_dim: int | None = 256, decoder_res_blocks: int | None = 4
+    ) -> VQGanVAE:
+        """The same encoder and codebook with a larger decoder, to be trained alone.
+
+        Ids stay what they were, so transformers trained on them stay valid. The defaults are the
+        paper's (2.5 and A.2), whose tokenizer has 128 channels and 2 blocks itself. Where only
+        residual blocks are added the new decoder starts as the old one (the added blocks are the
+        identity); with other channels it starts anew.
+
+        Args:
+            decoder_dim: channels of the finest resolution; None: as now.
+            decoder_res_blocks: residual blocks per resolution; None: as now.
 
         Raises:
-            ValueError: the size is not divisible by the factor.
+            ValueError: fewer residual blocks than now at the same channels.
         """
-        if image_size < 1 or image_size % self.factor:
-            raise ValueError(
-                f"image size {image_size} is not a positive multiple of the tokenizer's factor "
-                f"{self.factor}: use {max(1, round(image_size / self.factor)) * self.factor}"
-            )
-        return image_size // self.factor
+        dim = self.decoder_dim if decoder_dim is None else decoder_dim
+        blocks = self.decoder_res_blocks
+        more = blocks if decoder_res_blocks is None else decoder_res_blocks
+        changes: dict[str, Any] = {"decoder_dim": dim, "decoder_res_blocks": more}
+        made = VQGanVAE(**{**self._init_args, **changes})
+        made.encoder.load_state_dict(self.encoder.state_dict())
+        made.quantizer.load_state_dict(self.quantizer.state_dict())
+        if dim == self.decoder_dim:
+            if more < blocks:
+                raise ValueError(
+                    f"decoder_res_blocks {more} are fewer than the {blocks} of this decoder"
+                )
+            old = iter(self.decoder)
+            run = 0  # residual blocks since the last other layer
+            for layer in made.decoder:
+                run = run + 1 if isinstance(layer, ResBlock) else 0
+                if run > blocks:
+                    assert isinstance(layer, ResBlock)
+                    nn.init.zeros_(layer.conv2.weight)
+                    nn.init.zeros_(layer.conv2.bias)  # type: ignore[arg-type]
+                else:
+                    layer.load_state_dict(next(old).state_dict())
+        return made.to(self.device).train(self.training)
+
+    def id_state(self) -> dict[str, Tensor]:
+        return {k: v for k, v in self.state_dict().items() if not k.startswith("decoder.")}
+
+    def same_ids(self, other: ImageTokenizer) -> bool:
+        same = isinstance(other, VQGanVAE) and self.quantizer.settings == other.quantizer.settings
+        return same and super().same_ids(other)
 
     def encode(self, images: Float[Tensor, "B 3 H W"]) -> QuantizerOutput:
         """Pixels in [0, 1] -> quantized feature map and ids.
@@ -169,10 +284,7 @@ class VQGanVAE(Saveable):
         Raises:
             ValueError: not RGB, or a side not divisible by the factor.
         """
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"images must be (B, 3, H, W), not {tuple(images.shape)}")
-        for side in images.shape[-2:]:
-            self.fmap_size(side)
+        self.check_images(images)
         x = F.pixel_unshuffle(images * 2 - 1, self.patch_size)
         return self.quantizer(self.encoder(x))
 
@@ -181,11 +293,22 @@ class VQGanVAE(Saveable):
         return F.pixel_shuffle(self.decoder(quantized), self.patch_size) / 2 + 0.5
 
     def forward(
-        self, images: Float[Tensor, "B 3 H W"]
+        self, images: Float[Tensor, "B 3 H W"], latent_noise: float = 0.0
     ) -> tuple[Float[Tensor, "B 3 H W"], QuantizerOutput]:
-        """Reconstruction (unclamped) and what the quantizer did: the training forward."""
+        """Reconstruction (unclamped) and what the quantizer did: the training forward.
+
+        Args:
+            images: in [0, 1].
+            latent_noise: standard deviation of normal noise on what the decoder gets, as a
+                multiple of its root mean square. A decoder that has seen such noise forgives a
+                transformer's imperfect tokens.
+        """
         output = self.encode(images)
-        return self.decode(output.quantized), output
+        latents = output.quantized
+        if latent_noise > 0:
+            scale = latents.detach().float().square().mean().sqrt()
+            latents = latents + latent_noise * scale * torch.randn_like(latents)
+        return self.decode(latents), output
 
     @torch.no_grad()
     def encode_to_ids(self, images: Float[Tensor, "B 3 H W"]) -> Int[Tensor, "B h w"]:
@@ -200,3 +323,21 @@ class VQGanVAE(Saveable):
     def decode_from_ids(self, ids: Int[Tensor, "B h w"]) -> Float[Tensor, "B 3 H W"]:
         """Token ids -> pixels, clamped to [0, 1]."""
         return self.decode(self.quantizer.decode(ids)).clamp(0, 1)
+
+
+def _layers(factor: int | None, layers: int | None, patch_size: int) -> int:
+    """How many halvings give the factor; the two are checked against each other."""
+    if factor is None:
+        return 4 if layers is None else layers
+    halvings, rest = divmod(factor, patch_size)
+    if rest or halvings < 1 or halvings & (halvings - 1):
+        raise ValueError(
+            f"factor {factor} must be patch_size {patch_size} times a power of two, "
+            f"such as {[patch_size * 2**i for i in range(2, 6)]}"
+        )
+    if layers is not None and 2**layers != halvings:
+        raise ValueError(
+            f"factor {factor} and layers {layers} disagree (patch_size {patch_size} halved "
+            f"{layers} times is factor {patch_size * 2**layers}): leave one of them out"
+        )
+    return halvings.bit_length() - 1

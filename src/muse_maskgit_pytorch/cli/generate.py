@@ -15,6 +15,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..checkpoint import CheckpointError, find_file, load_tree
+from ..foreign import load_tokenizer
 from ..images import image_grid
 from ..maskgit import MaskGit
 from ..muse import Muse
@@ -78,8 +79,17 @@ def generate(argv: list[str]) -> None:
 
 def bundle_parser() -> Parser:
     parser = Parser("muse bundle", "Join trained stages into one file for `muse generate`.")
-    parser.add_argument("--base", type=str, required=True, help="saved base stage")
+    parser.add_argument(
+        "--base", type=str, required=True, help="saved base stage, or a model to take apart"
+    )
     parser.add_argument("--superres", type=str | None, help="saved super-resolution stage")
+    parser.add_argument(
+        "--vae",
+        nargs="*",
+        type=str,
+        default=[],
+        help="tokenizers with fine-tuned decoders, for the places of those with the same ids",
+    )
     parser.add_argument("--out", type=str, required=True, help="file to write, .safetensors")
     parser.add_argument(
         "--dtype",
@@ -92,8 +102,17 @@ def bundle_parser() -> Parser:
 
 def bundle(argv: list[str]) -> None:
     config = bundle_parser().read(argv)
-    superres = config.superres and MaskGit.from_pretrained(config.superres)
-    model = Muse(MaskGit.from_pretrained(config.base), superres)
+    model = load_model(config.base)
+    if config.superres:
+        model = Muse(model.base, MaskGit.from_pretrained(config.superres))
+    for name in config.vae:
+        vae = load_tokenizer(name)
+        swapped = [stage.swap_vae(vae) for stage in _stages(model).values()]
+        if not any(swapped):
+            raise ValueError(
+                f"--vae {name}: its encoder and codebook are of no tokenizer in this model, whose "
+                "transformers would not understand its ids; fine-tune theirs (muse train decoder)"
+            )
     print(model.save(config.out, getattr(torch, config.dtype)))
 
 

@@ -19,8 +19,11 @@ from .. import __version__
 # Words of the command -> module, function, what it does. Only the chosen module is imported.
 COMMANDS = {
     ("train", "vae"): ("train", "train_vae", "train an image tokenizer"),
+    ("train", "decoder"): ("train", "train_decoder", "fine-tune a tokenizer's decoder alone"),
     ("train", "base"): ("train", "train_base", "train the text-to-image stage"),
     ("train", "superres"): ("train", "train_superres", "train the super-resolution stage"),
+    ("eval", "vae"): ("evaluate", "eval_vae", "judge an image tokenizer by figures"),
+    ("report",): ("report", "report", "draw a run's curves and pictures as one HTML page"),
     ("generate",): ("generate", "generate", "draw pictures of prompts"),
     ("bundle",): ("generate", "bundle", "join trained stages into one model file"),
 }

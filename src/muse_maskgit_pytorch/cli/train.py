@@ -1,4 +1,4 @@
-"""`muse train vae | base | superres`: a recipe into models and their trainer."""
+"""`muse train vae | decoder | base | superres`: a recipe into models and their trainer."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from jsonargparse import Namespace
 
 from ..checkpoint import find_file, load_tree
+from ..foreign import load_tokenizer
 from ..maskgit import MaskGit
 from ..structures import SampleOptions
 from ..training.maskgit_trainer import MaskGitTrainer
@@ -37,10 +38,47 @@ def train_vae(argv: list[str]) -> None:
     VQGanVAETrainer(vae, **config.trainer.as_dict()).train()
 
 
+def decoder_parser() -> Parser:
+    parser = Parser(
+        "muse train decoder",
+        "Train a larger decoder on a saved tokenizer; its ids stay what they are.",
+    )
+    parser.add_argument("--vae", type=str, required=True, help="saved tokenizer")
+    parser.add_argument(
+        "--decoder_dim",
+        type=int | None,
+        default=256,
+        help="channels of the new decoder; null: as now",
+    )
+    parser.add_argument(
+        "--decoder_res_blocks",
+        type=int | None,
+        default=4,
+        help="its residual blocks per resolution; null: as now",
+    )
+    parser.add_section(VQGanVAETrainer, "trainer", skip={"vae", "decoder_only"})
+    return parser
+
+
+def train_decoder(argv: list[str]) -> None:
+    config = decoder_parser().read(argv)
+    torch.manual_seed(config.trainer.seed)
+    vae = load_tokenizer(config.vae)
+    if not isinstance(vae, VQGanVAE):
+        raise ValueError(f"--vae {config.vae}: only decoders of our own VQGanVAE can be trained")
+    vae = vae.with_decoder(config.decoder_dim, config.decoder_res_blocks)
+    VQGanVAETrainer(vae, decoder_only=True, **config.trainer.as_dict()).train()
+
+
 def maskgit_parser(superres: bool) -> Parser:
     name = "superres" if superres else "base"
     parser = Parser(f"muse train {name}", f"Train the {name} stage on a folder with captions.")
-    parser.add_argument("--vae", type=str, required=True, help="saved tokenizer")
+    parser.add_argument(
+        "--vae",
+        type=str,
+        required=True,
+        help="saved tokenizer, ours or another project's (see load_tokenizer)",
+    )
     if superres:
         parser.add_argument(
             "--cond_vae",
@@ -73,8 +111,8 @@ def maskgit_parser(superres: bool) -> Parser:
 
 def make_maskgit(config: Namespace) -> MaskGit:
     """The stage that a recipe describes, with new weights or those of ``init_from``."""
-    vae = VQGanVAE.from_pretrained(config.vae)
-    cond_vae = config.get("cond_vae") and VQGanVAE.from_pretrained(config.cond_vae)
+    vae = load_tokenizer(config.vae)
+    cond_vae = config.get("cond_vae") and load_tokenizer(config.cond_vae)
     settings = config.maskgit.as_dict()
     settings["sample_options"] = stated(config.maskgit.sample_options)
     arguments: dict[str, Any] = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import threading
 import time
@@ -23,6 +24,10 @@ from tqdm.auto import tqdm
 
 from ..checkpoint import CheckpointError, Saveable, load_tree, save_tree
 from .ema import EMA
+from .health import Health
+from .report import read_curves, write_report
+
+MAX_RESTARTS = 3  # returns to a checkpoint, before the run is given up
 
 Precision = Literal["no", "fp16", "bf16"]
 
@@ -54,6 +59,66 @@ class EndlessBatches(Sampler[list[int]]):
             yield batch[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
 
 
+class Guard:
+    """Skips steps whose gradient is not finite or leaps, and counts them.
+
+    All processes see the same gradient norms, so they decide alike without asking one another.
+
+    Args:
+        max_spike: skip where the norm is more than this many times its moving average; 0: off.
+        max_skips: so many skipped steps in a row mean that the weights are at fault.
+    """
+
+    DECAY, FIRST = 0.99, 100  # of the moving average; steps before it is trusted
+
+    def __init__(self, max_spike: float, max_skips: int):
+        self.max_spike, self.max_skips = max_spike, max_skips
+        self.skipped = self.in_a_row = self.restarts = self.lost_steps = 0
+        self._average: dict[str, float] = {}
+        self._seen: dict[str, int] = {}
+        self._objected = False
+
+    @property
+    def lr_factor(self) -> float:
+        return 0.5**self.restarts
+
+    def allows(self, name: str, norm: float) -> bool:
+        """Whether the optimizer ``name`` may take a step with a gradient of this norm."""
+        if self.max_spike == 0:
+            return True
+        seen, average = self._seen.get(name, 0), self._average.get(name, norm)
+        limit = self.max_spike * average if seen >= self.FIRST else math.inf
+        good = math.isfinite(norm) and norm <= limit
+        if math.isfinite(norm):
+            # a leap counts as far as it is allowed, so that a lasting new level is accepted in time
+            self._seen[name] = seen + 1
+            self._average[name] = self.DECAY * average + (1 - self.DECAY) * min(norm, limit)
+        self._objected |= not good
+        return good
+
+    def must_return(self) -> bool:
+        """Called once after every step; whether the run must return to its last checkpoint."""
+        self.in_a_row = self.in_a_row + 1 if self._objected else 0
+        self.skipped += self._objected
+        self._objected = False
+        return self.in_a_row >= self.max_skips
+
+    def returned(self, restarts: int, lost_steps: int, skipped: int, steps: int) -> None:
+        """After the return: the history goes on, ``steps`` are lost once more."""
+        self.restarts, self.skipped = restarts + 1, skipped
+        self.lost_steps, self.in_a_row = lost_steps + steps + 1, 0
+
+    def counts(self) -> dict[str, float]:
+        return {"skipped_steps": self.skipped, "restarts": self.restarts}
+
+    def state(self) -> dict[str, Any]:
+        """Everything but the settings."""
+        return {k: v for k, v in vars(self).items() if k not in ("max_spike", "max_skips")}
+
+    def load(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+
+
 class Diverged(ValueError):
     """The loss is no longer a number. Nothing is saved over the last good checkpoint."""
 
@@ -72,6 +137,11 @@ class Trainer:
         warmup_steps: linear rise of the learning rate.
         lr_schedule: "cosine" (to 1 % of the peak) or "constant", after the warm-up.
         max_grad_norm: gradient clipping; 0 switches it off.
+        max_spike: the guard: a step is skipped, and counted, if its gradient is not finite or its
+            norm more than this many times the moving average. 0 switches the guard off: then a
+            loss that is not finite ends the run.
+        max_skips: after this many skipped steps in a row the run returns to its last checkpoint
+            and goes on with the data that follow, other random numbers and half the learning rate.
         ema_decay: of the averaged weights, saved beside the raw ones.
         mixed_precision: "no", "fp16" or "bf16" (autocast; weights stay float32).
         seed: of everything random in the training.
@@ -89,6 +159,7 @@ class Trainer:
     """
 
     name = "model"
+    shown: tuple[str, ...] = ("loss",)  # figures beside the progress bar
 
     def __init__(
         self,
@@ -103,6 +174,8 @@ class Trainer:
         warmup_steps: int = 1000,
         lr_schedule: Literal["cosine", "constant"] = "cosine",
         max_grad_norm: float = 1.0,
+        max_spike: float = 10.0,
+        max_skips: int = 5,
         ema_decay: float = 0.999,
         mixed_precision: Precision = "no",
         seed: int = 0,
@@ -123,12 +196,14 @@ class Trainer:
             log_every=log_every,
             save_every=save_every,
             keep_checkpoints=keep_checkpoints,
+            max_skips=max_skips,
         )
         for name, value in positive.items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
         notnegative = dict(lr=lr, warmup_steps=warmup_steps, sample_every=sample_every)
         notnegative |= dict(weight_decay=weight_decay, max_grad_norm=max_grad_norm)
+        notnegative |= dict(max_spike=max_spike)
         for name, value in (notnegative | dict(num_workers=num_workers)).items():
             if value < 0:
                 raise ValueError(f"{name} must not be negative, but is {value}")
@@ -153,6 +228,7 @@ class Trainer:
         self.betas, self.weight_decay = betas, weight_decay
         self.warmup_steps, self.lr_schedule = warmup_steps, lr_schedule
         self.max_grad_norm, self.ema_decay = max_grad_norm, ema_decay
+        self.guard = Guard(max_spike, max_skips)
         self.seed, self.num_workers = seed, num_workers
         self.results_folder, self.resume = Path(results_folder), resume
         self.log_every, self.sample_every, self.save_every = log_every, sample_every, save_every
@@ -161,7 +237,7 @@ class Trainer:
         self.step = 0
         self._minutes = 0.0
         self._loss = torch.zeros(())
-        self._written: list[Path] = []
+        self._written: list[str] = []  # names of the checkpoints of this run
 
     # What a trainer adds ---------------------------------------------------------------------
 
@@ -184,6 +260,22 @@ class Trainer:
     def draw(self, path: Path) -> None:
         """Write a picture of what the model does now."""
         raise NotImplementedError
+
+    def measures(self) -> dict[str, float]:
+        """Further figures for a line of the log. Every process must call it."""
+        return {}
+
+    def health_facts(self) -> dict[str, Any]:
+        """What `Health` should know of the model."""
+        return {}
+
+    def codes_full(self) -> bool:
+        """Whether the codebook's figures of `measures` are of enough tokens to judge."""
+        return False
+
+    def lr_of(self, module: str) -> float:
+        """Peak learning rate of one of `modules`."""
+        return self.lr
 
     def collate(self, items: list[Any]) -> Any:
         return torch.utils.data.default_collate(items)
@@ -217,26 +309,21 @@ class Trainer:
         self._prepare()
         if newest:
             self._load_checkpoint(newest)
-        loader = DataLoader(
-            train_set,
-            batch_sampler=EndlessBatches(
-                len(train_set),  # type: ignore[arg-type]
-                self.batch_size,
-                self.seed,
-                self.step * self.grad_accum_every,
-                accelerator.process_index,
-                accelerator.num_processes,
-            ),
-            num_workers=self.num_workers,
-            collate_fn=self.collate,
-            pin_memory=self.device.type == "cuda",
-        )
+            self._sweep()
         self._valid_loader = None
         if valid_set is not None:
             self._valid_loader = DataLoader(
                 valid_set, batch_size=self.batch_size, collate_fn=self.collate
             )
-        batches = iter(loader)
+        batches = self._batches(train_set)
+        images = len(train_set)  # type: ignore[arg-type]
+        self.health = Health(
+            self.name,
+            history=read_curves(self.results_folder, self.name) if newest else None,
+            max_grad_norm=self.max_grad_norm,
+            images=images,
+            **self.health_facts(),
+        )
         bar = tqdm(
             total=self.num_train_steps,
             initial=self.step,
@@ -249,12 +336,17 @@ class Trainer:
         with bar, self._signals_wait():
             while self.step < self.num_train_steps and not self._out_of_time():
                 self._seed_step()
-                lr = self.lr * self._lr_factor()
-                for optimizer in self.optimizers.values():
+                factor = self._lr_factor() * self.guard.lr_factor
+                for name, optimizer in self.optimizers.items():
                     for group in optimizer.param_groups:
-                        group["lr"] = lr
+                        group["lr"] = self.lr_of(name) * factor
                 terms = self.train_step(batches)
-                self._loss = terms["loss"]
+                if self.guard.must_return():
+                    self._return_to_checkpoint(bar)
+                    batches = self._batches(train_set)
+                    continue
+                if self.guard.in_a_row == 0:  # what the guard skips has done no harm
+                    self._loss = terms["loss"]
                 self.step += 1
                 self.ema.update(self.step)
                 bar.update()
@@ -265,24 +357,74 @@ class Trainer:
                     }
                     seconds = time.monotonic() - self._started
                     rate = (self.step - first_step) / seconds
-                    self._log({**values, "lr": lr, "steps_per_s": rate})
-                    bar.set_postfix({k: f"{v:.4g}" for k, v in values.items()})
+                    values |= self.measures() | self.guard.counts()
+                    values |= {"lr": self.lr * factor, "steps_per_s": rate}
+                    self._log(values)
+                    bar.set_postfix({k: f"{values[k]:.4g}" for k in self.shown if k in values})
                     self._check_loss()
                 if self.sample_every and self.step % self.sample_every == 0:
                     self._look()
-                if self.step % self.save_every == 0:
+                # weights whose gradients are being skipped may be at fault
+                if self.step % self.save_every == 0 and self.guard.in_a_row == 0:
                     self._check_loss()
                     self._save_checkpoint()
                 if self._agreed(self._stop_asked):
                     accelerator.print(f"\nstopped after step {self.step}: saving")
                     self._check_loss()
                     self._save_checkpoint()
+                    self._report()
                     raise KeyboardInterrupt
         self._check_loss()
         self._look()
         self._save_checkpoint()
         self.save()
+        self._report()
         accelerator.wait_for_everyone()  # what follows may read the files
+
+    def _batches(self, train_set: Dataset) -> Iterator[Any]:
+        """Training batches from here on: what comes depends on seed, step and returns alone."""
+        return iter(
+            DataLoader(
+                train_set,
+                batch_sampler=EndlessBatches(
+                    len(train_set),  # type: ignore[arg-type]
+                    self.batch_size,
+                    self.seed,
+                    (self.step + self.guard.lost_steps) * self.grad_accum_every,
+                    self.accelerator.process_index,
+                    self.accelerator.num_processes,
+                ),
+                num_workers=self.num_workers,
+                collate_fn=self.collate,
+                pin_memory=self.device.type == "cuda",
+            )
+        )
+
+    def _return_to_checkpoint(self, bar: tqdm) -> None:
+        """Go on from the last good weights; what the same data would do again is known."""
+        failed = self.step
+        accelerator = self.accelerator
+        accelerator.wait_for_everyone()
+        newest = self._newest_checkpoint()
+        if newest is None or self.guard.restarts == MAX_RESTARTS:
+            why = "there is no checkpoint yet" if newest is None else "as before"
+            raise Diverged(
+                f"{self.guard.max_skips} steps in a row had to be skipped at step {failed}, {why}: "
+                "lower lr, or use mixed_precision bf16 or no"
+            )
+        history = self.guard.restarts, self.guard.lost_steps, self.guard.skipped
+        self._load_checkpoint(newest)
+        self.guard.returned(*history, failed - self.step)
+        bar.n = self.step
+        self._warn(
+            f"{self.guard.max_skips} steps in a row were skipped at step {failed}: back to "
+            f"{newest.name}, with half the learning rate and the data that follow"
+        )
+
+    def _report(self) -> None:
+        logged = (self.results_folder / "metrics.jsonl").is_file()  # not if stopped at once
+        if self.accelerator.is_main_process and logged:
+            self.accelerator.print(f"report: {write_report(self.results_folder)}")
 
     def _agreed(self, flag: bool) -> bool:
         """Whether any process says so: they must stop as one, or the others wait for ever."""
@@ -341,13 +483,23 @@ class Trainer:
         self.accelerator.backward(loss / self.grad_accum_every)
 
     def optimizer_step(self, name: str) -> Tensor:
-        """Clip this module's gradients alone, step, clear; returns the gradient norm."""
+        """Clip this module's gradients alone, step unless the guard objects, clear.
+
+        Returns:
+            the gradient norm before clipping: the same on all processes.
+        """
         parameters = [p for p in self.wrapped[name].parameters() if p.requires_grad]
         limit = self.max_grad_norm or math.inf
         norm = self.accelerator.clip_grad_norm_(parameters, limit)
-        self.optimizers[name].step()
+        norm = torch.zeros(()) if norm is None else torch.as_tensor(norm)
+        # fp16's scaler skips its own overflows, which are no fault
+        scaled = self.accelerator.scaler is not None and not norm.isfinite()
+        if scaled or self.guard.allows(name, float(norm)):
+            self.optimizers[name].step()
+        elif self.accelerator.scaler is not None:
+            self.accelerator.scaler.update()  # or it would refuse the next gradients
         self.optimizers[name].zero_grad(set_to_none=True)
-        return norm if norm is not None else torch.zeros(())
+        return norm
 
     def _prepare(self) -> None:
         """Wrap the modules; one optimizer each, its parameters in the module's own order."""
@@ -369,7 +521,8 @@ class Trainer:
             )
             self.wrapped[name], self.optimizers[name] = self.accelerator.prepare(module, optimizer)
         first = next(iter(self.modules().values()))
-        self.ema = EMA(self._trained_state(first), self.ema_decay)
+        averaged = {name for name, _ in first.named_parameters(remove_duplicate=False)}
+        self.ema = EMA(self._trained_state(first), averaged, self.ema_decay)
 
     @staticmethod
     def _trained_state(module: nn.Module) -> dict[str, Tensor]:
@@ -389,7 +542,8 @@ class Trainer:
 
     def _seed_step(self) -> None:
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        torch.manual_seed((self.seed * 1_000_003 + self.step) * world + rank)
+        steps = self.step + self.guard.lost_steps
+        torch.manual_seed((self.seed * 1_000_003 + steps) * world + rank)
 
     def _lr_factor(self) -> float:
         if self.step < self.warmup_steps:
@@ -434,13 +588,26 @@ class Trainer:
 
     def _log(self, values: dict[str, float]) -> None:
         if self.accelerator.is_main_process:
-            self.results_folder.mkdir(parents=True, exist_ok=True)
             # JSON has no infinity and no NaN
-            line = {"stage": self.name, "step": self.step} | {
-                name: value if math.isfinite(value) else None for name, value in values.items()
-            }
-            with open(self.results_folder / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
+            line = {name: value if math.isfinite(value) else None for name, value in values.items()}
+            self._write_line(line)
+            for warning in self.health.see({"step": self.step, **line}, self.codes_full()):
+                self._warn(warning)
+
+    def _warn(self, warning: str) -> None:
+        """Say it on the terminal and in the log, where the report finds it."""
+        if self.accelerator.is_main_process:
+            tqdm.write(f"step {self.step}: {warning}")
+            self._write_line({"warning": warning})
+
+    def _write_line(self, values: dict[str, Any]) -> None:
+        self.results_folder.mkdir(parents=True, exist_ok=True)
+        line = json.dumps({"stage": self.name, "step": self.step} | values) + "\n"
+        with open(self.results_folder / "metrics.jsonl", "ab+") as file:
+            if file.tell():  # a killed process may have left half a line
+                file.seek(-1, os.SEEK_END)
+                line = line if file.read(1) == b"\n" else "\n" + line
+            file.write(line.encode())
 
     # Checkpoints -----------------------------------------------------------------------------
 
@@ -458,12 +625,33 @@ class Trainer:
             "optimizers": {n: o.state_dict() for n, o in self.optimizers.items()},
             "ema": self.ema.average,
             "scaler": self._scaler_state(),
+            "guard": self.guard.state(),
+            "config": self.model.config,
+            "written": self._written,
         }
-        save_tree(path, tree, kind=f"{type(self).__name__} checkpoint")
-        if path not in self._written:
-            self._written.append(path)
+        try:
+            save_tree(path, tree, kind=f"{type(self).__name__} checkpoint")
+        except Exception as error:
+            raise CheckpointError(
+                f"{path} could not be written ({error}): make room and resume; checkpoints "
+                "written before are intact"
+            ) from error
+        if path.name not in self._written:
+            self._written.append(path.name)
         while len(self._written) > self.keep_checkpoints:
-            self._written.pop(0).unlink(missing_ok=True)
+            (self.results_folder / self._written.pop(0)).unlink(missing_ok=True)
+
+    def _sweep(self) -> None:
+        """Remove the half-written checkpoints of this run's earlier processes that were killed."""
+        if not self.accelerator.is_main_process:
+            return
+        for path in self.results_folder.glob(f".{self.name}-checkpoint-*.safetensors.*.tmp"):
+            try:
+                os.kill(int(path.name.split(".")[-2]), 0)
+            except ProcessLookupError:
+                path.unlink(missing_ok=True)
+            except (PermissionError, ValueError, OverflowError):
+                pass  # its process lives, or the file is not ours
 
     def _scaler_state(self) -> dict[str, Any]:
         """State of fp16's gradient scaler; empty in other precisions."""
@@ -472,6 +660,7 @@ class Trainer:
 
     def _load_checkpoint(self, path: Path) -> None:
         tree, _ = load_tree(path, kind=f"{type(self).__name__} checkpoint")
+        self._check_config(tree["config"], path)
         for name, module in self.modules().items():
             own, saved = self._trained_state(module), tree["modules"].get(name, {})
             wrong = [k for k in own if k not in saved or own[k].shape != saved[k].shape]
@@ -488,4 +677,18 @@ class Trainer:
         if self.accelerator.scaler is not None and tree["scaler"]:
             self.accelerator.scaler.load_state_dict(tree["scaler"])
         self.ema.load(tree["ema"])
+        self.guard.load(tree["guard"])
         self.step = tree["step"]
+        self._written = [n for n in tree["written"] if n != path.name] + [path.name]
+
+    def _check_config(self, saved: dict[str, Any], path: Path) -> None:
+        """Refuse a checkpoint of a model made with other arguments: shapes do not tell them all."""
+        own = json.loads(json.dumps(self.model.config))
+        saved = json.loads(json.dumps(saved))
+        for key in sorted(own.keys() | saved.keys()):
+            if own.get(key) != saved.get(key):
+                raise CheckpointError(
+                    f"{path} is of another model than this one ({key} was {saved.get(key)} and is "
+                    f"{own.get(key)}): resume with the settings it was made with, or choose "
+                    "another results_folder"
+                )

@@ -6,21 +6,36 @@ is switched on late, as VQGAN and MaskBit do, once there is something worth shar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from ..data.folder import ImageFolder, split
 from ..images import image_grid
 from ..vqgan_vae import VQGanVAE
-from .gan import Discriminator, discriminator_loss, generator_loss, gradient_penalty
+from .gan import (
+    Discriminator,
+    GanLoss,
+    accuracy,
+    balance,
+    discriminator_loss,
+    generator_loss,
+    gradient_penalty,
+    lecam,
+    move_anchors,
+)
+from .health import CodeUsage
 from .perceptual import PerceptualLoss
 from .trainer import Trainer
+
+ANCHOR_DECAY = 0.99  # of LeCam's moving averages
 
 
 class VQGanVAETrainer(Trainer):
@@ -33,17 +48,30 @@ class VQGanVAETrainer(Trainer):
         recon_loss: "l2" or "l1".
         recon_weight: weight of the reconstruction term.
         perceptual_weight: weight of the perceptual term; 0 switches it off.
-        perceptual_model: Hugging Face image classifier, by name or path.
+        perceptual_model: Hugging Face image network, by name or path, or "efficientnet-lite0".
+        perceptual_kind: "logits" (of a classifier) or "lpips" (features of all its stages).
         gan_weight: weight of the adversarial term; 0 switches it and the discriminator off.
+        gan_loss: "hinge" or "non_saturating".
         gan_start: optimizer step from which the discriminator takes part.
+        gan_ramp: optimizer steps over which the adversarial term then rises to its weight, so
+            that the discriminator learns to see before the tokenizer listens.
+        gan_adaptive: multiply the weight by the ratio of the gradients of reconstruction and
+            adversarial term at the decoder's last layer (VQGAN).
+        lecam_weight: weight of LeCam regularisation; 0 switches it off.
         gradient_penalty_weight: weight of R1 on the discriminator; 0 switches it off.
         discriminator_dim: channels of the discriminator's first layer.
+        discriminator_layers: how often it halves the resolution.
+        discriminator_lr: its peak learning rate; that of the tokenizer unless given.
         quantizer_weight: weight of the quantizer's own loss.
+        latent_noise: noise on what the decoder gets, see `VQGanVAE.forward`.
+        decoder_only: train the decoder alone; encoder and codebook, and so all ids, stay as they
+            are (paper 2.5; see `VQGanVAE.with_decoder`).
         cache_images: keep the decoded images in memory (3 bytes a pixel).
         **common: see `Trainer`.
     """
 
     name = "vae"
+    shown = ("loss", "psnr", "codebook_usage", "grad_norm")
 
     def __init__(
         self,
@@ -55,11 +83,20 @@ class VQGanVAETrainer(Trainer):
         recon_weight: float = 1.0,
         perceptual_weight: float = 0.05,
         perceptual_model: str = "microsoft/resnet-50",
+        perceptual_kind: Literal["logits", "lpips"] = "logits",
         gan_weight: float = 0.1,
+        gan_loss: GanLoss = "hinge",
         gan_start: int = 20_000,
+        gan_ramp: int = 1_000,
+        gan_adaptive: bool = False,
+        lecam_weight: float = 0.001,
         gradient_penalty_weight: float = 0.0,
         discriminator_dim: int = 64,
+        discriminator_layers: int = 3,
+        discriminator_lr: float | None = None,
         quantizer_weight: float = 1.0,
+        latent_noise: float = 0.0,
+        decoder_only: bool = False,
         cache_images: bool = False,
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 1e-4,
@@ -69,26 +106,41 @@ class VQGanVAETrainer(Trainer):
         vae.fmap_size(image_size)
         if recon_loss not in ("l2", "l1"):
             raise ValueError(f"recon_loss must be l2 or l1, not {recon_loss!r}")
-        if discriminator_dim < 1:
-            raise ValueError(f"discriminator_dim must be at least 1, not {discriminator_dim}")
+        if gan_loss not in ("hinge", "non_saturating"):
+            raise ValueError(f"gan_loss must be hinge or non_saturating, not {gan_loss!r}")
+        positive = dict(discriminator_dim=discriminator_dim)
+        for name, value in (positive | dict(discriminator_layers=discriminator_layers)).items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
         notnegative = dict(recon_weight=recon_weight, perceptual_weight=perceptual_weight)
-        notnegative |= dict(gan_weight=gan_weight, gan_start=gan_start)
+        notnegative |= dict(gan_weight=gan_weight, gan_start=gan_start, gan_ramp=gan_ramp)
+        notnegative |= dict(lecam_weight=lecam_weight, discriminator_lr=discriminator_lr or 0)
         notnegative |= dict(gradient_penalty_weight=gradient_penalty_weight)
-        for name, value in (notnegative | dict(quantizer_weight=quantizer_weight)).items():
+        notnegative |= dict(quantizer_weight=quantizer_weight, latent_noise=latent_noise)
+        for name, value in notnegative.items():
             if value < 0:
                 raise ValueError(f"{name} must not be negative, but is {value}")
         self.vae = vae
         self.folder, self.image_size, self.cache_images = folder, image_size, cache_images
         self.recon_loss, self.recon_weight = recon_loss, recon_weight
-        self.gan_weight, self.gan_start = gan_weight, gan_start
+        self.gan_weight, self.gan_adaptive = gan_weight, gan_adaptive
+        self.gan_loss: GanLoss = gan_loss
+        self.gan_start, self.gan_ramp = gan_start, gan_ramp
+        self.lecam_weight, self.discriminator_lr = lecam_weight, discriminator_lr
         self.gradient_penalty_weight = gradient_penalty_weight
-        self.quantizer_weight = quantizer_weight
-        self.perceptual_weight = perceptual_weight
+        self.quantizer_weight, self.latent_noise = quantizer_weight, latent_noise
+        self.perceptual_weight, self.decoder_only = perceptual_weight, decoder_only
         self.dataset = ImageFolder(folder, image_size, cache=cache_images)
         self.perceptual: nn.Module | None = None
         if perceptual_weight > 0:
-            self.perceptual = PerceptualLoss(perceptual_model).to(self.device)
-        self.discriminator = Discriminator(discriminator_dim) if gan_weight > 0 else None
+            self.perceptual = PerceptualLoss(perceptual_model, perceptual_kind).to(self.device)
+        self.discriminator: Discriminator | None = None
+        if gan_weight > 0:
+            self.discriminator = Discriminator(discriminator_dim, discriminator_layers)
+        vae.requires_grad_(not decoder_only)  # it may come frozen, from a model that used it
+        vae.decoder.requires_grad_(True)
+        processes = self.accelerator.num_processes
+        self.usage = CodeUsage(vae.codebook_size, self.device, processes)
 
     def make_datasets(self) -> tuple[Dataset, Dataset | None]:
         train, valid = split(self.dataset, self.valid_fraction)
@@ -100,17 +152,28 @@ class VQGanVAETrainer(Trainer):
             modules["discriminator"] = self.discriminator
         return modules
 
-    def _prepare(self) -> None:
-        if self.accelerator.num_processes > 1:
-            # "vq" codes follow the batches of all processes. VectorQuantize decides that when it
-            # is made, which is before the processes have met.
-            codebooks: list[Any] = [m for m in self.vae.modules() if hasattr(m, "all_reduce_fn")]
-            for codebook in codebooks:
-                codebook.all_reduce_fn = torch.distributed.all_reduce
-        super()._prepare()
+    def lr_of(self, module: str) -> float:
+        own = module == "discriminator" and self.discriminator_lr is not None
+        return self.discriminator_lr if own else self.lr  # type: ignore[return-value]
+
+    def health_facts(self) -> dict[str, Any]:
+        return {
+            "codebook_size": self.vae.codebook_size,
+            "quantizer": self.vae.quantizer.kind,
+            "idle_loss": 1.0 if self.gan_loss == "hinge" else math.log(2),
+        }
+
+    def codes_full(self) -> bool:
+        return self.usage.full
+
+    def measures(self) -> dict[str, float]:
+        return self.usage.measure(lambda counts: self.accelerator.reduce(counts, "sum"))
 
     def train_step(self, batches: Iterator[Any]) -> dict[str, Tensor]:
         self.vae.train()
+        if self.decoder_only:
+            self.vae.encoder.eval()
+            self.vae.quantizer.eval()  # or its codes would go on moving
         judge = self.discriminator if self.step >= self.gan_start else None
         totals: dict[str, Tensor] = {}
 
@@ -130,13 +193,20 @@ class VQGanVAETrainer(Trainer):
                 pairs.append((images, recon.detach()))
         totals["grad_norm"] = self.optimizer_step("vae")
 
+        means = torch.zeros(2, device=self.device)  # scores of real and of generated patches
         for micro, (images, recon) in enumerate(pairs):
             with self.accumulating(self.wrapped["discriminator"], micro):
-                terms = self._discriminator_terms(images, recon)
+                terms, scores = self._discriminator_terms(images, recon)
                 self.backward(terms["discriminator_loss"])
             note(terms)
-        if pairs:
+            means += scores / self.grad_accum_every
+        if judge is not None:
             totals["discriminator_grad_norm"] = self.optimizer_step("discriminator")
+        if judge is not None and self.lecam_weight > 0:
+            means = self.accelerator.reduce(means, "mean")
+            # of a batch with numbers only: the anchors are not the guard's to restore
+            means = torch.where(means.isfinite(), means, judge.anchors)
+            move_anchors(judge.anchors, means, ANCHOR_DECAY)
         return totals
 
     def _generator_terms(
@@ -144,11 +214,11 @@ class VQGanVAETrainer(Trainer):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Reconstruction, and the terms of the tokenizer's loss; "loss" is their weighted sum."""
         with self.autocast():
-            recon, quantized = self.wrapped["vae"](images)
+            recon, quantized = self.wrapped["vae"](images, self.latent_noise)
         recon = recon.float()
         difference = F.mse_loss if self.recon_loss == "l2" else F.l1_loss
-        terms = {"recon": difference(recon, images), "quantizer": quantized.loss}
-        loss = self.recon_weight * terms["recon"] + self.quantizer_weight * terms["quantizer"]
+        terms = {"recon": difference(recon, images)}
+        loss = self.recon_weight * terms["recon"]
         if self.perceptual is not None:
             with self.autocast():
                 terms["perceptual"] = self.perceptual(recon, images)
@@ -157,24 +227,52 @@ class VQGanVAETrainer(Trainer):
             # it only judges here: its own gradients come from its own step
             judge.requires_grad_(False)
             with self.autocast():
-                terms["generator"] = generator_loss(judge(recon))
+                terms["generator"] = generator_loss(judge(recon), self.gan_loss)
             judge.requires_grad_(True)
-            loss = loss + self.gan_weight * terms["generator"]
-        return recon, terms | {"loss": loss, "codebook_usage": quantized.usage}
+            weight = torch.tensor(self.gan_weight * self._ramp(), device=self.device)
+            if self.gan_adaptive:
+                last = self.vae.decoder[-1].weight
+                assert isinstance(last, nn.Parameter)
+                weight = weight * balance(loss, terms["generator"], last)
+                weight = self.accelerator.reduce(weight, "mean")
+            terms["gan_weight"] = weight
+            loss = loss + weight * terms["generator"]
+        loss = loss + self.quantizer_weight * quantized.loss
+        self.usage.see(quantized.ids)
+        error = (recon.detach().clamp(0, 1) - images).square().mean(dim=(1, 2, 3))
+        terms["psnr"] = _psnr(error)
+        return recon, terms | quantized.terms | {"loss": loss}
 
-    def _discriminator_terms(self, images: Tensor, recon: Tensor) -> dict[str, Tensor]:
-        """The terms of the discriminator's loss; "discriminator_loss" is their weighted sum."""
+    def _ramp(self) -> float:
+        """Share of its weight that the adversarial term has at this step, in (0, 1]."""
+        return min(1.0, (self.step - self.gan_start + 1) / max(1, self.gan_ramp))
+
+    def _discriminator_terms(
+        self, images: Tensor, recon: Tensor
+    ) -> tuple[dict[str, Tensor], Float[Tensor, "2"]]:
+        """The terms of the discriminator's loss, "discriminator_loss" their weighted sum.
+
+        And the mean scores of the real and of the generated patches.
+        """
+        assert self.discriminator is not None
         real = images.requires_grad_(self.gradient_penalty_weight > 0)
         with self.autocast():
             # one forward through the wrapper for both, as DistributedDataParallel wants it
             scores = self.wrapped["discriminator"](torch.cat([real, recon]))
         real_scores, fake_scores = scores.chunk(2)
-        terms = {"discriminator": discriminator_loss(real_scores, fake_scores)}
+        terms = {
+            "discriminator": discriminator_loss(real_scores, fake_scores, self.gan_loss),
+            "discriminator_accuracy": accuracy(real_scores, fake_scores),
+        }
         loss = terms["discriminator"]
+        if self.lecam_weight > 0:
+            terms["lecam"] = lecam(real_scores, fake_scores, self.discriminator.anchors.clone())
+            loss = loss + self.lecam_weight * terms["lecam"]
         if self.gradient_penalty_weight > 0:
             terms["gradient_penalty"] = gradient_penalty(real, real_scores)
             loss = loss + self.gradient_penalty_weight * terms["gradient_penalty"]
-        return terms | {"discriminator_loss": loss}
+        means = torch.stack([real_scores.detach().mean(), fake_scores.detach().mean()])
+        return terms | {"discriminator_loss": loss}, means.float()
 
     def validate(self, loader: DataLoader) -> dict[str, float]:
         """PSNR in dB (mean over images) and mean squared error."""
@@ -184,7 +282,7 @@ class VQGanVAETrainer(Trainer):
             recon = self.vae(images)[0].float().clamp(0, 1)
             errors.append((recon - images).square().mean(dim=(1, 2, 3)))
         error = torch.cat(errors)
-        return {"psnr": float(-10 * error.log10().mean()), "mse": float(error.mean())}
+        return {"psnr": float(_psnr(error)), "mse": float(error.mean())}
 
     def draw(self, path: Path) -> None:
         """Images from all over the set above their reconstructions."""
@@ -194,3 +292,8 @@ class VQGanVAETrainer(Trainer):
         recon = self.vae(images)[0].float().clamp(0, 1)
         path.parent.mkdir(parents=True, exist_ok=True)
         image_grid(torch.cat([images, recon]).cpu(), columns=len(images)).save(path)
+
+
+def _psnr(error: Float[Tensor, "B"]) -> Float[Tensor, ""]:
+    """Peak signal-to-noise ratio in dB of squared errors, mean over images; at most 100."""
+    return -10 * error.clamp(min=1e-10).log10().mean()

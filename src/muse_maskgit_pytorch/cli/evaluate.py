@@ -1,0 +1,120 @@
+"""`muse eval vae`: how good a tokenizer is, as a table, a file of figures and a sheet."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from ..data.folder import ImageFolder
+from ..evaluation import Metric, evaluate_tokenizer
+from ..features import LITE, FeatureNet, FeatureNetError
+from ..foreign import load_tokenizer
+from ..images import image_grid
+from ..vqgan_vae import ImageTokenizer
+from .parser import Parser
+
+SHEET = 8  # images on it
+
+
+def eval_vae_parser() -> Parser:
+    parser = Parser("muse eval vae", "Judge a tokenizer by what it makes of a folder of images.")
+    parser.add_argument(
+        "--vae",
+        type=str,
+        required=True,
+        help="saved tokenizer, one stage's of a model (emoji:base), or another project's",
+    )
+    parser.add_argument("--folder", type=str, required=True, help="images, searched recursively")
+    parser.add_argument("--image_size", type=int, required=True, help="side of the square crops")
+    parser.add_argument(
+        "--features",
+        type=str,
+        default=LITE,
+        help="network for rFID and the perceptual distance: efficientnet-lite0, Hugging Face name "
+        "or path, or none",
+    )
+    parser.add_argument("--batch_size", type=int, default=32, help="images at a time")
+    parser.add_argument("--limit", type=int | None, help="take this many images, in order of names")
+    parser.add_argument("--out", type=str | None, help="file for the figures, .json")
+    parser.add_argument(
+        "--picture", type=str | None, help="sheet of images above their reconstructions, .png"
+    )
+    parser.add_argument("--device", type=str | None, help="by default a GPU where there is one")
+    return parser
+
+
+def eval_vae(argv: list[str]) -> None:
+    config = eval_vae_parser().read(argv)
+    for option, ending in {"out": ".json", "picture": ".png"}.items():
+        if config[option] and Path(config[option]).suffix.lower() != ending:
+            raise ValueError(f"--{option} {config[option]!r} must end in {ending}")
+    device = _device(config.device)
+    vae = load_tokenizer(config.vae)
+    vae.fmap_size(config.image_size)
+    dataset = ImageFolder(config.folder, config.image_size)
+    features = _features(config.features)
+    figures = evaluate_tokenizer(vae, dataset, features, config.batch_size, device, config.limit)
+    print(table(figures))
+    if config.out:
+        settings = {key: config[key] for key in ("vae", "folder", "image_size", "features")}
+        result = {**settings, "metrics": {name: asdict(m) for name, m in figures.items()}}
+        with _new_file(config.out) as path:
+            path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    if config.picture:
+        count = min(SHEET, config.limit or SHEET, len(dataset))
+        images = torch.stack([dataset[row]["image"] for row in range(count)])
+        with _new_file(config.picture) as path:
+            _sheet(vae, images).save(path, format="PNG")
+
+
+def table(figures: dict[str, Metric]) -> str:
+    """One line per figure: name, value, number of images, what to know."""
+    rows = [("metric", "value", "images", "")]
+    rows += [(name, f"{m.value:.5g}", str(m.images), m.note) for name, m in figures.items()]
+    wide = [max(len(row[column]) for row in rows) for column in range(3)]
+    return "\n".join(
+        f"{name:<{wide[0]}}  {value:>{wide[1]}}  {images:>{wide[2]}}  {note}".rstrip()
+        for name, value, images, note in rows
+    )
+
+
+def _features(name: str) -> FeatureNet | None:
+    try:
+        return None if name == "none" else FeatureNet(name)
+    except FeatureNetError as error:
+        raise FeatureNetError(
+            f"--features: {error}, or leave its figures out with --features none"
+        ) from error
+
+
+def _device(name: str | None) -> torch.device:
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:  # both, depending on how torch was built
+        raise ValueError(f"--device {name!r} cannot be used: {error}") from error
+
+
+def _sheet(vae: ImageTokenizer, images: torch.Tensor) -> Image.Image:
+    recon = vae.decode_from_ids(vae.encode_to_ids(images.to(vae.device))).cpu()
+    return image_grid(torch.cat([images, recon]), columns=len(images))
+
+
+@contextmanager
+def _new_file(name: str) -> Iterator[Path]:
+    """A temporary path that takes the name once it is written."""
+    path = Path(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,196 @@
+"""The figures by which images and codebooks are judged, each one formula.
+
+Two kinds: of an image and its reconstruction (PSNR, SSIM, MS-SSIM: one number per image), and of a
+set (Fréchet distance of features, use of the codebook).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+WINDOW, SIGMA = 11, 1.5
+C1, C2 = 0.01**2, 0.03**2
+# Wang et al. 2003, 3.2: how much each scale counts, finest first.
+SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
+# Mean squared error of images that are called equal, 100 dB: rounding to 8 bits alone makes 1e-6.
+LEAST_ERROR = 1e-10
+
+
+def psnr(images: Float[Tensor, "B 3 H W"], others: Float[Tensor, "B 3 H W"]) -> Float[Tensor, " B"]:
+    """Peak signal-to-noise ratio of each image in dB, peak 1, at most 100; clamped to [0,1]."""
+    error = (images.clamp(0, 1) - others.clamp(0, 1)).square().mean((1, 2, 3))
+    return -10 * error.clamp(min=LEAST_ERROR).log10()
+
+
+def ssim(images: Float[Tensor, "B 3 H W"], others: Float[Tensor, "B 3 H W"]) -> Float[Tensor, " B"]:
+    """Structural similarity of each image (Wang et al. 2004), at most 1; clamped to [0,1].
+
+    Gaussian window of 11 x 11, sigma 1.5, where it fits whole; per channel, then averaged.
+
+    Raises:
+        ValueError: a side shorter than the window.
+    """
+    similarity, _ = _ssim(images.clamp(0, 1), others.clamp(0, 1))
+    return similarity.mean(1)
+
+
+def ms_ssim(
+    images: Float[Tensor, "B 3 H W"], others: Float[Tensor, "B 3 H W"]
+) -> Float[Tensor, " B"]:
+    """Multi-scale structural similarity of each image (Wang et al. 2003), in [0,1].
+
+    Contrast and structure at every scale, luminance at the coarsest; each scale is the one before
+    averaged over 2 x 2 pixels (an odd last row is left out). Five scales need 176 pixels. Of a
+    smaller image as many are taken as the window fits in (64 pixels: 3, 128: 4), and their weights
+    scaled to the sum of all five: compare such figures at equal sizes only.
+
+    Raises:
+        ValueError: a side shorter than the window.
+    """
+    a, b = images.clamp(0, 1), others.clamp(0, 1)
+    weights = SCALE_WEIGHTS[: num_scales(min(images.shape[-2:]))]
+    full = sum(SCALE_WEIGHTS) / sum(weights)
+    product = torch.ones((), device=images.device)
+    for i, weight in enumerate(weights):
+        similarity, contrast = _ssim(a, b)
+        factor = contrast if i < len(weights) - 1 else similarity
+        # a power of a negative number is none: such a scale has nothing in common
+        product = product * factor.clamp(min=0) ** (weight * full)
+        a, b = F.avg_pool2d(a, 2), F.avg_pool2d(b, 2)
+    return product.mean(1)
+
+
+def num_scales(side: int) -> int:
+    """How many scales of `ms_ssim` an image has whose shorter side has so many pixels."""
+    return max(1, sum(side >> scale >= WINDOW for scale in range(len(SCALE_WEIGHTS))))
+
+
+def _ssim(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Similarity, and its contrast and structure part alone: (B, channels), means over space."""
+    if min(a.shape[-2:]) < WINDOW:
+        raise ValueError(
+            f"images must be at least {WINDOW} pixels high and wide for SSIM, not "
+            f"{tuple(a.shape[-2:])}"
+        )
+    places = torch.arange(WINDOW, device=a.device, dtype=a.dtype) - WINDOW // 2
+    line = torch.exp(-places.square() / (2 * SIGMA**2))
+    line = (line / line.sum()).expand(a.shape[1], 1, 1, WINDOW)
+
+    def blur(x: Tensor) -> Tensor:
+        x = F.conv2d(x, line, groups=x.shape[1])
+        return F.conv2d(x, line.mT, groups=x.shape[1])
+
+    mean_a, mean_b = blur(a), blur(b)
+    var_a, var_b = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2
+    covariance = blur(a * b) - mean_a * mean_b
+    contrast = (2 * covariance + C2) / (var_a + var_b + C2)
+    luminance = (2 * mean_a * mean_b + C1) / (mean_a**2 + mean_b**2 + C1)
+    return (luminance * contrast).mean((2, 3)), contrast.mean((2, 3))
+
+
+class FeatureStatistics:
+    """Mean and covariance of a stream of feature vectors, in float64 on the CPU.
+
+    Batches are merged by their own means (Chan et al. 1983), so nothing cancels, and the batch
+    size does not matter.
+
+    Attributes:
+        count: vectors seen.
+    """
+
+    def __init__(self):
+        self.count = 0
+        self._mean = torch.zeros(0, dtype=torch.float64)
+        self._scatter = torch.zeros(0, 0, dtype=torch.float64)
+
+    def update(self, features: Float[Tensor, "B C"]) -> None:
+        """Take in a batch."""
+        features = features.detach().cpu().double()
+        rows, mean = len(features), features.mean(0)
+        centred = features - mean
+        scatter = centred.T @ centred
+        if self.count == 0:
+            self.count, self._mean, self._scatter = rows, mean, scatter
+            return
+        total, shift = self.count + rows, mean - self._mean
+        self._scatter += scatter + torch.outer(shift, shift) * (self.count * rows / total)
+        self._mean += shift * (rows / total)
+        self.count = total
+
+    @property
+    def mean(self) -> Float[Tensor, " C"]:
+        return self._mean
+
+    @property
+    def covariance(self) -> Float[Tensor, "C C"]:
+        """Unbiased (divided by the count less one), as published FIDs have it.
+
+        Raises:
+            ValueError: fewer than two vectors.
+        """
+        if self.count < 2:
+            raise ValueError(f"a covariance needs at least two images, not {self.count}")
+        return self._scatter / (self.count - 1)
+
+
+def frechet_distance(
+    mean: Float[Tensor, " C"],
+    covariance: Float[Tensor, "C C"],
+    other_mean: Float[Tensor, " C"],
+    other_covariance: Float[Tensor, "C C"],
+) -> float:
+    """Squared Fréchet distance of two Gaussians: FID where they are fitted to features.
+
+    ``|m - n|^2 + tr(S) + tr(T) - 2 tr((S^1/2 T S^1/2)^1/2)`` (Heusel et al. 2017). The last trace
+    is the sum of the singular values of S^1/2 T^1/2. Taken so there is no root of a product's
+    rounding errors, and covariances of low rank, from fewer images than features, need no offset.
+    """
+    roots = [_root(matrix.double()) for matrix in (covariance, other_covariance)]
+    overlap = torch.linalg.svdvals(roots[0].T @ roots[1]).sum()
+    shift = (mean.double() - other_mean.double()).square().sum()
+    distance = shift + covariance.double().trace() + other_covariance.double().trace()
+    return max(0.0, float(distance - 2 * overlap))
+
+
+def _root(covariance: Tensor) -> Tensor:
+    """A (C, rank) with A A^T = covariance; directions of rounding errors are left out."""
+    values, vectors = torch.linalg.eigh(covariance)
+    least = values[-1].clamp(min=0) * len(values) * torch.finfo(values.dtype).eps
+    kept = values > least
+    return vectors[:, kept] * values[kept].sqrt()
+
+
+def codebook_usage(counts: Int[Tensor, " V"]) -> float:
+    """Share of the codes that occur at all, in [0,1]."""
+    return float((counts > 0).double().mean())
+
+
+def entropy_bits(counts: Int[Tensor, " V"]) -> float:
+    """Entropy of the codes' empirical distribution in bits: what a token costs, entropy-coded.
+
+    From few tokens per code it comes out too low: codes that were not met count as impossible.
+    """
+    share = counts.double() / counts.sum()
+    return float(-torch.special.xlogy(share, share).sum() / math.log(2)) + 0.0  # no -0
+
+
+def perplexity(counts: Int[Tensor, " V"]) -> float:
+    """Number of equally frequent codes with the same entropy, in [1, V]."""
+    return 2 ** entropy_bits(counts)
+
+
+def bits_per_pixel(bits_per_token: float, tokens: int, pixels: int) -> float:
+    """Size of an image of ``pixels`` = H * W pixels in ``tokens`` tokens.
+
+    Args:
+        bits_per_token: log2 V in plain binary; `entropy_bits` with an ideal coder that knows the
+            frequencies.
+        tokens: per image.
+        pixels: per image; a pixel is one place, not three colours.
+    """
+    return bits_per_token * tokens / pixels

@@ -1,0 +1,591 @@
+"""A training run as one HTML page: figures, warnings, pictures, curves.
+
+The page needs nothing beside itself: pictures are embedded, curves are SVG, there is no script. It
+is drawn from what the training wrote (``metrics.jsonl`` and ``samples/``), during a run or after.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from itertools import pairwise
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from PIL import Image
+
+from ..images import read_image
+from .health import Curve, Curves, add_line
+
+# Title, unit, names of the curves (an adversary's without it are left out), kind of axis.
+CHARTS = [
+    ("Reconstruction", "PSNR, dB", ["psnr", "valid_psnr"]),
+    ("Loss", "", ["loss", "valid_loss"]),
+    ("Terms of reconstruction", "unweighted", ["recon", "perceptual", "valid_mse"]),
+    ("Codes in use", "share of the codebook", ["codebook_usage"]),
+    ("Codebook perplexity", "codes", ["codebook_perplexity"]),
+    ("Terms of the codebook", "unweighted", ["commitment", "codebook", "entropy", "diversity"]),
+    ("Terms of the adversary", "unweighted", ["generator", "discriminator"]),
+    ("Discriminator accuracy", "share of patches", ["discriminator_accuracy"]),
+    ("Discriminator's regularisers", "unweighted", ["lecam", "gradient_penalty"]),
+    ("Weight of the adversarial term", "", ["gan_weight"]),
+    ("Gradient norms", "before clipping", ["grad_norm", "discriminator_grad_norm"]),
+    ("Learning rate", "", ["lr"]),
+    ("Speed", "steps per second", ["steps_per_s"]),
+]
+HIDDEN = {"skipped_steps", "restarts"}  # marks in the charts rather than curves
+EXACT = {"lr", "gan_weight", "steps_per_s", "codebook_usage", "codebook_perplexity"}  # no noise
+SHARES = {"codebook_usage", "discriminator_accuracy"}  # always drawn from 0 to 1
+ADVERSARY = ("gan_weight", "generator", "discriminator")
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 520, 230, 52, 12, 10, 26  # of a chart, in its own units
+POINTS = 240  # drawn of a curve: more cannot be told apart
+EARLIER = 6  # pictures beside the last one
+MAX_PICTURE = 1_500_000, 250_000  # bytes of the last picture, of an earlier one
+
+
+@dataclass
+class Run:
+    """What the log holds of one stage."""
+
+    stage: str
+    curves: Curves = field(default_factory=dict)
+    warnings: list[tuple[int, str]] = field(default_factory=list)
+
+    @property
+    def step(self) -> int:
+        """The last step in the log."""
+        steps = [curve[-1][0] for curve in self.curves.values()]
+        return max([*steps, *(step for step, _ in self.warnings)], default=0)
+
+
+def read_metrics(folder: str | os.PathLike) -> dict[str, Run]:
+    """Read the log of a run, stage by stage, in the order in which they began.
+
+    Raises:
+        ValueError: there is no ``metrics.jsonl``, or not one good line in it.
+    """
+    path = Path(folder) / "metrics.jsonl"
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} holds no metrics.jsonl: give the results_folder of a training that has run "
+            "for at least log_every steps"
+        )
+    runs = _parse(path)
+    if not runs:
+        raise ValueError(f"{path} holds not one line of a log: train for at least log_every steps")
+    return runs
+
+
+def read_curves(folder: str | os.PathLike, stage: str) -> Curves:
+    """The curves of one stage so far, as `Health` takes them; none where nothing was logged."""
+    path = Path(folder) / "metrics.jsonl"
+    runs = _parse(path) if path.is_file() else {}
+    return runs.get(stage, Run(stage)).curves
+
+
+def _parse(path: Path) -> dict[str, Run]:
+    """Runs by stage.
+
+    Lines that are not whole (the run was killed as it wrote) are passed over. Where a resumed run
+    repeats steps, the later lines count.
+    """
+    runs: dict[str, Run] = {}
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+            continue
+        run = runs.setdefault(str(line.get("stage", "")), Run(str(line.get("stage", ""))))
+        add_line(run.curves, line)
+        warning = (line["step"], str(line.get("warning")))
+        if "warning" in line and warning not in run.warnings:
+            run.warnings.append(warning)
+    return runs
+
+
+def write_report(
+    folder: str | os.PathLike,
+    name: str | None = None,
+    settings: Mapping[str, object] | None = None,
+    out: str | os.PathLike | None = None,
+) -> Path:
+    """Draw a run as one self-contained HTML page, written atomically.
+
+    Args:
+        folder: results folder of the training: ``metrics.jsonl``, ``samples/STAGE-STEP.png``.
+        name: the stage to show; None: every stage in the log.
+        settings: shown as a table.
+        out: file to write, by default ``report.html`` in the folder.
+
+    Returns:
+        The file's path.
+
+    Raises:
+        ValueError: no log, or no such stage in it.
+    """
+    runs = read_metrics(folder)
+    if name is not None and name not in runs:
+        raise ValueError(f"stage {name!r} is not in the log of {folder}: it has {sorted(runs)}")
+    shown = [run for run in runs.values() if name in (None, run.stage)]
+    body = "".join(_section(run, Path(folder)) for run in shown)
+    if settings:
+        rows = "".join(f"<tr><th>{escape(k)}<td>{escape(str(v))}" for k, v in settings.items())
+        body += f"<h2>Settings</h2><table>{rows}</table>"
+    title = f"{Path(folder).resolve().name}: {', '.join(run.stage for run in shown)}"
+    path = Path(out) if out is not None else Path(folder) / "report.html"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        page = PAGE.substitute(title=escape(title), style=STYLE, body=body)
+        temporary.write_text(page, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+# The page ----------------------------------------------------------------------------------------
+
+
+def _section(run: Run, folder: Path) -> str:
+    """Everything about one stage."""
+    charts = "".join(_charts(run))
+    return (
+        f"<header><h1>{escape(run.stage)}</h1><p>{escape(str(folder.resolve().name))}, "
+        f"step {run.step:,}</p></header>"
+        f"{_figures(run)}{_health(run)}{_pictures(run, folder)}"
+        f"<h2>Curves</h2>{_key(run)}<div class=charts>{charts}</div>"
+    )
+
+
+def _figures(run: Run) -> str:
+    """The state of things in a few large numbers."""
+
+    def last(name: str) -> float | None:
+        """The mean of the latest tenth (at most 20 lines) of a training curve."""
+        values = [value for _, value in run.curves.get(name, [])]
+        latest = values[-max(1, min(20, len(values) // 10)) :]
+        return sum(latest) / len(latest) if latest else None
+
+    def best(name: str, pick: Any) -> str | None:
+        curve = run.curves.get(name)
+        if not curve:
+            return None
+        step, value = pick(curve, key=lambda point: point[1])
+        return f"{curve[-1][1]:.4g}<small>best {value:.4g} at {_short(step)}</small>"
+
+    speeds = run.curves.get("steps_per_s", [])
+    seconds = sum(
+        (step - before) / speed
+        for (before, _), (step, speed) in pairwise([(0, 0.0), *speeds])
+        if speed > 0
+    )
+    usage, perplexity, psnr = (
+        last(name) for name in ("codebook_usage", "codebook_perplexity", "psnr")
+    )
+    loss, skipped = last("loss"), run.curves.get("skipped_steps", [(0, 0.0)])[-1][1]
+    tiles = {
+        "steps": f"{run.step:,}",
+        "training time": seconds and f"{_duration(seconds)}",
+        "steps per second": speeds and f"{speeds[-1][1]:.3g}",
+        "validation PSNR, dB": best("valid_psnr", max),
+        "training PSNR, dB": psnr is not None and f"{psnr:.4g}",
+        "validation loss": best("valid_loss", min),
+        "loss": loss is not None and f"{loss:.4g}",
+        "codes in use": usage is not None and f"{100 * usage:.3g} %",
+        "perplexity": perplexity is not None and f"{perplexity:,.0f}",
+        "steps skipped": skipped and f"{skipped:,.0f}",
+    }
+    cells = "".join(f"<div><dt>{name}</dt><dd>{v}</dd></div>" for name, v in tiles.items() if v)
+    return f"<dl class=tiles>{cells}</dl>"
+
+
+def _health(run: Run) -> str:
+    if not run.warnings:
+        return "<section class='health good'><h2>Health</h2><p>No warnings.</p></section>"
+    count = f"{len(run.warnings)} warning{'s' if len(run.warnings) > 1 else ''}"
+    items = []
+    for step, text in run.warnings[-20:]:
+        what, colon, rest = text.partition(": ")
+        words = f"<b>{escape(what)}</b>{colon}{escape(rest)}"
+        items.append(f"<tr><th>step {step:,}<td>{words}")
+    more = len(run.warnings) - len(items)
+    note = f"<p>The latest {len(items)}; {more} earlier ones are in metrics.jsonl.</p>"
+    return (
+        f"<section class='health bad'><h2>Health: {count}</h2>{note if more else ''}"
+        f"<table>{''.join(items)}</table></section>"
+    )
+
+
+def _pictures(run: Run, folder: Path) -> str:
+    """The last picture large, and earlier ones from all over the run."""
+    steps: dict[int, Path] = {}
+    for path in (folder / "samples").glob(f"{run.stage}-*.png"):
+        number = path.stem.removeprefix(f"{run.stage}-")
+        if number.isdigit():
+            steps[int(number)] = path
+    found = sorted(steps)
+    while found:
+        last = _embedded(steps[found[-1]], 1600, MAX_PICTURE[0])
+        if last:
+            break
+        found.pop()  # cut off by a kill
+    else:
+        return ""
+    *earlier, final = found
+    chosen = earlier
+    if len(earlier) > EARLIER:  # the first, the last but one, and evenly between them
+        places = [round(i * (len(earlier) - 1) / (EARLIER - 1)) for i in range(EARLIER)]
+        chosen = [earlier[place] for place in places]
+    row = ""
+    for step in chosen:
+        image = _embedded(steps[step], 700, MAX_PICTURE[1])
+        if image:
+            row += f"<figure>{image}<figcaption>step {step:,}</figcaption></figure>"
+    note = "Images above, their reconstructions below. " if run.stage == "vae" else ""
+    return (
+        f"<h2>Pictures</h2><figure class=last>{last}<figcaption>{note}Step {final:,}.</figcaption>"
+        f"</figure><div class=earlier>{row}</div>"
+    )
+
+
+def _embedded(path: Path, max_width: int, max_bytes: int) -> str:
+    """An <img> with the picture in it, made smaller where it is too large; "" if unreadable."""
+    try:
+        image = read_image(path)
+    except ValueError:
+        return ""
+    if image.width > max_width:
+        image = image.resize((max_width, max(1, round(image.height * max_width / image.width))))
+    data, kind = _encode(image, "PNG"), "png"
+    if len(data) > max_bytes:
+        data, kind = _encode(image, "JPEG"), "jpeg"
+    while len(data) > max_bytes and min(image.size) > 1:
+        image = image.reduce(2)
+        data = _encode(image, "JPEG")
+    width, height = image.size
+    scale = max(1, 1080 // width)  # small ones by a whole factor, pixel by pixel
+    return (
+        f"<img width={width * scale} height={height * scale} alt='' "
+        f"src='data:image/{kind};base64,{base64.b64encode(data).decode()}'>"
+    )
+
+
+def _encode(image: Image.Image, kind: str) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format=kind, **({"quality": 88} if kind == "JPEG" else {}))
+    return buffer.getvalue()
+
+
+# The charts --------------------------------------------------------------------------------------
+
+
+def _marks(run: Run) -> list[tuple[str, str, list[int]]]:
+    """Class, meaning and steps of the vertical marks."""
+    starts = []
+    for name in ADVERSARY:
+        curve = run.curves.get(name, [])
+        starts += [step for step, value in curve if value or name != "gan_weight"][:1]
+    first = min((curve[0][0] for curve in run.curves.values() if curve), default=0)
+    start = [step for step in starts[:1] if step > first]
+    grown = {
+        name: [b for (_, was), (b, now) in pairwise(run.curves.get(name, [])) if now > was]
+        for name in HIDDEN
+    }
+    return [
+        ("start", "the adversary starts", start),
+        ("skip", "steps were skipped", grown["skipped_steps"]),
+        ("restart", "back to the last good checkpoint", grown["restarts"]),
+    ]
+
+
+def _key(run: Run) -> str:
+    items = [
+        f"<span><i class='rule {kind}'></i>{meaning}</span>"
+        for kind, meaning, steps in _marks(run)
+        if steps
+    ]
+    return f"<p class=key>{''.join(items)}</p>" if items else ""
+
+
+def _charts(run: Run) -> Iterator[str]:
+    """Every curve in the log: known ones in their groups, any other in a chart of its own."""
+    known = {name for *_, names in CHARTS for name in names} | HIDDEN
+    others = sorted({n.removeprefix("valid_") for n in run.curves if n not in known} - known)
+    loose = [(name.replace("_", " ").capitalize(), "", [name, f"valid_{name}"]) for name in others]
+    loose += [
+        (f"Validation {n.removeprefix('valid_')}".replace("_", " "), "", [n])
+        for n in run.curves
+        if n not in known and n.removeprefix("valid_") in known
+    ]
+    for title, unit, names in [*CHARTS, *loose]:
+        curves = {name: run.curves[name] for name in names if run.curves.get(name)}
+        if curves:
+            yield _chart(title, unit, curves, max(1, run.step), _marks(run))
+
+
+def _chart(
+    title: str, unit: str, curves: Curves, last: int, marks: Sequence[tuple[str, str, list[int]]]
+) -> str:
+    """One line chart: raw values faint, running means strong."""
+    means = {n: curve if n in EXACT else _smooth(curve) for n, curve in curves.items()}
+    low, high, log = _range(curves, means)
+    ticks = _log_ticks(low, high) if log else _ticks(low, high)
+    if not log and not SHARES & curves.keys():
+        low, high = min(low, ticks[0]), max(high, ticks[-1])
+
+    def x(step: float) -> float:
+        return LEFT + (WIDTH - LEFT - RIGHT) * step / last
+
+    def y(value: float) -> float:
+        if log:
+            share = math.log(max(value, 1e-30) / low) / math.log(high / low)
+        else:
+            share = (value - low) / (high - low)
+        return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * min(1.5, max(-0.5, share))
+
+    def path(points: Curve) -> str:
+        return " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in points)
+
+    parts = []
+    for tick in ticks:
+        parts.append(f"<path class=grid d='M{LEFT} {y(tick):.1f}H{WIDTH - RIGHT}'/>")
+        parts.append(f"<text x={LEFT - 6} y={y(tick) + 4:.1f} class=y>{_number(tick)}</text>")
+    for tick in _ticks(0, last, 6):
+        if 0 <= tick <= last:
+            parts.append(f"<path class=tick d='M{x(tick):.1f} {HEIGHT - BOTTOM}v4'/>")
+            anchor = " class=end" if x(tick) > WIDTH - 24 else ""
+            parts.append(f"<text x={x(tick):.1f} y={HEIGHT - 7}{anchor}>{_short(tick)}</text>")
+    for kind, meaning, steps in marks:
+        for step in _thinned(steps, 60):
+            parts.append(
+                f"<path class='mark {kind}' d='M{x(step):.1f} {TOP}V{HEIGHT - BOTTOM}'>"
+                f"<title>step {step:,}: {meaning}</title></path>"
+            )
+    # an inner <svg> cuts off what leaves the plot
+    wide, tall = WIDTH - LEFT - RIGHT + 8, HEIGHT - TOP - BOTTOM + 8
+    box = f"{LEFT - 4} {TOP - 4} {wide} {tall}"
+    parts.append(f"<svg x={LEFT - 4} y={TOP - 4} width={wide} height={tall} viewBox='{box}'>")
+    legend = []
+    for number, (name, curve) in enumerate(curves.items()):
+        if means[name] != curve:
+            parts.append(f"<polyline class='raw c{number}' points='{path(_outline(curve))}'/>")
+        parts.append(f"<polyline class='line c{number}' points='{path(_thinned(means[name]))}'/>")
+        if len(curve) <= 30:
+            for step, value in curve:
+                parts.append(f"<circle class=c{number} cx={x(step):.1f} cy={y(value):.1f} r=2.5 />")
+        of = name.removeprefix("valid_")
+        label = name.replace("valid_", "validation ").replace("_", " ")
+        if of != name and of in curves:
+            label = "validation"
+        elif of == name and len(curves) == 1:
+            label = "last"
+        end = _number(means[name][-1][1], 4)
+        legend.append(f"<span><i class=c{number}></i>{escape(label)} <b>{end}</b></span>")
+    scale = f"{unit}, log scale" if unit and log else "log scale" if log else unit
+    return (
+        f"<figure class=chart><figcaption><h3>{escape(title)}</h3><small>{escape(scale)}</small>"
+        f"<div>{''.join(legend)}</div></figcaption>"
+        f"<svg viewBox='0 0 {WIDTH} {HEIGHT}' role=img aria-label='{escape(title)}'>"
+        f"{''.join(parts)}</svg></svg></figure>"
+    )
+
+
+def _smooth(curve: Curve) -> Curve:
+    """Running mean over a twentieth of a curve; short curves stay as they are.
+
+    Centred, without a look ahead at the steep start, and over the latest values at the end.
+    """
+    reach = len(curve) // 40
+    if reach == 0:
+        return curve
+    sums = [0.0]
+    for _, value in curve:
+        sums.append(sums[-1] + value)
+    smooth = []
+    for i, (step, _) in enumerate(curve):
+        first = i - min(reach, i)
+        last = min(2 * i - first, len(curve) - 1)
+        smooth.append((step, (sums[last + 1] - sums[first]) / (last + 1 - first)))
+    return smooth
+
+
+def _outline(curve: Curve) -> Curve:
+    """A long curve by the least and the largest value of each stretch, in their order."""
+    size = math.ceil(len(curve) / POINTS)
+    if size <= 2:
+        return curve
+    points: Curve = []
+    for start in range(0, len(curve), size):
+        stretch = curve[start : start + size]
+        ends = {min(stretch, key=lambda p: p[1]), max(stretch, key=lambda p: p[1])}
+        points += sorted(ends)
+    return points
+
+
+def _thinned(items: list, most: int = POINTS) -> list:
+    """At most so many of a list, evenly, the first and the last among them."""
+    if len(items) <= most:
+        return items
+    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
+
+
+def _range(curves: Curves, means: Curves) -> tuple[float, float, bool]:
+    """Lower and upper end of the axis, and whether it is logarithmic.
+
+    A few outliers among the raw values may leave the chart: the means and the middle 98 % stay.
+    """
+    if SHARES & curves.keys():
+        return 0.0, 1.0, False
+    values = [value for curve in means.values() for _, value in curve]
+    for curve in curves.values():
+        raw = sorted(value for _, value in curve)
+        cut = len(raw) // 100
+        values += [raw[cut], raw[-1 - cut]]
+    low, high = min(values), max(values)
+    psnr = any(name.endswith("psnr") for name in curves)  # decibels are logarithms already
+    from_zero = curves.keys() & EXACT
+    if low > 0 and high > 20 * low and not psnr and not from_zero:
+        return low / 1.1, high * 1.1, True
+    if from_zero:
+        low = min(low, 0.0)
+    if high - low < 1e-9 * max(abs(high), abs(low), 1e-9):  # a constant
+        low, high = low - 0.1 * abs(low or 1), high + 0.1 * abs(high or 1)
+    return low, high, False
+
+
+def _ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """About ``count`` round numbers that enclose the range: steps of 1, 2 or 5 times 10^n."""
+    rough = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * m for m in (1, 2, 5, 10) if power * m >= 0.999 * rough)
+    first, after = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [i * step for i in range(first, after + 1)]
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Powers of ten within the range; with 2 and 5 times them where those alone are few."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    every = math.ceil(len(powers) / 7)
+    tens = [10.0**p for p in powers if p % every == 0 and low <= 10.0**p <= high]
+    if len(tens) >= 3:
+        return tens
+    fine = [m * 10.0**p for p in powers for m in (1, 2, 5)]
+    return [tick for tick in fine if low <= tick <= high]
+
+
+def _number(value: float, digits: int = 3) -> str:
+    """Short and exact enough: 0.05, 12.3, 40k, 3e-5."""
+    if abs(value) < 1e-12:
+        return "0"
+    if abs(value) >= 10_000:
+        return _short(value)
+    if abs(value) < 1e-3:
+        mantissa, _, power = f"{value:.{digits - 1}e}".partition("e")
+        mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
+        return f"{mantissa}e{int(power)}".replace("-", "−")
+    return f"{value:.{digits}g}".replace("-", "−")
+
+
+def _short(step: float) -> str:
+    """Steps: 950, 1.5k, 20k, 1.2M."""
+    for size, letter in ((1e6, "M"), (1e3, "k")):
+        if step >= size:
+            return f"{step / size:.4g}{letter}"
+    return f"{step:.3g}"
+
+
+def _duration(seconds: float) -> str:
+    hours, minutes = divmod(round(seconds / 60), 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min" if seconds >= 60 else f"{seconds:.0f} s"
+
+
+PAGE = Template("""<!doctype html>
+<html lang=en>
+<meta charset=utf-8>
+<meta name=viewport content="width=device-width, initial-scale=1">
+<title>$title</title>
+<style>$style</style>
+<main>$body</main>
+</html>
+""")
+
+STYLE = """
+:root { color-scheme: light dark; --page: #f6f7f9; --card: #fff; --ink: #1c2430; --soft: #667085;
+  --line: #e3e7ed; --good: #15803d; --bad: #b45309; --stop: #c81e1e;
+  --c0: #2563eb; --c1: #ea7317; --c2: #0d9488; --c3: #a83fb5; }
+@media (prefers-color-scheme: dark) {
+  :root { --page: #0f141b; --card: #181f29; --ink: #e5e9f0; --soft: #97a3b6; --line: #2b3543;
+    --good: #4ade80; --bad: #fbbf24; --stop: #f87171;
+    --c0: #6ea8fe; --c1: #ff9f5a; --c2: #3fd0c0; --c3: #dd8ae8; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--ink);
+  font: 15px/1.5 system-ui, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
+main { max-width: 1160px; margin: 0 auto; padding: 28px 20px 60px; }
+header { display: flex; align-items: baseline; gap: 14px; border-bottom: 1px solid var(--line);
+  margin: 36px 0 18px; } header:first-child { margin-top: 0; }
+h1 { font-size: 28px; margin: 0 0 8px; } header p { color: var(--soft); margin: 0; }
+h2 { font-size: 18px; margin: 34px 0 12px; } h3 { font-size: 14px; margin: 0; }
+small { color: var(--soft); font-size: 12px; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 12px;
+  margin: 0 0 18px; }
+.tiles div, .health, .chart, .last, .earlier figure, table { background: var(--card);
+  border: 1px solid var(--line); border-radius: 10px; }
+.tiles div { padding: 10px 14px; } dt { color: var(--soft); font-size: 12.5px; }
+dd { margin: 0; font-size: 22px; font-weight: 600; font-variant-numeric: tabular-nums; }
+dd small { display: block; font-weight: 400; }
+.health { padding: 14px 18px; border-left: 5px solid var(--good); }
+.health h2 { margin: 0; } .health p { margin: 4px 0 0; color: var(--soft); }
+.bad { border-left-color: var(--bad); } .bad h2 { color: var(--bad); }
+table { border-spacing: 0; padding: 6px 14px; font-size: 14px; }
+.health table { border: 0; padding: 6px 0 0; }
+th, td { text-align: left; vertical-align: top; padding: 5px 18px 5px 0; }
+th { color: var(--soft); font-weight: 400; white-space: nowrap; }
+td { font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
+figure { margin: 0; } figcaption { color: var(--soft); font-size: 13px; padding-top: 6px; }
+img { display: block; max-width: 100%; height: auto; image-rendering: pixelated;
+  border-radius: 4px; }
+.last { padding: 14px; }
+.earlier { display: grid; grid-template-columns: repeat(auto-fill, minmax(340px, 1fr)); gap: 12px;
+  margin-top: 12px; }
+.earlier figure { padding: 10px; } .earlier img { width: 100%; image-rendering: auto; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 460px), 1fr));
+  gap: 14px; }
+.chart { padding: 12px 14px 6px; }
+.chart figcaption { display: flex; flex-wrap: wrap; align-items: baseline; gap: 0 10px;
+  padding: 0 0 4px; color: var(--ink); }
+.chart figcaption div { margin-left: auto; display: flex; flex-wrap: wrap; gap: 0 14px;
+  font-size: 12.5px; color: var(--soft); }
+.chart b { color: var(--ink); font-variant-numeric: tabular-nums; }
+span i { display: inline-block; width: 14px; height: 3px; margin-right: 6px; border-radius: 2px;
+  vertical-align: middle; background: currentColor; }
+.key { display: flex; flex-wrap: wrap; gap: 4px 22px; margin: -4px 0 12px; color: var(--soft);
+  font-size: 13px; }
+i.rule { width: 0; height: 14px; border-left: 2px dashed; background: none; border-radius: 0; }
+svg { display: block; width: 100%; height: auto; }
+svg text { fill: var(--soft); font-size: 11.5px; text-anchor: middle;
+  font-variant-numeric: tabular-nums; }
+svg .y, svg .end { text-anchor: end; }
+.grid { stroke: var(--line); } .tick { stroke: var(--soft); }
+polyline { fill: none; stroke-linejoin: round; } .line { stroke-width: 2; }
+.raw { opacity: .28; }
+.c0 { color: var(--c0); } .c1 { color: var(--c1); }
+.c2 { color: var(--c2); } .c3 { color: var(--c3); }
+polyline { stroke: currentColor; } circle { fill: currentColor; }
+.mark { stroke-width: 1.2; stroke: currentColor; }
+.start { color: var(--soft); stroke-dasharray: 4 4; border-left-style: dashed; }
+.skip { color: var(--bad); opacity: .55; } .restart { color: var(--stop); }
+i.skip, i.restart { border-left-style: solid; opacity: 1; }
+@media print { .chart, .last { break-inside: avoid; } }
+"""
