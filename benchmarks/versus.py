@@ -68,6 +68,8 @@ SIZE, CODES = 64, 4096
 NEVER = 10**9
 
 OLD_VAE = dict(dim=64, layers=3, codebook_size=CODES)
+OLD_TUNED = dict(entropy_loss_weight=0.02, diversity_gamma=1.0, commitment_loss_weight=0.25)
+OLD_TUNED = dict(lfq_kwargs=OLD_TUNED)
 OLD_TRAINER = dict(valid_frac=0, save_results_every=NEVER, save_model_every=NEVER)
 OUR_VAE = dict(dim=64, layers=2, channel_mults=[1, 2, 3], patch_size=2)
 OUR_VAE |= dict(quantizer="fsq", codebook_size=CODES)
@@ -92,8 +94,8 @@ def specifications(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     specs: dict[str, dict[str, Any]] = {
         "old": dict(vae=old_vae, trainer=old, perceptual="vgg16"),
         "old-bf16": dict(vae=old_vae, trainer=old | half, perceptual="vgg16"),
-        "old-pixels": dict(vae=old_vae, trainer=old, perceptual="pixels"),
-        "old-pixels-bf16": dict(vae=old_vae, trainer=old | half, perceptual="pixels"),
+        "old-tuned": dict(vae=old_vae | OLD_TUNED, trainer=old | half, perceptual="vgg16"),
+        "old-pixels": dict(vae=old_vae, trainer=old | half, perceptual="pixels"),
         "ours": dict(vae=our_vae, trainer=ours),
         "ours-fp32": dict(vae=our_vae, trainer=ours | dict(mixed_precision="no")),
         "ours-gan": dict(vae=our_vae, trainer=ours | gan),
@@ -249,7 +251,7 @@ def main() -> None:
     parser.add_argument("--old-python", default="old-env/bin/python")
     parser.add_argument("--data", type=Path, default=Path("data/emoji/64"))
     parser.add_argument("--out", type=Path, default=Path("runs/versus"), help="a new folder")
-    default = ["old", "old-bf16", "ours", "ours-fp32", "ours-gan"]
+    default = ["old", "old-bf16", "old-tuned", "ours", "ours-fp32", "ours-gan"]
     parser.add_argument("--contenders", nargs="+", default=default)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch-size", type=int, default=16)
@@ -299,7 +301,8 @@ def main() -> None:
             bar.update(args.turn)
 
     results = {name: figures(c, judges, args.skip) for name, c in running.items()}
-    print(f"\n{args.steps} steps of {args.batch_size} images, {CODES} codes, one thread\n")
+    print(f"\n{args.steps} steps of {args.batch_size} images, {CODES} codes, one thread each")
+    print(f"rFID by the features of {args.features}; in brackets the number of images judged\n")
     print(table(results, judges))
     print("\nmatrix product, GFLOP/s (lowest, median, highest of the rounds):")
     for dtype, found in ceilings.items():

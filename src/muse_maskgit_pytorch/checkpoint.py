@@ -146,6 +146,7 @@ class Saveable(nn.Module):
         def remembering_init(self, *args, **kwargs):
             if "_init_args" not in self.__dict__:  # the outermost class of the hierarchy wins
                 bound = signature.bind(self, *args, **kwargs)
+                bound.apply_defaults()  # a later version's defaults must not change this model
                 given = {k: v for k, v in bound.arguments.items() if k != "self"}
                 object.__setattr__(self, "_init_args", given)
             init(self, *args, **kwargs)

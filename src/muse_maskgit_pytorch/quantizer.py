@@ -22,6 +22,7 @@ from .structures import QuantizerOutput
 
 QuantizerName = Literal["vq", "simvq", "lfq", "bsq", "fsq"]
 FSQ_LEVELS = (8, 7, 6, 5, 4, 3)
+MAX_CODES = 2**24
 
 
 class Codes(NamedTuple):
@@ -266,6 +267,11 @@ class Quantizer(nn.Module):
         super().__init__()
         if codebook_size < 2:
             raise ValueError(f"codebook_size must be at least 2, not {codebook_size}")
+        if codebook_size > MAX_CODES:
+            raise ValueError(
+                f"codebook_size {codebook_size} is more than {MAX_CODES}, beyond which the use of "
+                "the codes cannot be counted: take fewer"
+            )
         if codebook_dim is None:
             codebook_dim = 6 if kind == "simvq" else 16
         if entropy_weight is None:
@@ -304,6 +310,8 @@ class Quantizer(nn.Module):
             from vector_quantize_pytorch import FSQ
 
             levels = fsq_levels(codebook_size) if levels is None else list(levels)
+            if min(levels, default=3) < 3:
+                raise ValueError(f"fsq_levels {levels} must be at least 3 each")
             if math.prod(levels) != codebook_size:
                 raise ValueError(
                     f"fsq_levels {levels} give {math.prod(levels)} codes, "
@@ -313,7 +321,8 @@ class Quantizer(nn.Module):
             self.inner = FSQ(levels=levels, dim=width)
         else:
             raise ValueError(f"quantizer {kind!r} is unknown: use vq, simvq, lfq, bsq or fsq")
-        self.settings = (kind, kind == "vq" and l2_norm, levels)  # what decides ids and shows in no weight
+        # what decides ids and shows in no weight
+        self.settings = (kind, kind == "vq" and l2_norm, levels)
         self.project_in = nn.Conv2d(dim, width, 1)
         self.project_out = nn.Conv2d(width, dim, 1)
 
@@ -333,7 +342,8 @@ class Quantizer(nn.Module):
     def _quantize(self, rows: Float[Tensor, "B n c"]) -> Codes:
         if self.kind == "fsq":
             codes, ids = self.inner(rows)
-            return Codes(codes, ids, {})
+            # of a vector that is no number the id would be far out, and an error for any table
+            return Codes(codes, ids.clamp(0, self.codebook_size - 1), {})
         if self.kind == "simvq":
             codes, ids, loss = self.inner(rows)
             return Codes(codes, ids, {"commitment": loss})

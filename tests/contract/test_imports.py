@@ -16,6 +16,8 @@ MODULES = [
     "layers",
     "text",
     "vqgan_vae",
+    "features",
+    "foreign",
     "transformer",
     "sampling",
     "maskgit",

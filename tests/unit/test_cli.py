@@ -31,6 +31,7 @@ from muse_maskgit_pytorch.cli import train as training
 from muse_maskgit_pytorch.cli.main import main
 from muse_maskgit_pytorch.cli.parser import nearest
 from muse_maskgit_pytorch.training.trainer import Trainer
+from tests import hub
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 COLOURS = ("red", "green", "blue", "black")
@@ -178,6 +179,75 @@ def test_superres_with_a_tokenizer_of_its_own(muse_file: Path):
     assert model.cond_vae is model.vae
 
 
+@pytest.fixture(scope="module")
+def decoder_file(muse_file: Path) -> Path:
+    """A larger decoder for the tokenizer of the stages."""
+    root = muse_file.parent
+    recipe = yaml.safe_load((root / "vae.yaml").read_text())
+    tree = dict(decoder_dim=16, decoder_res_blocks=2, vae=f"{root}/vae/vae-ema.safetensors")
+    tree["trainer"] = recipe["trainer"] | dict(results_folder=f"{root}/decoder")
+    (root / "decoder.yaml").write_text(yaml.safe_dump(tree))
+    assert main(["train", "decoder", "--config", f"{root}/decoder.yaml"]) == 0
+    return root / "decoder" / "vae-ema.safetensors"
+
+
+def test_a_decoder_is_trained_alone(decoder_file: Path):
+    before = VQGanVAE.from_pretrained(decoder_file.parents[1] / "vae" / "vae-ema.safetensors")
+    larger = VQGanVAE.from_pretrained(decoder_file)
+    images = torch.rand(4, 3, 16, 16)
+    assert torch.equal(larger.encode_to_ids(images), before.encode_to_ids(images))
+    assert larger.same_ids(before)
+    assert (larger.config["decoder_dim"], larger.config["decoder_res_blocks"]) == (16, 2)
+    lines = [json.loads(line) for line in (decoder_file.parent / "metrics.jsonl").open()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2]
+
+
+def test_a_new_decoder_is_bundled(decoder_file: Path, tmp_path: Path, capsys):
+    """With the stages, or into a whole model; the old one is not carried along."""
+    root = decoder_file.parents[1]
+    stages = [f"--{s}={root}/{s}/{s}-ema.safetensors" for s in ("base", "superres")]
+    swap = ["--vae", str(decoder_file)]
+    assert main(["bundle", *stages, "--out", f"{tmp_path}/old.safetensors"]) == 0
+    assert main(["bundle", *stages, *swap, "--out", f"{tmp_path}/new.safetensors"]) == 0
+    base = f"--base={tmp_path}/old.safetensors"
+    assert main(["bundle", base, *swap, "--out", f"{tmp_path}/again.safetensors"]) == 0
+    trees = [load_tree(tmp_path / f"{name}.safetensors", "Muse")[0] for name in ("new", "again")]
+    assert trees[0]["state"].keys() == trees[1]["state"].keys()
+    assert all(torch.equal(v, trees[1]["state"][k]) for k, v in trees[0]["state"].items())
+    old, new = (Muse.from_pretrained(tmp_path / f"{n}.safetensors") for n in ("old", "new"))
+    ids = torch.arange(16).view(1, 4, 4)
+    pictures = VQGanVAE.from_pretrained(decoder_file).decode_from_ids(ids)
+    assert new.superres is not None
+    for stage in (new.base, new.superres):
+        assert torch.equal(stage.vae.decode_from_ids(ids), pictures)
+    last = dict(old.base.vae.named_parameters())["decoder.0.weight"]
+    assert not any(torch.equal(last, value) for value in trees[0]["state"].values())
+    capsys.readouterr()
+
+
+def test_a_decoder_of_other_ids_is_not_bundled(decoder_file: Path, tmp_path: Path, capsys):
+    """Such as that of the tokenizer before it was rounded to half precision."""
+    base = f"--base={decoder_file.parents[1]}/muse.safetensors"
+    out = f"--out={tmp_path}/m.safetensors"
+    error = fails(["bundle", base, "--vae", str(decoder_file), out], capsys)
+    assert f"--vae {decoder_file}: its encoder and codebook are of no tokenizer" in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_no_decoder_can_be_trained_on(decoder_file: Path, tmp_path: Path, capsys):
+    root = decoder_file.parents[1]
+    run = ["train", "decoder", "--config", f"{root}/decoder.yaml"]
+    run += [f"--trainer.results_folder={tmp_path}/r"]
+    hub.make_vqmodel(tmp_path / "foreign")
+    error = fails([*run, f"--vae={tmp_path}/foreign"], capsys)
+    assert "only decoders of our own VQGanVAE can be trained" in error
+    error = fails([*run, "--decoder_dim=8", "--decoder_res_blocks=0"], capsys)
+    assert "decoder_res_blocks 0 are fewer than the 1" in error
+    assert "trainer.decoder_only" in fails([*run, "--trainer.decoder_only=false"], capsys)
+    assert "add :base or :superres" in fails([*run, f"--vae={root}/muse.safetensors"], capsys)
+    assert not (tmp_path / "r").exists()
+
+
 # Pictures ------------------------------------------------------------------------------------
 
 
@@ -255,6 +325,7 @@ def test_a_base_alone_draws(muse_file: Path, tmp_path: Path, capsys):
 
 PARSERS = {
     "vae": training.vae_parser(),
+    "decoder": training.decoder_parser(),
     "base": training.maskgit_parser(superres=False),
     "superres": training.maskgit_parser(superres=True),
     "generate": generating.generate_parser(),
@@ -266,6 +337,7 @@ PARSERS = {
     [
         ("vae", "vae", VQGanVAE, set()),
         ("vae", "trainer", VQGanVAETrainer, {"vae"}),
+        ("decoder", "trainer", VQGanVAETrainer, {"vae", "decoder_only"}),  # what it is there for
         ("base", "transformer", MaskGitTransformer, set()),
         ("superres", "transformer", MaskGitTransformer, set()),
         ("superres", "token_critic", TokenCritic, set()),
@@ -302,8 +374,9 @@ def test_defaults_are_those_of_the_signatures():
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_recipes_parse(recipe: Path):
-    command = next((c for c in ("vae", "superres") if c in recipe.stem), "base")
-    assert PARSERS[command].read(["--config", str(recipe)]).trainer.results_folder
+    command = next((c for c in ("vae", "decoder", "superres") if c in recipe.stem), "base")
+    trained = ["--vae", "emoji:base"] if command == "decoder" else []
+    assert PARSERS[command].read(["--config", str(recipe), *trained]).trainer.results_folder
 
 
 @pytest.mark.parametrize("command", ["vae", "base", "superres"])
@@ -416,7 +489,8 @@ def test_geometry_that_does_not_fit_is_said_before_any_work(muse_file: Path, tmp
     assert "10 is not a positive multiple" in fails([*run, "--maskgit.image_size=10"], capsys)
     init = f"--init_from={root}/base/base.safetensors"
     assert "does not fit" in fails([*run, init, "--transformer.dim=24"], capsys)
-    assert "not a VQGanVAE" in fails([*run, f"--vae={root}/base/base.safetensors"], capsys)
+    (checkpoint,) = (root / "vae").glob("*checkpoint*")
+    assert "not a tokenizer or a model that has one" in fails([*run, f"--vae={checkpoint}"], capsys)
     assert "a local copy" in fails([*run, f"--transformer.t5_name={tmp_path}/no"], capsys)
     assert list(tmp_path.iterdir()) == []
 
@@ -428,7 +502,8 @@ def test_files_of_the_wrong_kind(muse_file: Path, tmp_path: Path, capsys):
     assert "muse bundle" in fails([*make, f"{root}/superres/superres.safetensors"], capsys)
     assert "--device 'abc'" in fails([*make, f"{muse_file}", "--device=abc"], capsys)
     stages = [f"--{s}={root}/superres/superres.safetensors" for s in ("base", "superres")]
-    assert "swapped" in fails(["bundle", *stages, f"--out={tmp_path}/m.safetensors"], capsys)
+    error = fails(["bundle", *stages, f"--out={tmp_path}/m.safetensors"], capsys)
+    assert "is a super-resolution stage alone" in error
     assert list(tmp_path.iterdir()) == []
 
 

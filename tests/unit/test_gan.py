@@ -161,6 +161,8 @@ def test_balance_is_the_ratio_of_the_gradients_norms():
     assert ratio == pytest.approx(6 / (1.3 + 1e-4))
     assert not ratio.requires_grad
     assert weight.grad is None
+    doubled = balance(recon, adversarial, weight, mean=lambda gradient: 2 * gradient)
+    assert doubled == pytest.approx(12 / (2.6 + 1e-4))  # the mean comes before the norm
     (recon + adversarial).backward()  # the graph is still there
     assert balance(weight.sum(), 0 * weight.sum(), weight) == 1e4
     assert balance(0 * weight.sum(), weight.sum(), weight) == 0

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 
 from muse_maskgit_pytorch import Muse, SampleOptions
 from tests import tiny
@@ -128,3 +129,49 @@ def test_a_base_stopped_early_still_goes_through_the_cascade():
     superres.cond_vae = base.vae
     images = Muse(base, superres).stages(text_embeds=tiny.text(), callback=lambda step: True)
     assert [image.shape[-1] for image in images] == [16, 32]
+
+
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_a_better_decoder_draws_the_same_ids(everywhere, tmp_path):
+    """Swapped in, it decodes; the stages still pass ids, as those mean what they meant."""
+    muse, text = cascade(), tiny.text()
+    before = muse.stages(text_embeds=text, seeds=1)
+    low = muse.base.generate_ids(text_embeds=text, seeds=[1, 2])
+    better = muse.base.vae.with_decoder(16, 1)
+    old = muse.base.vae.decoder[-1].weight
+    assert muse.base.swap_vae(better)
+    assert muse.superres.cond_vae is not better
+    if everywhere:
+        assert muse.superres.swap_vae(better)
+        assert muse.superres.cond_vae is better
+    assert muse.superres.vae is not better  # whose ids are others
+    after = muse.stages(text_embeds=text, seeds=1)
+    assert torch.equal(after[0], better.decode_from_ids(low.view(2, 4, 4)))
+    assert not torch.allclose(after[0], before[0])
+    assert torch.equal(after[1], before[1])  # not decoded and encoded again in between
+    again = Muse.from_pretrained(muse.save(tmp_path / "muse.safetensors"))
+    stages = again.stages(text_embeds=text, seeds=1)
+    assert all(torch.equal(a, b) for a, b in zip(stages, after, strict=True))
+    with safe_open(tmp_path / "muse.safetensors", "pt") as file:
+        tensors = [file.get_tensor(name) for name in file.keys()]  # noqa: SIM118
+    stored = any(torch.equal(old, tensor) for tensor in tensors)
+    assert stored is not everywhere  # the old decoder goes once nothing uses it
+
+
+def test_a_tokenizer_of_other_ids_is_not_swapped_in():
+    muse = cascade()
+    other = tiny.randomise(tiny.vae())
+    for stage in (muse.base, muse.superres):
+        before = stage.vae, stage.cond_vae
+        assert not stage.swap_vae(other)
+        assert (stage.vae, stage.cond_vae) == before
+
+
+def test_a_swapped_tokenizer_is_frozen():
+    stage = tiny.maskgit()
+    better = stage.vae.with_decoder(None, 2).train()
+    assert stage.swap_vae(better)
+    assert stage.vae is better
+    assert not any(p.requires_grad for p in stage.vae.parameters())
+    stage.train()
+    assert not stage.vae.training

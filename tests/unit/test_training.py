@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from itertools import islice
@@ -30,10 +33,19 @@ from muse_maskgit_pytorch import (
     VQGanVAETrainer,
 )
 from muse_maskgit_pytorch.checkpoint import load_tree
+from muse_maskgit_pytorch.training import gan
+from muse_maskgit_pytorch.training import trainer as training
+from muse_maskgit_pytorch.training import vae_trainer as vae_training
 from muse_maskgit_pytorch.training.ema import EMA
 from muse_maskgit_pytorch.training.health import Health
 from muse_maskgit_pytorch.training.perceptual import PerceptualLoss
-from muse_maskgit_pytorch.training.trainer import Diverged, EndlessBatches, Trainer
+from muse_maskgit_pytorch.training.trainer import (
+    MAX_RESTARTS,
+    Diverged,
+    EndlessBatches,
+    Guard,
+    Trainer,
+)
 
 CAPTIONS = ["one", "two owls", "three red kites", "four", "five plums in a bowl", "six", "seven"]
 
@@ -100,12 +112,17 @@ def maskgit_trainer(
     return MaskGitTrainer(maskgit, folder=str(images), results_folder=str(results), **arguments)
 
 
-def metrics(results: Path) -> list[dict[str, float]]:
+def metrics(results: Path) -> list[dict[str, Any]]:
     def refuse(constant: str):
         raise AssertionError(f"{constant} is no JSON")
 
     lines = (results / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line, parse_constant=refuse) for line in lines]
+
+
+def logged(results: Path) -> list[dict[str, Any]]:
+    """The lines of training steps."""
+    return [line for line in metrics(results) if "loss" in line]
 
 
 def assert_same(a: Any, b: Any, at: str = "") -> None:
@@ -308,8 +325,166 @@ def test_each_network_is_clipped_by_its_own_gradients(
 def test_gan_starts_when_it_is_told(images: Path, tmp_path: Path):
     results = tmp_path / "r"
     vae_trainer(images, results, gan_weight=0.1, gan_start=2, num_train_steps=4).train()
-    lines = [line for line in metrics(results) if "loss" in line]
+    lines = logged(results)
     assert ["generator" in line for line in lines] == [False, False, True, True]
+
+
+GAN: dict[str, Any] = dict(gan_weight=0.1, gan_start=0)
+
+
+def test_gan_weight_rises_over_its_ramp(images: Path, tmp_path: Path):
+    """The log says what the adversarial term weighs, and that is what it weighs in the loss."""
+    settings: dict[str, Any] = dict(gan_weight=0.4, gan_start=2, gan_ramp=4, num_train_steps=8)
+    vae = make_vae(quantizer="fsq")
+    vae_trainer(images, tmp_path / "r", vae, recon_weight=3.0, **settings).train()
+    lines = logged(tmp_path / "r")
+    weights = [line.get("gan_weight") for line in lines]
+    assert weights[:2] == [None, None]
+    assert weights[2:] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4, 0.4])
+    for line in lines[2:]:
+        terms = 3 * line["recon"] + line["gan_weight"] * line["generator"]
+        assert line["loss"] == pytest.approx(terms, rel=1e-4)
+    assert all(line["discriminator_grad_norm"] > 0 for line in lines[2:])  # it learns at once
+    vae_trainer(images, tmp_path / "no ramp", gan_ramp=0, **GAN).train()
+    assert metrics(tmp_path / "no ramp")[0]["gan_weight"] == pytest.approx(0.1)
+
+
+def test_adaptive_weight_is_logged(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    ratios = []
+
+    def spy(*arguments: Any) -> Tensor:
+        ratios.append(gan.balance(*arguments))
+        return ratios[-1]
+
+    monkeypatch.setattr(vae_training, "balance", spy)
+    settings: dict[str, Any] = dict(gan_adaptive=True, gan_ramp=2, grad_accum_every=2)
+    vae_trainer(images, tmp_path / "r", **GAN, **settings).train()
+    pairs = [(ratios[0] + ratios[1]) / 2, (ratios[2] + ratios[3]) / 2]
+    wanted = [0.1 * ramp * float(ratio) for ramp, ratio in zip((0.5, 1.0), pairs, strict=True)]
+    assert [line["gan_weight"] for line in logged(tmp_path / "r")] == pytest.approx(wanted)
+    assert len({float(ratio) for ratio in ratios}) == 4
+
+
+def test_adaptive_weight_makes_both_gradients_equal(images: Path, tmp_path: Path):
+    trainer = vae_trainer(
+        images, tmp_path / "r", gan_weight=1.0, gan_start=0, gan_adaptive=True, gan_ramp=0
+    )
+    trainer._prepare()
+    batch = torch.stack([trainer.dataset[i]["image"] for i in range(4)])
+    recon, terms = trainer._generator_terms(batch, trainer.discriminator)
+    last = trainer.vae.decoder[-1].get_parameter("weight")
+    parts = (terms["recon"], terms["gan_weight"] * terms["generator"])
+    norms = [torch.autograd.grad(x, last, retain_graph=True)[0].norm().item() for x in parts]
+    assert norms[0] == pytest.approx(norms[1], rel=0.01)
+    assert not terms["gan_weight"].requires_grad
+    assert recon.shape == batch.shape
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_lecam_obeys_its_switch(images: Path, tmp_path: Path, weight: float):
+    settings: dict[str, Any] = dict(lecam_weight=weight, num_train_steps=3)
+    trainer = vae_trainer(images, tmp_path / "r", **GAN, **settings)
+    trainer.train()
+    lines = logged(tmp_path / "r")
+    assert trainer.discriminator is not None
+    assert ["lecam" in line for line in lines] == [weight > 0] * 3
+    assert bool(trainer.discriminator.anchors.abs().sum() > 0) is (weight > 0)
+    for line in lines:
+        whole = line["discriminator"] + weight * line.get("lecam", 0)
+        assert line["discriminator_loss"] == pytest.approx(whole, rel=1e-4)
+
+
+def test_the_discriminators_learning_rate(images: Path, tmp_path: Path):
+    for own, wanted in ((None, [0.5e-3, 1e-3]), (4e-3, [2e-3, 4e-3]), (0.0, [0, 0])):
+        results = tmp_path / str(own)
+        trainer = vae_trainer(images, results, **GAN, discriminator_lr=own)
+        original, used = trainer.train_step, []
+
+        def spy(batches: Any, trainer=trainer, original=original, used=used) -> Any:
+            used.append([o.param_groups[0]["lr"] for o in trainer.optimizers.values()])
+            return original(batches)
+
+        trainer.train_step = spy  # type: ignore[method-assign]
+        trainer.train()
+        assert [vae for vae, _ in used] == pytest.approx([0.5e-3, 1e-3])  # warm-up
+        assert [discriminator for _, discriminator in used] == pytest.approx(wanted)
+
+
+def test_every_term_has_its_name_in_the_log(images: Path, tmp_path: Path, resnet: str):
+    settings: dict[str, Any] = dict(perceptual_weight=0.1, perceptual_model=resnet)
+    settings |= dict(gradient_penalty_weight=1.0, gan_start=1, gan_weight=0.1, max_grad_norm=1.0)
+    vae = make_vae(quantizer="bsq")
+    vae_trainer(images, tmp_path / "r", vae, valid_fraction=0.3, **settings).train()
+    first, second, last = metrics(tmp_path / "r")
+    always = {
+        "stage", "step", "loss", "recon", "perceptual", "commitment", "entropy", "diversity",
+        "psnr", "grad_norm", "codebook_usage", "codebook_perplexity", "skipped_steps", "restarts",
+        "lr", "steps_per_s",
+    }  # fmt: skip
+    adversarial = {
+        "generator", "gan_weight", "discriminator", "discriminator_accuracy", "lecam",
+        "gradient_penalty", "discriminator_loss", "discriminator_grad_norm",
+    }  # fmt: skip
+    assert first.keys() == always
+    assert second.keys() == always | adversarial
+    assert last.keys() == {"stage", "step", "valid_psnr", "valid_mse"}
+    terms = second["recon"] + 0.1 * second["perceptual"]
+    terms += second["gan_weight"] * second["generator"]
+    terms += sum(w * second[name] for name, w in vae.quantizer.weights.items())
+    assert second["loss"] == pytest.approx(terms, rel=1e-4)
+    terms = second["discriminator"] + 0.001 * second["lecam"] + second["gradient_penalty"]
+    assert second["discriminator_loss"] == pytest.approx(terms, rel=1e-4)
+
+
+def test_kinds_of_perceptual_term(images: Path, tmp_path: Path, resnet: str):
+    values = []
+    for kind in ("logits", "lpips"):
+        settings: dict[str, Any] = dict(perceptual_weight=0.1, perceptual_model=resnet)
+        trainer = vae_trainer(images, tmp_path / kind, perceptual_kind=kind, **settings)
+        assert isinstance(trainer.perceptual, PerceptualLoss)
+        assert trainer.perceptual.kind == kind
+        trainer.train()
+        values.append(metrics(tmp_path / kind)[0]["perceptual"])
+    assert values[0] != values[1]
+    with pytest.raises(ValueError, match=r"perceptual_kind must be one of .*lpips.*, not 'ssim'"):
+        vae_trainer(images, tmp_path / "r", perceptual_kind="ssim", **settings)
+
+
+# A decoder alone ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quantizer", ["vq", "simvq", "fsq"])
+def test_a_decoder_trains_alone(images: Path, tmp_path: Path, quantizer: str):
+    """And neither encoder nor codes move, not even those that are moving averages."""
+    vae = make_vae(quantizer=quantizer)
+    vae.train()(torch.rand(8, 3, 16, 16))
+    vae = vae.eval().requires_grad_(False)  # as a model that uses it holds it
+    larger = vae.with_decoder(None, 2)
+    settings: dict[str, Any] = dict(decoder_only=True, latent_noise=0.1, num_train_steps=4)
+    trainer = vae_trainer(images, tmp_path / "r", larger, **GAN, **settings)
+    trainer.train()
+    before = dict(vae.id_state())
+    assert_same(dict(larger.id_state()), before)
+    assert larger.same_ids(vae)
+    for name in ("vae", "vae-ema"):
+        saved = VQGanVAE.from_pretrained(tmp_path / "r" / f"{name}.safetensors")
+        assert_same(dict(saved.id_state()), before)
+        assert saved.config["decoder_res_blocks"] == 2
+    assert all(name.startswith("decoder.") for name in last_checkpoint(tmp_path / "r")["ema"])
+    start = vae.with_decoder(None, 2).decoder.state_dict()
+    matrices = [k for k, v in larger.decoder.named_parameters() if v.ndim > 1]
+    moved = [k for k in matrices if not torch.equal(larger.decoder.state_dict()[k], start[k])]
+    assert moved == matrices
+
+
+def test_a_tokenizer_in_use_can_be_trained_too(images: Path, tmp_path: Path):
+    """It comes frozen; after a decoder's training, too."""
+    vae = make_vae().requires_grad_(False)
+    vae_trainer(images, tmp_path / "decoder", vae, decoder_only=True).train()
+    before = {k: v.clone() for k, v in vae.state_dict().items()}
+    vae_trainer(images, tmp_path / "whole", vae).train()
+    moved = {k.split(".")[0] for k, v in vae.state_dict().items() if (v != before[k]).any()}
+    assert moved == {"encoder", "quantizer", "decoder"}
 
 
 # Data order --------------------------------------------------------------------------------------
@@ -404,35 +579,45 @@ def test_optimizers_list_parameters_in_the_order_of_the_module(images: Path, tmp
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(images: Path, tmp_path: Path):
-    """FSQ has no batch statistics, so 2 x 2 images and 4 images are one mean."""
-    gradients, losses = [], []
+    """FSQ has no batch statistics, so 2 x 2 images and 4 images are one mean.
+
+    For the discriminator too, with all its terms, over two steps.
+    """
+    runs = []
     for batch_size, accumulate in ((4, 1), (2, 2)):
-        vae = make_vae(quantizer="fsq")
+        results = tmp_path / f"r{accumulate}"
         trainer = vae_trainer(
-            images,
-            tmp_path / f"r{accumulate}",
-            vae,
-            batch_size=batch_size,
-            grad_accum_every=accumulate,
-            num_train_steps=1,
-            valid_fraction=0,
-        )
+            images, results, make_vae(quantizer="fsq"), **GAN, gan_ramp=0, lecam_weight=1.0,
+            gradient_penalty_weight=1.0, batch_size=batch_size, grad_accum_every=accumulate,
+            valid_fraction=0, warmup_steps=0,
+        )  # fmt: skip
         original, grads = trainer.optimizer_step, {}
 
         def spy(name: str, trainer=trainer, original=original, grads=grads) -> Tensor:
-            parameters = trainer.vae.named_parameters()
-            grads.update({n: p.grad.clone() for n, p in parameters if p.grad is not None})
+            for key, parameter in trainer.modules()[name].named_parameters():
+                assert parameter.grad is not None
+                grads[f"{trainer.step} {name} {key}"] = parameter.grad.clone()
             return original(name)
 
         trainer.optimizer_step = spy  # type: ignore[method-assign]
         trainer.train()
-        gradients.append(grads)
-        losses.append(metrics(tmp_path / f"r{accumulate}")[0]["loss"])
-    whole, parts = gradients
-    assert losses[0] == pytest.approx(losses[1])
+        weights = {
+            f"{n} {k}": v for n, m in trainer.modules().items() for k, v in m.state_dict().items()
+        }
+        lines = [
+            {k: v for k, v in line.items() if k not in ("stage", "steps_per_s")}
+            for line in metrics(results)
+        ]
+        runs.append((grads, weights, lines))
+    (whole, weights, lines), (parts, other_weights, other_lines) = runs
     assert whole.keys() == parts.keys()
+    assert {name.split()[1] for name in whole} == {"vae", "discriminator"}
     for name, grad in whole.items():
-        assert torch.allclose(grad, parts[name], rtol=1e-3, atol=1e-6), name
+        torch.testing.assert_close(grad, parts[name], rtol=1e-3, atol=2e-5, msg=name)
+    for name, value in weights.items():  # Adam enlarges the rounding of tiny gradients
+        torch.testing.assert_close(value, other_weights[name], rtol=1e-3, atol=1e-4, msg=name)
+    for line, other in zip(lines, other_lines, strict=True):
+        assert line == pytest.approx(other, rel=1e-3)
 
 
 def test_bf16(images: Path, tmp_path: Path, t5: str, resnet: str):
@@ -751,6 +936,14 @@ def test_saved_weights_load_as_models(images: Path, tmp_path: Path, t5: str):
         ("gan_start", -1),
         ("gradient_penalty_weight", -1.0),
         ("quantizer_weight", -1.0),
+        ("gan_ramp", -1),
+        ("gan_loss", "wasserstein"),
+        ("lecam_weight", -0.1),
+        ("discriminator_lr", -1e-4),
+        ("discriminator_layers", 0),
+        ("latent_noise", -0.1),
+        ("max_spike", -1.0),
+        ("max_skips", 0),
         ("discriminator_dim", 0),
         ("image_size", 0),
         ("image_size", 18),
@@ -950,3 +1143,359 @@ def test_resume_takes_the_settings_of_today(images: Path, tmp_path: Path):
     again.train()
     assert {group["betas"] for group in again.optimizers["vae"].param_groups} == {(0.5, 0.6)}
     assert [g["weight_decay"] for g in again.optimizers["vae"].param_groups] == [0.7, 0.0]
+
+
+# The guard ---------------------------------------------------------------------------------------
+
+
+def judged(guard: Guard, *norms: float) -> list[bool]:
+    """One step with each of these gradient norms; whether it may be taken."""
+    return [(guard.allows("vae", norm), guard.must_return())[0] for norm in norms]
+
+
+def test_guard_refuses_leaps_above_the_moving_average():
+    guard = Guard(max_spike=10, max_skips=5)
+    assert all(judged(guard, *[1.0] * Guard.FIRST))
+    assert judged(guard, 9.9, 11.5, 1.0) == [True, False, True]  # the average is 1.09 then
+    assert guard.skipped == 1
+    assert guard.in_a_row == 0
+    average = 1.0
+    for norm in (9.9, 10 * 1.089, 1.0):  # a leap counts as far as it is allowed
+        average = 0.99 * average + 0.01 * norm
+    assert guard.state()["_average"] == {"vae": pytest.approx(average)}
+
+
+def test_guard_trusts_its_average_only_after_some_steps():
+    guard = Guard(max_spike=10, max_skips=5)
+    assert all(judged(guard, *[1.0] * (Guard.FIRST - 1), 1e6))
+    assert judged(guard, 2e6) == [False]  # but then
+    assert judged(Guard(10, 5), math.nan, 1.0, math.inf) == [False, True, False]
+
+
+def test_guard_keeps_numbers_that_are_none_out_of_its_average():
+    guard = Guard(max_spike=10, max_skips=500)
+    judged(guard, math.nan, *[2.0] * Guard.FIRST)
+    before = guard.state()["_average"]
+    assert before == {"vae": pytest.approx(2)}
+    assert not any(judged(guard, math.nan, math.inf, -math.inf))
+    assert guard.state()["_average"] == before
+
+
+def test_guard_accepts_a_lasting_new_level():
+    """Norms 30 times those of before: the average follows, until they are no leap."""
+    guard = Guard(max_spike=10, max_skips=500)
+    judged(guard, *[1.0] * Guard.FIRST)
+    answers = judged(guard, *[30.0] * 100)
+    first = answers.index(True)
+    assert 5 < first < 20
+    assert all(answers[first:])
+
+
+def test_guard_judges_each_optimizer_by_its_own_norms():
+    guard = Guard(max_spike=10, max_skips=2)
+    for _ in range(Guard.FIRST):
+        assert guard.allows("vae", 1.0)
+        assert guard.allows("discriminator", 100.0)
+        assert not guard.must_return()
+    assert guard.allows("discriminator", 900.0)
+    assert not guard.allows("vae", 20.0)
+    assert not guard.allows("discriminator", math.nan)
+    assert not guard.must_return()
+    assert guard.counts() == {"skipped_steps": 1, "restarts": 0}  # one step, both optimizers
+    assert not guard.allows("vae", math.nan)
+    assert guard.must_return()
+
+
+def test_guard_counts_what_a_return_costs():
+    guard = Guard(max_spike=10, max_skips=3)
+    judged(guard, 1.0, math.nan, math.nan)
+    assert guard.in_a_row == 2
+    guard.returned(restarts=0, lost_steps=0, skipped=3, steps=4)
+    assert guard.lr_factor == 0.5
+    assert guard.in_a_row == 0
+    assert guard.lost_steps == 5  # and the one in which it returned
+    assert guard.counts() == {"skipped_steps": 3, "restarts": 1}
+    again = Guard(max_spike=7, max_skips=9)
+    again.load(guard.state())
+    assert vars(again) == vars(guard) | {"max_spike": 7, "max_skips": 9}
+
+
+def test_guard_switched_off():
+    assert all(judged(Guard(max_spike=0, max_skips=1), math.nan, math.inf, 1e30))
+
+
+def poison(trainer: VQGanVAETrainer, factors: dict[int, float]) -> list[int]:
+    """Multiply the gradients made from the batch at these positions of the data.
+
+    Returns:
+        the positions that the run comes to, in this order.
+    """
+    train_step, backward, seen = trainer.train_step, trainer.backward, []
+
+    def step(batches: Iterator[Any]) -> dict[str, Tensor]:
+        seen.append(trainer.step + trainer.guard.lost_steps)
+        return train_step(batches)
+
+    def spoiled(loss: Tensor) -> None:
+        backward(loss * factors.get(seen[-1], 1.0))
+
+    trainer.train_step = step  # type: ignore[method-assign]
+    trainer.backward = spoiled  # type: ignore[method-assign]
+    return seen
+
+
+def test_bad_steps_are_skipped_and_counted(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(Guard, "FIRST", 3)
+    settings: dict[str, Any] = dict(num_train_steps=8, warmup_steps=0, max_grad_norm=0)
+    trainer = vae_trainer(images, tmp_path / "r", make_vae(quantizer="fsq"), **GAN, **settings)
+    poison(trainer, {2: math.nan, 4: 1e6, 6: math.inf})
+    original, moved = trainer.train_step, []
+
+    def spy(batches: Iterator[Any]) -> dict[str, Tensor]:
+        modules = trainer.modules().values()
+        before = [p.detach().clone() for m in modules for p in m.parameters()]
+        terms = original(batches)
+        after = [p for m in modules for p in m.parameters()]
+        moved.append(any(not torch.equal(a, b) for a, b in zip(before, after, strict=True)))
+        return terms
+
+    trainer.train_step = spy  # type: ignore[method-assign]
+    trainer.train()
+    assert moved == [True, True, False, True, False, True, False, True]
+    lines = logged(tmp_path / "r")
+    assert [line["skipped_steps"] for line in lines] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    assert lines[2]["grad_norm"] is None  # JSON has no NaN
+    assert lines[4]["grad_norm"] > 1e3 * lines[3]["grad_norm"]
+    assert all(line["restarts"] == 0 for line in lines)
+
+
+def test_a_run_returns_to_its_last_good_checkpoint(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    """Two bad steps in a row: then other data, half the learning rate, and a word of it."""
+    settings: dict[str, Any] = dict(num_train_steps=8, warmup_steps=0, lr_schedule="constant")
+    settings |= dict(save_every=2, max_skips=2, keep_checkpoints=9)
+    results = tmp_path / "r"
+    trainer = vae_trainer(images, results, make_vae(quantizer="fsq"), **settings)
+    seen = poison(trainer, {5: math.nan, 6: math.nan})
+    original, states, seeds = trainer.train_step, [], set()
+
+    def spy(batches: Iterator[Any]) -> dict[str, Tensor]:
+        seeds.add(torch.initial_seed())
+        state = {k: v.clone() for k, v in trainer.vae.state_dict().items()}
+        states.append((state, trainer.optimizers["vae"].param_groups[0]["lr"]))
+        return original(batches)
+
+    trainer.train_step = spy  # type: ignore[method-assign]
+    trainer.train()
+    # step 6 would be saved, but after a skipped step nobody knows whether the weights are good
+    assert seen == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
+    assert trainer.step == 8
+    assert len(seeds) == 11  # the random numbers of a failed step do not come again either
+    assert checkpoints(results) == [2, 4, 6, 8]
+    assert_same(states[7][0], states[4][0])  # as they were after step 4
+    assert not torch.equal(states[5][0]["encoder.0.weight"], states[4][0]["encoder.0.weight"])
+    assert [lr for _, lr in states] == pytest.approx([1e-3] * 7 + [0.5e-3] * 4)
+    lines = metrics(results)
+    steps = [line["step"] for line in lines if "loss" in line]
+    assert steps == [1, 2, 3, 4, 5, 6, 5, 6, 7, 8]
+    last = [line for line in lines if "loss" in line][-1]
+    assert (last["skipped_steps"], last["restarts"]) == (2, 1)
+    assert last["lr"] == pytest.approx(0.5e-3)
+    warned = [line["warning"] for line in lines if "warning" in line]
+    (told,) = [text for text in warned if "back to" in text]
+    assert "2 steps in a row were skipped at step 6: back to vae-checkpoint-00000004" in told
+    assert f"step 4: {told}" in capsys.readouterr().out
+    assert "back to vae-checkpoint-00000004" in (results / "report.html").read_text()
+
+
+def test_after_a_return_come_the_data_that_follow(images: Path, tmp_path: Path):
+    """Those of the position, whatever the step is called."""
+    settings: dict[str, Any] = dict(save_every=2, max_skips=1, valid_fraction=0)
+    pictures: dict[str, list[Tensor]] = {}
+    for name, factors, steps in (("returned", {2: math.nan}, 5), ("straight", {}, 6)):
+        vae = make_vae(quantizer="fsq")
+        trainer = vae_trainer(images, tmp_path / name, vae, num_train_steps=steps, **settings)
+        poison(trainer, factors)
+        seen = pictures[name] = []
+        vae.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0].clone()))
+        trainer.train()
+    for returned, straight in zip(*(found[:6] for found in pictures.values()), strict=True):
+        assert torch.equal(returned, straight)
+
+
+def test_a_run_that_cannot_return_stops_with_a_sentence(images: Path, tmp_path: Path):
+    everywhere = dict.fromkeys(range(3, 99), math.nan)
+    trainer = vae_trainer(images, tmp_path / "early", num_train_steps=9, max_skips=3)
+    poison(trainer, everywhere)
+    with pytest.raises(Diverged, match="3 steps in a row had to be skipped at step 5") as caught:
+        trainer.train()
+    assert "there is no checkpoint yet: lower lr" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert checkpoints(tmp_path / "early") == []
+
+    settings: dict[str, Any] = dict(num_train_steps=9, max_skips=2, save_every=3)
+    trainer = vae_trainer(images, tmp_path / "late", **settings)
+    poison(trainer, everywhere)
+    with pytest.raises(Diverged, match="2 steps in a row had to be skipped at step 4, as before"):
+        trainer.train()
+    assert trainer.guard.restarts == MAX_RESTARTS
+    assert checkpoints(tmp_path / "late") == [3]
+    assert last_checkpoint(tmp_path / "late")["guard"]["restarts"] == 0
+
+
+def test_without_the_guard_a_bad_gradient_ends_the_run(images: Path, tmp_path: Path):
+    settings: dict[str, Any] = dict(num_train_steps=6, save_every=2, max_spike=0)
+    trainer = vae_trainer(images, tmp_path / "r", make_vae(quantizer="fsq"), **settings)
+    poison(trainer, {3: math.nan})
+    with pytest.raises(Diverged, match="the loss is nan at step 5: lower lr"):
+        trainer.train()
+    assert trainer.guard.counts() == {"skipped_steps": 0, "restarts": 0}
+    assert not first_weight(trainer.vae).isfinite().all()
+    assert last_checkpoint(tmp_path / "r")["step"] == 4  # of finite loss
+
+
+@pytest.mark.parametrize("quantizer", ["vq", "fsq"])
+def test_resume_after_a_return_is_exact(images: Path, tmp_path: Path, quantizer: str):
+    def trainer(name: str, seed: int = 0, **changes: Any) -> VQGanVAETrainer:
+        settings: dict[str, Any] = dict(num_train_steps=8, save_every=3, max_skips=2)
+        settings |= dict(latent_noise=0.1, lecam_weight=0.1)
+        vae = make_vae(seed, quantizer=quantizer)
+        made = vae_trainer(images, tmp_path / name, vae, **GAN, **settings, **changes)
+        poison(made, {4: math.nan, 5: math.nan, 9: math.inf})
+        return made
+
+    torch.manual_seed(0)
+    trainer("unbroken").train()
+    torch.manual_seed(0)
+    interrupt(trainer("broken"), step=7)
+    kept = last_checkpoint(tmp_path / "broken")
+    assert (kept["step"], kept["guard"]["restarts"], kept["guard"]["lost_steps"]) == (7, 1, 3)
+    trainer("broken", seed=1, resume=True).train()
+    assert_same(last_state(tmp_path / "broken"), last_state(tmp_path / "unbroken"))
+    last = logged(tmp_path / "broken")[-1]
+    assert (last["skipped_steps"], last["restarts"]) == (3, 1)
+
+
+def test_half_precisions_scaler_survives_a_skipped_step(images: Path, tmp_path: Path):
+    """It must hear of every gradient it has unscaled; a GPU is needed for the rest of fp16."""
+    settings: dict[str, Any] = dict(num_train_steps=4, max_skips=9, **GAN)
+    trainer = vae_trainer(images, tmp_path / "r", make_vae(quantizer="fsq"), **settings)
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    trainer.accelerator.native_amp = True
+    AcceleratorState._shared_state["_mixed_precision"] = "fp16"
+    trainer.guard._seen, trainer.guard._average = {"vae": Guard.FIRST}, {"vae": 1e-9}
+    trainer.train()  # every gradient of the tokenizer is a leap, none of the discriminator's
+    last = logged(tmp_path / "r")[-1]
+    assert last["skipped_steps"] == 4
+    assert all(
+        math.isfinite(line["discriminator_grad_norm"])
+        for line in metrics(tmp_path / "r")
+        if "loss" in line
+    )
+
+
+# What a run leaves behind ------------------------------------------------------------------------
+
+
+def test_averaged_weights_come_with_the_codebook_as_it_is(images: Path, tmp_path: Path):
+    trainer = vae_trainer(images, tmp_path / "r", num_train_steps=4)
+    trainer.train()
+    raw, averaged = (
+        VQGanVAE.from_pretrained(tmp_path / "r" / f"{name}.safetensors").state_dict()
+        for name in ("vae", "vae-ema")
+    )
+    parameters = {name for name, _ in trainer.vae.named_parameters()}
+    assert raw.keys() - parameters == {f"quantizer.inner.{n}" for n in ("codes", "sums", "counts")}
+    for name, value in raw.items():
+        assert torch.equal(value, averaged[name]) is (name not in parameters), name
+
+
+def test_a_report_ends_a_run(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    vae_trainer(images, tmp_path / "whole").train()
+    interrupt(vae_trainer(images, tmp_path / "stopped", num_train_steps=9), step=2)
+    printed = capsys.readouterr().out
+    for name in ("whole", "stopped"):
+        page = (tmp_path / name / "report.html").read_text()
+        assert "<html" in page
+        assert "psnr" in page.lower()
+        assert f"report: {tmp_path / name / 'report.html'}" in printed
+
+
+def test_a_run_stopped_before_its_first_line_has_no_report(images: Path, tmp_path: Path):
+    interrupt(vae_trainer(images, tmp_path / "r", num_train_steps=9, log_every=5), step=2)
+    assert last_checkpoint(tmp_path / "r")["step"] == 2
+    assert not (tmp_path / "r" / "report.html").exists()
+
+
+def test_warnings_are_printed_and_logged(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    trainer = vae_trainer(images, tmp_path / "r")
+    see = Health.see
+
+    class Alarmed(Health):
+        def see(self, line: Any, codes_full: bool = True) -> list[str]:
+            assert see(self, line, codes_full) == []
+            return ["the sky falls"] if line["step"] == 2 and "loss" in line else []
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "Health", Alarmed)
+        trainer.train()
+    warned = [line for line in metrics(tmp_path / "r") if "warning" in line]
+    assert warned == [{"stage": "vae", "step": 2, "warning": "the sky falls"}]
+    assert "step 2: the sky falls" in capsys.readouterr().out
+    assert "the sky falls" in (tmp_path / "r" / "report.html").read_text()
+
+
+def test_remains_of_killed_processes_are_swept(images: Path, tmp_path: Path):
+    results = tmp_path / "r"
+    interrupt(vae_trainer(images, results, num_train_steps=4), step=1)
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    name = "vae-checkpoint-00000009.safetensors"
+    stale = [
+        results / f".{name}.{ended.pid}.tmp",
+        results / f".{name}.{os.getpid()}.tmp",  # an earlier life with our number: we write none
+        results / f".vae-ema.safetensors.{ended.pid}.tmp",
+    ]
+    kept = [
+        results / f".{name}.{os.getppid()}.tmp",  # of a process that lives
+        results / f".{name}.notes.tmp",
+        results / f".{name}.{10**30}.tmp",
+        results / f".base-checkpoint-00000009.safetensors.{ended.pid}.tmp",  # of another stage
+        results / f"{name}.{ended.pid}.tmp",
+    ]
+    for path in (*stale, *kept):
+        path.write_bytes(b"half a file")
+    vae_trainer(images, results, num_train_steps=2, resume=True).train()
+    assert [path for path in stale if path.exists()] == []
+    assert [path for path in kept if not path.exists()] == []
+
+
+def test_settings_that_no_shape_shows_are_checked(images: Path, tmp_path: Path, t5: str):
+    """Resumed with another loss weight or other heads, a run would silently be another."""
+    vae_trainer(images, tmp_path / "vae").train()
+    before = snapshot(tmp_path / "vae")
+    other = make_vae(commitment_weight=0.5)
+    with pytest.raises(CheckpointError, match=r"commitment_weight was 0\.25 and is 0\.5") as caught:
+        vae_trainer(images, tmp_path / "vae", other, resume=True).train()
+    assert "another model" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert snapshot(tmp_path / "vae") == before
+    same = make_vae(commitment_weight=0.25)  # the default, said or not
+    vae_trainer(images, tmp_path / "vae", same, resume=True).train()
+
+    maskgit_trainer(images, tmp_path / "base", make_maskgit(t5)).train()
+    other_schedule = make_maskgit(t5, noise_schedule="linear")
+    with pytest.raises(CheckpointError, match="noise_schedule was cosine and is linear"):
+        maskgit_trainer(images, tmp_path / "base", other_schedule, resume=True).train()
+    other_heads = make_maskgit(t5)
+    other_heads.transformer._init_args["heads"] = 1  # its shapes would be the same
+    with pytest.raises(CheckpointError, match=r"transformer\.config\.heads was 2 and is 1\)"):
+        maskgit_trainer(images, tmp_path / "base", other_heads, resume=True).train()
+    cooler = make_maskgit(t5, sample_options={"temperature": 0.5})  # no matter of training
+    maskgit_trainer(images, tmp_path / "base", cooler, resume=True).train()

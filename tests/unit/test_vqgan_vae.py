@@ -1,14 +1,17 @@
 """The tokenizer: sizes, ids, and settings that mean what they say."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 from muse_maskgit_pytorch import VQGanVAE
+from muse_maskgit_pytorch.vqgan_vae import ResBlock
 from tests import tiny
 from tests.shapes import unchecked
 
-KINDS = {"vq": 48, "simvq": 48, "lfq": 64, "fsq": 60}
+KINDS = {"vq": 48, "simvq": 48, "lfq": 64, "bsq": 64, "fsq": 60}
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -52,6 +55,8 @@ def test_fsq_levels_alone_give_the_codebook_size():
         (dict(dim=0), "dim 0 must be a positive multiple of 4"),
         (dict(dim=10), "dim 10 must be a positive multiple of 4"),
         (dict(patch_size=0), "patch_size must be at least 1"),
+        (dict(decoder_dim=6), "decoder_dim 6 must be a positive multiple of 4"),
+        (dict(decoder_res_blocks=-1), "decoder_res_blocks -1 must be >= 0"),
         (dict(layers=-1), "layers -1"),
         (dict(channel_mults=[1, 2]), r"channel_mults \[1, 2\] must have layers \+ 1 = 3"),
     ],
@@ -75,6 +80,42 @@ def test_factor(layers, patch_size):
     assert ids.shape == (1, 2, 2)
     assert vae.fmap_size(2 * factor) == 2
     assert vae.decode_from_ids(ids).shape == (1, 3, 2 * factor, 2 * factor)
+
+
+@pytest.mark.parametrize("patch_size", [1, 2, 4])
+@pytest.mark.parametrize("factor", [4, 8, 16, 32])
+def test_factor_is_one_argument(factor, patch_size):
+    vae = tiny.vae(factor=factor, patch_size=patch_size, layers=None, dim=4)
+    assert vae.factor == factor
+    images = torch.rand(1, 3, 2 * factor, factor)
+    ids = vae.encode_to_ids(images)
+    assert ids.shape == (1, 2, 1)
+    assert vae.decode_from_ids(ids).shape == images.shape
+    strides = [m.stride for m in vae.encoder if isinstance(m, nn.Conv2d)]
+    assert patch_size * 2 ** strides.count((2, 2)) == factor
+
+
+def test_factor_and_layers_may_agree():
+    assert tiny.vae(factor=8, layers=3).factor == 8
+    assert tiny.vae(factor=8, layers=2, patch_size=2).factor == 8
+    assert tiny.vae(factor=12, layers=None, patch_size=3).factor == 12
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(factor=16, layers=3), r"factor 16 and layers 3 disagree .* is factor 8\): leave one"),
+        (dict(factor=8, layers=3, patch_size=2), r"factor 8 and layers 3 disagree .* factor 16"),
+        (dict(factor=12), r"factor 12 must be patch_size 1 times a power of two, .*\[4, 8, 16, 32"),
+        (dict(factor=8, patch_size=3), r"factor 8 must be patch_size 3 times .*\[12, 24, 48"),
+        (dict(factor=2, patch_size=4), "factor 2 must be patch_size 4 times"),
+        (dict(factor=0), "factor 0 must be"),
+        (dict(factor=-8), "factor -8 must be"),
+    ],
+)
+def test_a_factor_that_cannot_be(changes, message):
+    with pytest.raises(ValueError, match=message):
+        tiny.vae(**dict(layers=None) | changes)
 
 
 def test_default_factor_is_the_papers():
@@ -142,6 +183,153 @@ def test_eval_leaves_the_codebook_alone():
     vae(tiny.images())
     vae.encode_to_ids(tiny.images())
     assert all(torch.equal(before[name], value) for name, value in vae.state_dict().items())
+
+
+# A larger decoder -----------------------------------------------------------------------------
+
+
+def trained(kind: str, **changes: Any) -> Any:
+    """A tokenizer whose weights and, where they move, codes are not those of its making."""
+    vae = tiny.randomise(tiny.vae(quantizer=kind, codebook_size=KINDS[kind], **changes)).train()
+    for seed in range(3):
+        vae(tiny.images(4, seed=seed))
+    return vae.eval()
+
+
+@every_kind
+def test_ids_outlive_a_larger_decoder(kind, tmp_path):
+    vae, images = trained(kind, patch_size=2), tiny.images(4, 32)
+    for sizes in ((None, 3), (16, None), (4, 0)):  # channels, residual blocks
+        larger = vae.with_decoder(*sizes)
+        assert torch.equal(larger.encode_to_ids(images), vae.encode_to_ids(images))
+        assert larger.same_ids(vae)
+        assert vae.same_ids(larger)
+    again = VQGanVAE.from_pretrained(larger.save(tmp_path / "larger.safetensors"))
+    assert again.config["decoder_dim"] == 4
+    assert again.same_ids(vae)
+    ids = vae.encode_to_ids(images)
+    assert torch.equal(again.decode_from_ids(ids), larger.decode_from_ids(ids))
+
+
+@pytest.mark.parametrize("blocks", [0, 1, 2])
+def test_added_blocks_change_nothing_at_first(blocks):
+    vae = trained("fsq", num_res_blocks=blocks, channel_mults=[1, 2, 2])
+    larger = vae.with_decoder(None, blocks + 2)
+    ids = tiny.ids(2, 16).view(2, 4, 4)
+    assert torch.equal(larger.decode_from_ids(ids), vae.decode_from_ids(ids))
+    counts = [sum(isinstance(m, ResBlock) for m in v.decoder) for v in (vae, larger)]
+    assert counts == [3 * blocks, 3 * (blocks + 2)]
+    # every block learns although it starts as the identity
+    (larger(tiny.images())[0] - tiny.images(seed=1)).square().mean().backward()
+    grads = [m.conv2.weight.grad for m in larger.decoder if isinstance(m, ResBlock)]
+    assert all(grad is not None and grad.abs().sum() > 0 for grad in grads)
+    # and once more on top
+    again = larger.with_decoder(None, blocks + 3)
+    assert torch.equal(again.decode_from_ids(ids), vae.decode_from_ids(ids))
+
+
+def test_a_wider_decoder_is_new():
+    vae = trained("fsq")
+    wider = vae.with_decoder(decoder_dim=16, decoder_res_blocks=0)
+    assert wider.decoder[-1].in_channels == 32  # the last resolution has twice as many
+    assert wider.encoder[0].out_channels == 16
+    ids = tiny.ids(2, 16).view(2, 4, 4)
+    assert not torch.allclose(wider.decode_from_ids(ids), vae.decode_from_ids(ids))
+    again = wider.with_decoder(None, None).decoder  # as now
+    assert [m.weight.shape for m in again if isinstance(m, nn.Conv2d)] == [
+        m.weight.shape for m in wider.decoder if isinstance(m, nn.Conv2d)
+    ]
+
+
+def test_the_papers_decoder_by_default():
+    larger = tiny.vae(layers=1, channel_mults=[1, 1]).with_decoder()
+    assert larger.decoder[-1].in_channels == 256
+    assert sum(isinstance(m, ResBlock) for m in larger.decoder) == 2 * 4
+
+
+def test_a_new_decoder_does_not_share_weights():
+    vae = trained("vq")
+    larger = vae.with_decoder(None, 2)
+    before = {name: value.clone() for name, value in vae.state_dict().items()}
+    with torch.no_grad():
+        for value in [*larger.parameters(), *larger.buffers()]:
+            value.zero_()
+    assert all(torch.equal(before[name], value) for name, value in vae.state_dict().items())
+
+
+def test_fewer_blocks_are_refused():
+    with pytest.raises(ValueError, match="decoder_res_blocks 1 are fewer than the 2 of this"):
+        tiny.vae(num_res_blocks=2).with_decoder(None, 1)
+    larger = tiny.vae().with_decoder(8, 3)
+    with pytest.raises(ValueError, match="decoder_res_blocks 2 are fewer than the 3 of this"):
+        larger.with_decoder(None, 2)
+
+
+def test_a_decoder_of_its_own_from_the_start():
+    vae = tiny.vae(decoder_dim=16, decoder_res_blocks=2)
+    images = tiny.images()
+    assert vae(images)[0].shape == images.shape
+    sizes = [sum(p.numel() for p in part.parameters()) for part in (vae.encoder, vae.decoder)]
+    assert sizes[1] > 3 * sizes[0]
+
+
+@every_kind
+def test_other_weights_make_other_ids(kind):
+    vae = trained(kind)
+    twin = tiny.vae(quantizer=kind, codebook_size=KINDS[kind])
+    assert not vae.same_ids(twin)
+    twin.load_state_dict(vae.state_dict())
+    assert vae.same_ids(twin)
+    with torch.no_grad():
+        twin.decoder[-1].bias.add_(1)
+        assert vae.same_ids(twin)
+        twin.encoder[0].bias.add_(1e-3)
+    assert not vae.same_ids(twin)
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        (dict(fsq_levels=[5, 4, 3]), dict(fsq_levels=[3, 4, 5])),
+        (dict(quantizer="vq"), dict(quantizer="vq", l2_norm=False)),
+        (dict(quantizer="lfq", codebook_size=64), dict(quantizer="bsq", codebook_size=64)),
+    ],
+)
+def test_equal_weights_do_not_mean_equal_ids(one, other):
+    """Some settings show in no weight."""
+    a, b = tiny.vae(**one), tiny.vae(**other)
+    b.load_state_dict(a.state_dict())
+    assert not a.same_ids(b)
+
+
+# Noise for the decoder ----------------------------------------------------------------------------
+
+
+@every_kind
+@torch.no_grad()
+def test_latent_noise_is_seen_by_the_decoder_alone(kind):
+    vae = trained(kind, dim=32)
+    images, seen = tiny.images(4, 64), []
+    vae.decoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    plain, clean = vae(images)
+    noisy, out = vae(images, latent_noise=0.3)
+    assert torch.equal(out.ids, clean.ids)
+    assert torch.equal(out.quantized, clean.quantized)
+    assert out.loss == clean.loss
+    assert torch.equal(seen[0], clean.quantized)
+    noise = seen[1] - clean.quantized
+    rms = clean.quantized.square().mean().sqrt()
+    assert noise.std() == pytest.approx(0.3 * rms.item(), rel=0.02)
+    assert abs(noise.mean()) < 0.01 * rms
+    assert not torch.allclose(noisy, plain)
+
+
+def test_latent_noise_is_new_in_every_pass_and_lets_the_gradient_through():
+    vae, images = tiny.vae().train(), tiny.images()
+    first, second = (vae(images, latent_noise=0.3)[0] for _ in range(2))
+    assert not torch.allclose(first, second)
+    second.square().mean().backward()
+    assert vae.encoder[0].weight.grad.abs().sum() > 0
 
 
 @pytest.mark.slow

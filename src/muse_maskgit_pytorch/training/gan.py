@@ -8,6 +8,7 @@ blurred downsampling, and LeCam regularisation for small data.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Literal
 
@@ -106,14 +107,25 @@ def gradient_penalty(real_images: Tensor, real_scores: Tensor) -> Float[Tensor, 
     return gradient.square().sum(dim=(1, 2, 3)).mean()
 
 
-def balance(recon: Tensor, adversarial: Tensor, last: nn.Parameter) -> Float[Tensor, ""]:
+def balance(
+    recon: Tensor,
+    adversarial: Tensor,
+    last: nn.Parameter,
+    mean: Callable[[Tensor], Tensor] = lambda gradient: gradient,
+) -> Float[Tensor, ""]:
     """VQGAN's adaptive weight (Esser et al. 2021, eq. 7), in [0, 1e4], without gradient.
 
     Ratio of the gradients of the reconstruction and of the adversarial loss with respect to the
     decoder's last layer: with it both pull equally hard, whatever their scales.
+
+    Args:
+        recon: the reconstruction loss.
+        adversarial: the adversarial loss.
+        last: weight of the decoder's last layer.
+        mean: averages a gradient over the processes, so that all their images decide.
     """
     norms = [
-        torch.autograd.grad(loss, last, retain_graph=True)[0].float().norm()
+        mean(torch.autograd.grad(loss, last, retain_graph=True)[0].float()).norm()
         for loss in (recon, adversarial)
     ]
     return (norms[0] / (norms[1] + 1e-4)).clamp(0, 1e4).detach()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import threading
 import time
@@ -18,8 +19,9 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 from tqdm.auto import tqdm
 
 from ..checkpoint import CheckpointError, Saveable, load_tree, save_tree
@@ -57,6 +59,18 @@ class EndlessBatches(Sampler[list[int]]):
                 batch.append(int(order[p % self.size]))
             position += share
             yield batch[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
+
+
+def _leaves(config: Any, above: str = "") -> dict[str, Any]:
+    """The arguments of a model and of its parts, by path; not how it samples by default."""
+    if not isinstance(config, dict):
+        return {above: config}
+    return {
+        name: value
+        for key, part in config.items()
+        if key != "sample_options"
+        for name, value in _leaves(part, f"{above}.{key}".strip(".")).items()
+    }
 
 
 class Guard:
@@ -154,6 +168,8 @@ class Trainer:
             Ctrl-C or SIGTERM, after the step in progress.
         keep_checkpoints: how many of the checkpoints that this run wrote to keep.
         valid_fraction: share of the data held back for validation.
+        max_valid: of these, how many each validation looks at (the main process does it while the
+            others wait).
         max_minutes: stop (and save) after this time; the learning rate then follows the clock
             where that is ahead of the steps. A resumed run starts the clock anew. None: no limit.
     """
@@ -187,6 +203,7 @@ class Trainer:
         save_every: int = 1000,
         keep_checkpoints: int = 2,
         valid_fraction: float = 0.02,
+        max_valid: int = 1000,
         max_minutes: float | None = None,
     ):
         positive = dict(
@@ -197,6 +214,7 @@ class Trainer:
             save_every=save_every,
             keep_checkpoints=keep_checkpoints,
             max_skips=max_skips,
+            max_valid=max_valid,
         )
         for name, value in positive.items():
             if value < 1:
@@ -233,7 +251,7 @@ class Trainer:
         self.results_folder, self.resume = Path(results_folder), resume
         self.log_every, self.sample_every, self.save_every = log_every, sample_every, save_every
         self.keep_checkpoints, self.valid_fraction = keep_checkpoints, valid_fraction
-        self.max_minutes = max_minutes
+        self.max_valid, self.max_minutes = max_valid, max_minutes
         self.step = 0
         self._minutes = 0.0
         self._loss = torch.zeros(())
@@ -309,9 +327,12 @@ class Trainer:
         self._prepare()
         if newest:
             self._load_checkpoint(newest)
-            self._sweep()
+        self._sweep()
         self._valid_loader = None
         if valid_set is not None:
+            total = len(valid_set)  # type: ignore[arg-type]
+            count = min(total, self.max_valid)
+            valid_set = Subset(valid_set, [i * total // count for i in range(count)])
             self._valid_loader = DataLoader(
                 valid_set, batch_size=self.batch_size, collate_fn=self.collate
             )
@@ -424,7 +445,8 @@ class Trainer:
     def _report(self) -> None:
         logged = (self.results_folder / "metrics.jsonl").is_file()  # not if stopped at once
         if self.accelerator.is_main_process and logged:
-            self.accelerator.print(f"report: {write_report(self.results_folder)}")
+            with self._writing(self.results_folder / "report.html"):
+                self.accelerator.print(f"report: {write_report(self.results_folder)}")
 
     def _agreed(self, flag: bool) -> bool:
         """Whether any process says so: they must stop as one, or the others wait for ever."""
@@ -461,9 +483,12 @@ class Trainer:
     def save(self) -> None:
         """Write ``NAME.safetensors`` (raw weights) and ``NAME-ema.safetensors`` (averaged)."""
         if self.accelerator.is_main_process:
-            self.model.save(self.results_folder / f"{self.name}.safetensors")
-            with self.ema.applied():
-                self.model.save(self.results_folder / f"{self.name}-ema.safetensors")
+            path = self.results_folder / f"{self.name}.safetensors"
+            with self._writing(path):
+                self.model.save(path)
+            path = path.with_stem(f"{self.name}-ema")
+            with self._writing(path), self.ema.applied():
+                self.model.save(path)
 
     def autocast(self) -> AbstractContextManager:
         """Half precision where it is safe, if ``mixed_precision`` says so."""
@@ -579,7 +604,9 @@ class Trainer:
                     self._log(
                         {f"valid_{k}": v for k, v in self.validate(self._valid_loader).items()}
                     )
-            self.draw(self.results_folder / "samples" / f"{self.name}-{self.step:08d}.png")
+            path = self.results_folder / "samples" / f"{self.name}-{self.step:08d}.png"
+            with self._writing(path):
+                self.draw(path)
             for module in modules:
                 module.train()
 
@@ -601,13 +628,29 @@ class Trainer:
             self._write_line({"warning": warning})
 
     def _write_line(self, values: dict[str, Any]) -> None:
-        self.results_folder.mkdir(parents=True, exist_ok=True)
+        path = self.results_folder / "metrics.jsonl"
         line = json.dumps({"stage": self.name, "step": self.step} | values) + "\n"
-        with open(self.results_folder / "metrics.jsonl", "ab+") as file:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with self._writing(path), open(path, "ab+") as file:
             if file.tell():  # a killed process may have left half a line
                 file.seek(-1, os.SEEK_END)
                 line = line if file.read(1) == b"\n" else "\n" + line
             file.write(line.encode())
+
+    @contextmanager
+    def _writing(self, path: Path) -> Iterator[None]:
+        """Around whatever writes a file: says which one, and what to do, if it cannot be written.
+
+        Raises:
+            CheckpointError: the disk is full, the folder write-protected or gone.
+        """
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{path} could not be written ({error}): make room and resume; checkpoints "
+                "written before are intact"
+            ) from error
 
     # Checkpoints -----------------------------------------------------------------------------
 
@@ -629,29 +672,31 @@ class Trainer:
             "config": self.model.config,
             "written": self._written,
         }
-        try:
+        with self._writing(path):
             save_tree(path, tree, kind=f"{type(self).__name__} checkpoint")
-        except Exception as error:
-            raise CheckpointError(
-                f"{path} could not be written ({error}): make room and resume; checkpoints "
-                "written before are intact"
-            ) from error
         if path.name not in self._written:
             self._written.append(path.name)
         while len(self._written) > self.keep_checkpoints:
             (self.results_folder / self._written.pop(0)).unlink(missing_ok=True)
 
     def _sweep(self) -> None:
-        """Remove the half-written checkpoints of this run's earlier processes that were killed."""
+        """Remove what earlier processes of this run left half-written when they were killed."""
         if not self.accelerator.is_main_process:
             return
-        for path in self.results_folder.glob(f".{self.name}-checkpoint-*.safetensors.*.tmp"):
+        for path in self.results_folder.glob(f".{self.name}*.safetensors.*.tmp"):
             try:
-                os.kill(int(path.name.split(".")[-2]), 0)
+                pid = int(path.name.split(".")[-2])
+                if pid != os.getpid():  # a container gives every life the same number
+                    os.kill(pid, 0)
+                    continue  # its process lives
             except ProcessLookupError:
-                path.unlink(missing_ok=True)
+                pass
             except (PermissionError, ValueError, OverflowError):
-                pass  # its process lives, or the file is not ours
+                continue  # it lives and is another user's, or the file is not ours
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
     def _scaler_state(self) -> dict[str, Any]:
         """State of fp16's gradient scaler; empty in other precisions."""
@@ -683,8 +728,8 @@ class Trainer:
 
     def _check_config(self, saved: dict[str, Any], path: Path) -> None:
         """Refuse a checkpoint of a model made with other arguments: shapes do not tell them all."""
-        own = json.loads(json.dumps(self.model.config))
-        saved = json.loads(json.dumps(saved))
+        own = _leaves(json.loads(json.dumps(self.model.config)))
+        saved = _leaves(json.loads(json.dumps(saved)))
         for key in sorted(own.keys() | saved.keys()):
             if own.get(key) != saved.get(key):
                 raise CheckpointError(

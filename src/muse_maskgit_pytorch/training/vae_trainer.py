@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -233,8 +234,8 @@ class VQGanVAETrainer(Trainer):
             if self.gan_adaptive:
                 last = self.vae.decoder[-1].weight
                 assert isinstance(last, nn.Parameter)
-                weight = weight * balance(loss, terms["generator"], last)
-                weight = self.accelerator.reduce(weight, "mean")
+                mean = partial(self.accelerator.reduce, reduction="mean")
+                weight = weight * balance(loss, terms["generator"], last, mean)
             terms["gan_weight"] = weight
             loss = loss + weight * terms["generator"]
         loss = loss + self.quantizer_weight * quantized.loss
