@@ -13,6 +13,7 @@ import hashlib
 import inspect
 import json
 import os
+import shutil
 from collections.abc import Callable
 from importlib import import_module, resources
 from pathlib import Path
@@ -74,16 +75,19 @@ def save_tree(path: str | os.PathLike, tree: dict[str, Any], kind: str) -> Path:
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    written = temporary / path.name
     try:
-        save_file(tensors, temporary, metadata=header)
-        with open(temporary, "rb") as file:
+        # A folder, since save_file writes under names of its own, which a killed process leaves.
+        temporary.mkdir(exist_ok=True)
+        save_file(tensors, written, metadata=header)
+        with open(written, "rb") as file:
             os.fsync(file.fileno())
         umask = os.umask(0)
         os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # save_file makes it readable for the owner alone
-        os.replace(temporary, path)
+        written.chmod(0o666 & ~umask)  # save_file makes it readable for the owner alone
+        os.replace(written, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     return path
 
 

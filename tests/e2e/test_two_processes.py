@@ -1,4 +1,7 @@
-"""Two processes train as one: nothing hangs, and both end with the same weights."""
+"""Two processes train as one: nothing hangs, and both end with the weights of a single one.
+
+The test launches this very file, once on two processes and once on one.
+"""
 
 from __future__ import annotations
 
@@ -6,100 +9,182 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch import Tensor
+
+from muse_maskgit_pytorch import (
+    ImageFolder,
+    MaskGit,
+    MaskGitTrainer,
+    MaskGitTransformer,
+    TokenCritic,
+    VQGanVAE,
+    VQGanVAETrainer,
+)
+from muse_maskgit_pytorch.checkpoint import load_tree, save_tree
+from muse_maskgit_pytorch.data import split
+from muse_maskgit_pytorch.quantizer import QuantizerName
 
 ROOT = Path(__file__).parents[2]
+QUANTIZERS: dict[QuantizerName, int] = dict(vq=64, simvq=64, lfq=64, bsq=64, fsq=60)  # and codes
+STEPS = 6
+RATE = 1e-3  # peak learning rate
+BATCH = 4  # on all processes together
+VALID = 0.3
+NO_GAN: dict[str, Any] = dict(gan_weight=0.0)
+GAN: dict[str, dict[str, Any]] = {
+    "vq": dict(
+        gan_weight=0.1, gan_start=1, gan_ramp=2, lecam_weight=0.1, gradient_penalty_weight=1.0
+    ),
+    "lfq": dict(
+        gan_weight=0.1, gan_start=0, lecam_weight=0.1, gan_loss="non_saturating",
+        gan_adaptive=True, discriminator_lr=RATE / 2,
+    ),
+}  # fmt: skip
 
-SCRIPT = """
-import json, os, sys
-import torch
-from muse_maskgit_pytorch import (
-    MaskGit, MaskGitTrainer, MaskGitTransformer, TokenCritic, VQGanVAE, VQGanVAETrainer,
-)
 
-torch.set_num_threads(1)
-rank = int(os.environ["RANK"])
-t5, resnet = sys.argv[1:]
-torch.manual_seed(rank)  # on purpose: the processes start with other weights
+# What the launched processes do ------------------------------------------------------------------
 
-common = dict(
-    folder="images", batch_size=2, grad_accum_every=2, num_train_steps=4, lr=1e-3,
-    warmup_steps=1, log_every=1, sample_every=2, save_every=2, valid_fraction=0.3,
-)
-vae = VQGanVAE(dim=8, codebook_size=16, layers=2, num_res_blocks=1, quantizer="vq")
-codebook = vae.quantizer.inner._codebook
-# codes that are revived at random differ until the next step: that is not the question here
-codebook.threshold_ema_dead_code = 0
-codebook.has_dead_code_replacement = False
-trainer = VQGanVAETrainer(
-    vae, image_size=16, gan_weight=0.1, gan_start=1, gradient_penalty_weight=1.0,
-    discriminator_dim=8, perceptual_weight=0.1, perceptual_model=resnet, results_folder="vae",
-    max_minutes=60, **common,
-)
-assert trainer.accelerator.num_processes == 2
-trainer.train()
-models = {"vae": vae, "discriminator": trainer.discriminator}
 
-vae = VQGanVAE.from_pretrained("vae/vae-ema.safetensors")
-for name, size in {"base": {}, "superres": dict(cond_image_size=8)}.items():
-    # self-conditioning happens in half of the steps only: the rest leaves weights unused
-    shape = dict(num_tokens=16, seq_len=16, dim=16, depth=1, dim_head=8, heads=2, t5_name=t5)
-    model = MaskGit(
-        vae=vae, transformer=MaskGitTransformer(**shape, self_cond=True), image_size=16,
-        token_critic=TokenCritic(**shape), **size,
-    )
-    trainer = MaskGitTrainer(model, num_samples=2, results_folder=name, **common)
-    trainer.train()
-    models[name] = model
+def train_all(results: str, t5: str, resnet: str) -> None:
+    torch.set_num_threads(1)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    common: dict[str, Any] = dict(
+        folder="images", batch_size=BATCH // world, grad_accum_every=2, num_train_steps=STEPS,
+        lr=RATE, warmup_steps=2, log_every=1, sample_every=3, save_every=2, valid_fraction=VALID,
+    )  # fmt: skip
 
-values = {
-    f"{name}.{key}": value.double().sum().item()
-    for name, model in models.items() for key, value in model.state_dict().items()
-}
-with open(f"rank{rank}.json", "w") as file:
-    json.dump(values, file)
-"""
+    def keep(name: str, trainer: Any) -> None:
+        assert trainer.accelerator.num_processes == world
+        state = {
+            "modules": {n: m.state_dict() for n, m in trainer.modules().items()},
+            "optimizers": {n: o.state_dict() for n, o in trainer.optimizers.items()},
+            "ema": trainer.ema.average,
+            "guard": trainer.guard.state(),
+        }
+        save_tree(f"{results}/{name}/rank{rank}.safetensors", state, kind="state")
+
+    for kind, codes in QUANTIZERS.items():
+        torch.manual_seed(rank)  # on purpose: the processes start with other weights
+        vae = VQGanVAE(dim=8, codebook_size=codes, layers=2, num_res_blocks=1, quantizer=kind)
+        trainer = VQGanVAETrainer(
+            vae, image_size=16, perceptual_weight=0.1, perceptual_model=resnet,
+            discriminator_dim=8, results_folder=f"{results}/{kind}",
+            **GAN.get(kind, NO_GAN), **common,
+        )  # fmt: skip
+        trainer.train()
+        keep(kind, trainer)
+
+    if world == 1:  # the rest draws other random numbers on each process
+        return
+    vae = VQGanVAE.from_pretrained(f"{results}/vq/vae-ema.safetensors")
+    sizes: dict[str, dict[str, Any]] = {"base": {}, "superres": dict(cond_image_size=8)}
+    for name, size in sizes.items():
+        # self-conditioning happens in half of the steps only: the rest leaves weights unused
+        shape: dict[str, Any] = dict(
+            num_tokens=64, seq_len=16, dim=16, depth=1, dim_head=8, heads=2, t5_name=t5
+        )
+        model = MaskGit(
+            vae=vae, transformer=MaskGitTransformer(**shape, self_cond=True), image_size=16,
+            token_critic=TokenCritic(**shape), **size,
+        )  # fmt: skip
+        stage = MaskGitTrainer(
+            model, num_samples=2, results_folder=f"{results}/{name}", max_minutes=60, **common
+        )
+        stage.train()
+        keep(name, stage)
+
+
+# The test ----------------------------------------------------------------------------------------
+
+
+def leaves(tree: Any, at: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, (dict, list)):
+        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from leaves(value, f"{at}.{key}")
+    else:
+        yield at, tree
+
+
+def log(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_two_processes_train_as_one(tmp_path: Path, t5: str, resnet: str):
     (tmp_path / "images").mkdir()
-    noise = np.random.default_rng(0)
-    for i in range(12):
-        pixels = noise.integers(0, 255, (16, 16, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / "images" / f"{i}.png")
+    for i in range(15):
+        pixels = torch.randint(256, (16, 16, 3), generator=torch.Generator().manual_seed(i))
+        Image.fromarray(pixels.to(torch.uint8).numpy()).save(tmp_path / "images" / f"{i}.png")
         (tmp_path / "images" / f"{i}.txt").write_text(f"picture {i}")
-    script = tmp_path / "train.py"
-    script.write_text(SCRIPT)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    process = subprocess.run(
-        [sys.executable, *launch, str(script), t5, resnet],
-        cwd=tmp_path,
-        env=os.environ
-        | {
-            "PYTHONPATH": str(ROOT / "src"),
-            "ACCELERATE_USE_CPU": "true",
-            "CUDA_VISIBLE_DEVICES": "",
-            "HF_HUB_OFFLINE": "1",
-            "OMP_NUM_THREADS": "1",
-        },
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert process.returncode == 0, process.stderr[-4000:]
+    train, valid = split(ImageFolder(tmp_path / "images", 16), VALID)
+    assert len(train) % BATCH != 0  # epochs end within a batch
+    assert len(valid) > BATCH
+    assert len(valid) % BATCH != 0
+    assert len(valid) % 2 != 0
 
-    first, second = (json.loads((tmp_path / f"rank{i}.json").read_text()) for i in (0, 1))
-    assert first.keys() == second.keys()
-    assert {key: (first[key], second[key]) for key in first if first[key] != second[key]} == {}
-    for name in ("vae", "base", "superres"):
-        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
-        losses = [json.loads(line)["loss"] for line in lines if '"loss"' in line]
-        assert len(losses) == 4
-        assert all(np.isfinite(losses))
-        assert (tmp_path / name / f"{name}-ema.safetensors").is_file()
-        assert not list((tmp_path / name).glob("*.tmp"))
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for results, how in {"two": launch, "one": []}.items():
+        process = subprocess.run(
+            [sys.executable, *how, __file__, results, t5, resnet],
+            cwd=tmp_path,
+            env=os.environ
+            | {
+                "PYTHONPATH": str(ROOT / "src"),
+                "ACCELERATE_USE_CPU": "true",
+                "CUDA_VISIBLE_DEVICES": "",
+                "HF_HUB_OFFLINE": "1",
+                "OMP_NUM_THREADS": "1",
+            },
+            capture_output=True,
+            text=True,
+            timeout=500,
+        )
+        assert process.returncode == 0, process.stderr[-4000:]
+
+    two, one = tmp_path / "two", tmp_path / "one"
+    for name in (*QUANTIZERS, "base", "superres"):
+        first, second = (
+            dict(leaves(load_tree(two / name / f"rank{rank}.safetensors")[0])) for rank in (0, 1)
+        )
+        assert first.keys() == second.keys()
+        for key, value in first.items():
+            other = second[key]
+            same = torch.equal(value, other) if isinstance(value, Tensor) else value == other
+            assert same, f"{name}{key} differs between the processes"
+        losses = [line["loss"] for line in log(two / name) if "loss" in line]
+        assert len(losses) == STEPS
+        assert torch.tensor(losses).isfinite().all()
+        stage = "vae" if name in QUANTIZERS else name
+        assert (two / name / f"{stage}-ema.safetensors").is_file()
+        assert not list((two / name).glob("*.tmp"))
+
+    # Sums over the batch are taken in another order: 1e-7 of each, and where a gradient is next
+    # to nothing AdamW makes a small part of a step of it, whose length is the learning rate.
+    for name in QUANTIZERS:
+        for a, b in zip(log(two / name), log(one / name), strict=True):
+            a, b = (
+                {k: v for k, v in line.items() if k not in ("stage", "steps_per_s")}
+                for line in (a, b)
+            )
+            assert a == pytest.approx(b, rel=1e-4, abs=1e-6), f"{name} at step {a['step']}"
+        first, second = (
+            load_tree(results / name / "rank0.safetensors")[0] for results in (two, one)
+        )
+        for part in ("modules", "ema"):
+            torch.testing.assert_close(first[part], second[part], rtol=0, atol=0.2 * RATE)
+
+    codebook = load_tree(two / "vq" / "rank0.safetensors")[0]["ema"]
+    assert log(two / "vq")[0]["codebook_usage"] < 1
+    assert codebook["quantizer.inner.counts"].all()  # so those that no vector chose were revived
+
+
+if __name__ == "__main__":
+    train_all(*sys.argv[1:])

@@ -396,9 +396,9 @@ class Trainer:
                     self._report()
                     raise KeyboardInterrupt
         self._check_loss()
-        self._look()
-        self._save_checkpoint()
+        self._save_checkpoint()  # first: nothing that fails below may cost the last steps
         self.save()
+        self._look()
         self._report()
         accelerator.wait_for_everyone()  # what follows may read the files
 
