@@ -3,8 +3,8 @@
     python benchmarks/gan.py --vae runs/quantizers/fsq-1024/vae-ema.safetensors
 
 continues one trained tokenizer three times on the same images: without an adversary, with it as
-this package does it (delayed, ramped, LeCam, clipped, spikes skipped), and with all of that off. It
-prints PSNR and rFID on held-out images and draws the curves (needs matplotlib).
+this package does it (delayed, ramped, weighted adaptively, LeCam, clipped, spikes skipped), and with
+all of that off. It prints PSNR and rFID on held-out images and draws the curves (needs matplotlib).
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ COMMON: dict[str, Any] = {"discriminator_dim": 32, "discriminator_layers": 2}
 RUNS: dict[str, dict[str, Any]] = {
     "no adversary": {"gan_weight": 0.0},
     "guarded": {
-        "gan_weight": 0.02,
+        "gan_weight": 0.1,
+        "gan_adaptive": True,
         "gan_start": 100,
-        "gan_ramp": 200,
+        "gan_ramp": 100,
         "lecam_weight": 0.01,
         "discriminator_lr": 2e-4,
         **COMMON,
@@ -50,7 +51,7 @@ def main() -> None:
     parser.add_argument("--folder", default="data/emoji/64", help="with train and heldout")
     parser.add_argument("--out", default="runs/gan")
     parser.add_argument("--picture", default="docs/pictures/gan.png")
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=400)
     args = parser.parse_args()
     heldout = ImageFolder(f"{args.folder}/heldout", 64, cache=True)
     features = FeatureNet("efficientnet-lite0")
@@ -100,7 +101,7 @@ def draw(folder: Path, picture: Path) -> None:
     charts |= {"discriminator_accuracy": "discriminator's accuracy"}
     figure, axes = plt.subplots(1, len(charts), figsize=(14, 4))
     for axis, (key, title) in zip(axes, charts.items(), strict=True):
-        for name in RUNS:
+        for number, name in enumerate(RUNS):
             curve = read_curves(folder / name.replace(" ", "-"), "vae").get(key, [])
             width = 5  # logged lines that are averaged
             means = [
@@ -108,7 +109,7 @@ def draw(folder: Path, picture: Path) -> None:
                 for i in range(width, len(curve))
             ]
             if means:
-                axis.plot(*zip(*means, strict=True), label=name)
+                axis.plot(*zip(*means, strict=True), label=name, color=f"C{number}")
         axis.axvline(100, color="grey", linestyle=":", linewidth=1)
         axis.set_title(title)
         axis.set_xlabel("step; dotted: the discriminator starts")
