@@ -3,8 +3,9 @@
     python benchmarks/gan.py --vae runs/quantizers/fsq-1024/vae-ema.safetensors
 
 continues one trained tokenizer three times on the same images: without an adversary, with it as
-this package does it (delayed, ramped, weighted adaptively, LeCam, clipped, spikes skipped), and with
-all of that off. It prints PSNR and rFID on held-out images and draws the curves (needs matplotlib).
+this package does it (delayed, ramped, weighted adaptively, LeCam, clipped, spikes skipped), and
+with all of that off. It prints PSNR and rFID on held-out images and draws the curves (needs
+matplotlib).
 """
 
 from __future__ import annotations

@@ -4,8 +4,9 @@
 
 scikit-learn's china and scikit-image's coffee, rocket, motorcycle, retina and Hubble field are cut
 into training crops of many sizes, half of them with their colour channels exchanged, for six
-photographs do not hold all colours (the first try without this drew green eyes red); flower, astronaut and the cat Chelsea are left whole, to be
-reconstructed by a tokenizer that never saw them.
+photographs do not hold all colours (the first try without this drew green eyes red); flower,
+astronaut and the cat Chelsea are left whole, to be reconstructed by a tokenizer that never saw
+them.
 """
 
 from __future__ import annotations
