@@ -96,7 +96,7 @@ def main() -> None:
 
 
 def draw(folder: Path, picture: Path) -> None:
-    import matplotlib.pyplot as plt
+    import matplotlib.pyplot as plt  # type: ignore[import-not-found]  # only needed here
 
     charts = {"psnr": "PSNR of the training batch, dB", "grad_norm": "gradient norm (log)"}
     charts |= {"discriminator_accuracy": "discriminator's accuracy"}
