@@ -6,17 +6,22 @@ form without losing or inventing pixels, and turns tensors back into PIL images 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import zip_longest
 from os import PathLike
+from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import Image, ImageDraw, ImageFile, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFile, ImageFont, ImageOps, PngImagePlugin
 from torch import Tensor
 
 LABEL_LINES = 3
+RECORD = "muse"  # name of the PNG chunk that says how a picture was drawn
+RECORD_LIMIT = 2**24  # characters of it that are read
 
 
 def read_image(path: str | PathLike[str]) -> Image.Image:
@@ -107,6 +112,102 @@ def to_pil(images: Tensor) -> list[Image.Image]:
     # Clamp before the bytes: 1.004 * 255 would wrap round to 0.
     pixels = (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
     return [Image.fromarray(p) for p in pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()]
+
+
+def save_png(image: Image.Image, path: str | PathLike[str]) -> Path:
+    """Write a PNG, atomically, with the record of how it was drawn (`provenance`) if it has one.
+
+    Pillow's own ``image.save`` leaves the record out.
+
+    Args:
+        image: pictures of a `Muse` carry their record (`record_of`).
+        path: where to, ending in ``.png``; the folder is made.
+
+    Raises:
+        ValueError: another ending.
+    """
+    if Path(path).suffix.lower() != ".png":
+        raise ValueError(f"path {str(path)!r} must end in .png")
+    chunks = PngImagePlugin.PngInfo()
+    if record := record_of(image):
+        chunks.add_itxt(RECORD, record)  # UTF-8; plain, so that any tool shows it
+    with _renamed(Path(path)) as temporary:
+        image.save(temporary, format="PNG", pnginfo=chunks)
+    return Path(path)
+
+
+def set_record(image: Image.Image, record: str) -> None:
+    """Attach the text that `save_png` will write.
+
+    Not to ``image.info``, which Pillow compares and keeps in changed copies: equal pixels drawn in
+    two ways are equal images, and a cropped picture is no longer the one that was drawn.
+    """
+    setattr(image, f"_{RECORD}", record)
+
+
+def record_of(image: Image.Image) -> str | None:
+    """How an image was drawn, as text: of one that was just drawn, or opened from a PNG."""
+    record = getattr(image, f"_{RECORD}", None) or image.info.get(RECORD)
+    return str(record) if isinstance(record, str) else None
+
+
+def read_record(path: str | PathLike[str]) -> str | None:
+    """The text that `save_png` wrote beside the pixels, None where there is none.
+
+    Raises:
+        ValueError: as `read_image`, or a text too long to be one of ours.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()  # some programs write such texts behind the pixels
+            record = record_of(image)
+    except Exception as error:  # as in `read_image`
+        raise ValueError(f"cannot read image {str(path)!r}: {error}") from error
+    if record is not None and len(record) > RECORD_LIMIT:
+        raise ValueError(f"{str(path)!r} has a record of {len(record)} characters: not ours")
+    return record
+
+
+def save_gif(
+    frames: Sequence[Image.Image],
+    path: str | PathLike[str],
+    milliseconds: int = 120,
+    hold: int = 2000,
+) -> Path:
+    """Write an endless animation, atomically.
+
+    Args:
+        frames: of one size; colours are reduced to 256 in each.
+        path: where to, ending in ``.gif``; the folder is made.
+        milliseconds: how long each frame stands.
+        hold: how long the last one does.
+
+    Raises:
+        ValueError: another ending, or no frames.
+    """
+    if Path(path).suffix.lower() != ".gif":
+        raise ValueError(f"path {str(path)!r} must end in .gif")
+    if not frames:
+        raise ValueError("save_gif needs at least one frame")
+    first, *rest = (frame.quantize(dither=Image.Dither.NONE) for frame in frames)
+    times = [milliseconds] * len(rest) + [hold]
+    with _renamed(Path(path)) as temporary:
+        first.save(
+            temporary, format="GIF", save_all=True, append_images=rest, duration=times, loop=0
+        )
+    return Path(path)
+
+
+@contextmanager
+def _renamed(path: Path) -> Iterator[Path]:
+    """A temporary name to write to, which becomes ``path`` once all is written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def image_grid(

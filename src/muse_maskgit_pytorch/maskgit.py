@@ -311,29 +311,37 @@ class MaskGit(Saveable):
             raise ValueError(f"canvas is {tuple(canvas.shape)}, must be {(batch, seq_len)}")
         canvas = canvas.to(self.device)
 
-        keep = torch.ones(batch, dtype=torch.bool, device=self.device)
-        scales = options.cond_scale
-        if scales != 1:
-            # second half of the batch: the negative prompt, or no text at all
-            negatives = [""] * batch
-            if negative_texts is not None:
-                given = [negative_texts] if isinstance(negative_texts, str) else negative_texts
-                negatives = list(given) * (batch if len(given) == 1 else 1)
-            if len(negatives) != batch:
-                raise ValueError(f"{len(negatives)} negative_texts for {batch} texts")
+        negatives = [""] * batch  # no text at all
+        if negative_texts is not None:
+            given = [negative_texts] if isinstance(negative_texts, str) else negative_texts
+            negatives = list(given) * (batch if len(given) == 1 else 1)
+        if len(negatives) != batch:
+            raise ValueError(f"{len(negatives)} negative_texts for {batch} texts")
+        if options.lowres_scale != 1 and cond is None:
+            raise ValueError("lowres_scale is given to a model without a low-resolution image")
+
+        # the parts of the batch: texts; the negative ones; neither these nor a low resolution
+        branches = 3 if options.lowres_scale != 1 else 2 if options.cond_scale != 1 else 1
+        keep = torch.tensor([True] * batch, device=self.device)
+        if branches > 1:
             negative = (
                 text if negative_texts is None else self.embed_texts(negatives, allow_empty=True)
             )
             text = text.cat(negative)
             seen = torch.tensor([bool(n.strip()) for n in negatives], device=self.device)
             keep = torch.cat([keep, seen])
-            cond = None if cond is None else torch.cat([cond, cond])
-        conditioning = Conditioning(text, cond, keep)
+            if branches > 2:
+                text, keep = text.cat(negative), torch.cat([keep, torch.zeros_like(seen)])
+        cond = None if cond is None else cond.repeat(branches, 1)
+
+        def encode(model: Any) -> Any:
+            context = model.encode_context(Conditioning(text, cond, keep))
+            context.mask[2 * batch :, 1:] = False  # the third part: the null key is all it sees
+            return context
+
+        critic = self.critic if options.policy in (None, "critic") else None
         denoiser = Denoiser(
-            self.transformer,
-            self.transformer.encode_context(conditioning),
-            self.critic,
-            None if self.critic is None else self.critic.encode_context(conditioning),
+            self.transformer, encode(self.transformer), critic, critic and encode(critic)
         )
         return sample_tokens(denoiser, canvas, options, callback)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -13,13 +14,29 @@ from .structures import MaskedTokens, Schedule
 IGNORE_INDEX = -100  # cross_entropy's default; any code from 0 up would be a legal one
 
 
-def mask_ratio(u: Float[Tensor, "*s"], schedule: Schedule = "cosine") -> Float[Tensor, "*s"]:
+def read_table(table: Sequence[float], u: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
+    """Entries at equal distances from u = 0 to u = 1, linear in between; exact at an entry."""
+    values = torch.tensor(table, dtype=u.dtype, device=u.device)
+    last = len(values) - 1
+    # an entry's own u, such as 2 / 7, is not quite a multiple of 1 / last
+    place = (u.double() * last).round(decimals=4)
+    below = place.floor().long()
+    part = (place - below).to(u.dtype)
+    return torch.lerp(values[below], values[(below + 1).clamp(max=last)], part)
+
+
+def mask_ratio(
+    u: Float[Tensor, "*s"], schedule: Schedule | Sequence[float] = "cosine"
+) -> Float[Tensor, "*s"]:
     """Share of tokens that are masked at time ``u`` in [0, 1]: 1 at u = 0, 0 at u = 1.
 
     "cosine" is cos(pi/2 u): with u uniform, the paper's density (2/pi) (1 - r^2)^(-1/2), mean
     0.64 (2.6). "arccos" is 2/pi acos(u), a different law with the same mean, which other code bases
-    use under the same name as the first.
+    use under the same name as the first. A table holds the ratios between that 1 and that 0, at
+    equal distances.
     """
+    if not isinstance(schedule, str):
+        return read_table([1.0, *schedule, 0.0], u)
     if schedule == "cosine":
         return torch.cos(u * (math.pi / 2))
     if schedule == "arccos":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from os import PathLike
 from typing import Any
 
 import torch
@@ -13,6 +15,8 @@ from torch import Tensor
 from .checkpoint import Saveable
 from .images import to_pil
 from .maskgit import MaskGit
+from .provenance import Drawing, fingerprint, made_by, read_drawings, stamp
+from .sampling import per_row
 from .structures import SampleOptions, SampleStep, TextEmbeds
 
 
@@ -55,6 +59,10 @@ class Muse(Saveable):
     ) -> list[Image.Image]:
         """Texts -> PIL images at the final size.
 
+        Drawn of texts, a picture carries all that decides it (`provenance`): `save_png` writes
+        that beside the pixels, and `like` draws the picture again. One whose sampling the
+        callback stopped does not, as nothing says when.
+
         Args:
             texts: B prompts (a single string is one prompt), or
             text_embeds: what the text encoder, the same of both stages, made of them.
@@ -67,16 +75,30 @@ class Muse(Saveable):
             callback: sees a `SampleStep` after each step of either stage; returning True stops
                 that stage.
         """
-        images = self.stages(
-            texts,
-            text_embeds=text_embeds,
-            negative_texts=negative_texts,
-            seeds=seeds,
-            base_options=base_options,
-            superres_options=superres_options,
-            callback=callback,
-        )
-        return to_pil(images[-1])
+        text = self.base.embed_texts(texts, text_embeds)
+        options = self._seeded(len(text.mask), seeds, base_options, superres_options)
+        stopped = False
+
+        def watched(step: SampleStep) -> bool:
+            nonlocal stopped
+            stop = bool(callback and callback(step))
+            stopped = stopped or stop
+            return stop
+
+        watch = watched if callback else None
+        images = to_pil(self._stages(texts, text, negative_texts, options, watch)[-1])
+        if texts is not None and not stopped:
+            prompts = [texts] if isinstance(texts, str) else texts
+            drawing = Drawing(
+                prompts=tuple(prompts),
+                negatives=_each(negative_texts, len(prompts)),
+                options=options,
+                rows=tuple(range(len(images))),
+                model=self.fingerprint,
+                made_by=made_by(self.device),
+            )
+            stamp(images, drawing)
+        return images
 
     @torch.no_grad()
     def stages(
@@ -92,14 +114,129 @@ class Muse(Saveable):
     ) -> list[Float[Tensor, "B 3 H W"]]:
         """Like calling the model, but the images of every stage, as tensors in [0, 1]."""
         text = self.base.embed_texts(texts, text_embeds)
+        options = self._seeded(len(text.mask), seeds, base_options, superres_options)
+        return self._stages(texts, text, negative_texts, options, callback)
+
+    @property
+    def fingerprint(self) -> str:
+        """A short name of the weights and the configuration (`provenance.fingerprint`)."""
+        return fingerprint(self)
+
+    def like(
+        self,
+        source: str | PathLike[str] | Drawing,
+        callback: Callable[[SampleStep], Any] | None = None,
+    ) -> list[Image.Image]:
+        """Draw the picture of a PNG again, or all of a sheet's: bit for bit on the same device.
+
+        Whatever was drawn in the same batch is drawn along.
+
+        Args:
+            source: file of `save_png`, or one entry of `provenance.read_drawings`.
+            callback: as in calling the model.
+
+        Raises:
+            ValueError: a file without a record, or another model's.
+        """
+        if isinstance(source, Drawing):
+            drawings, name = [source], "the picture"
+        else:
+            drawings, name = read_drawings(source), source
+        for drawing in drawings:  # before any work
+            drawing.check_model(self.fingerprint, name)
+        images = []
+        for drawing in drawings:
+            batch = self(
+                drawing.prompts,
+                negative_texts=drawing.negatives,
+                base_options=drawing.options["base"],
+                superres_options=drawing.options.get("superres"),
+                callback=callback,
+            )
+            images += [batch[row] for row in drawing.rows]
+        return images
+
+    def best_of(
+        self,
+        n: int,
+        score: Callable[[Image.Image, str], float],
+        texts: Sequence[str] | str,
+        *,
+        seeds: int | None = None,
+        **arguments: Any,
+    ) -> list[Image.Image]:
+        """Draw n pictures of each text and keep the one with the highest score.
+
+        Args:
+            n: pictures of each text, at least 1. All texts are drawn together, n times.
+            score: (picture, text) -> number, more is better; of equal ones the first is kept.
+            texts: B prompts.
+            seeds: s; text i (0-based) is drawn with the seeds s + i * n to s + i * n + n - 1.
+                None: random.
+            **arguments: further ones of calling the model.
+
+        Returns:
+            B pictures; each carries its record, so that `like` draws it again.
+
+        Raises:
+            ValueError: n below 1, or a score that is no number.
+        """
+        if n < 1:
+            raise ValueError(f"n must be at least 1, not {n}")
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        best: list[tuple[float, Image.Image]] = []
+        for turn in range(n):
+            turns = None if seeds is None else [seeds + i * n + turn for i in range(len(texts))]
+            images = self(texts, seeds=turns, **arguments)
+            scores = [float(score(*pair)) for pair in zip(images, texts, strict=True)]
+            if any(map(math.isnan, scores)):
+                raise ValueError(f"score gave {scores}: each must be a number")
+            new = list(zip(scores, images, strict=True))
+            best = [
+                max(pair, key=lambda one: one[0]) for pair in zip(best or new, new, strict=True)
+            ]
+        return [image for _, image in best]
+
+    def _seeded(
+        self,
+        batch: int,
+        seeds: int | Sequence[int] | None,
+        base: SampleOptions | None,
+        superres: SampleOptions | None,
+    ) -> dict[str, SampleOptions]:
+        """The options of each stage, with a seed for every row: both stages' alike if random."""
+        given = {"base": base or self.base.default_options}
+        if self.superres is not None:
+            given["superres"] = superres or self.superres.default_options
+        if seeds is None and any(options.seeds is None for options in given.values()):
+            # short enough to be typed, and for every reader of JSON
+            drawn = torch.randint(2**31, (batch,)).tolist()
 
         def seeded(options: SampleOptions) -> SampleOptions:
-            return options if seeds is None else options.replace(seeds=seeds)
+            own = (options if seeds is None else options.replace(seeds=seeds)).seeds
+            own = drawn if own is None else own
+            own = range(own, own + batch) if isinstance(own, int) else own
+            own = [int(seed) for seed in per_row(own, batch, "seeds")]
+            if any(not -(2**63) <= seed < 2**64 for seed in own):
+                raise ValueError(f"seeds must have at most 64 bits, got {own}")
+            return options.replace(seeds=own)
 
+        return {stage: seeded(options) for stage, options in given.items()}
+
+    @torch.no_grad()
+    def _stages(
+        self,
+        texts: Sequence[str] | str | None,
+        text: TextEmbeds,
+        negative_texts: Sequence[str] | str | None,
+        options: dict[str, SampleOptions],
+        callback: Callable[[SampleStep], Any] | None,
+    ) -> list[Float[Tensor, "B 3 H W"]]:
+        negative_texts = _each(negative_texts, len(text.mask))
         base_ids = self.base.generate_ids(
             text_embeds=text,
             negative_texts=negative_texts,
-            options=seeded(base_options or self.base.default_options),
+            options=options["base"],
             callback=callback,
         )
         images = [self.base.decode(base_ids)]
@@ -110,17 +247,30 @@ class Muse(Saveable):
             assert self.superres.cond_vae is not None
             shares_ids = self.base.vae.same_ids(self.superres.cond_vae)
             vocabulary = self.base.vae.codebook_size  # a callback may have left masks
-            options = seeded(superres_options or self.superres.default_options)
+            superres_options = options["superres"]
+            scales = superres_options.cond_scale, superres_options.lowres_scale
             images.append(
                 self.superres.generate(
                     None if same_text else texts,
                     text_embeds=text if same_text else None,
-                    negative_texts=negative_texts if options.cond_scale != 1 else None,
+                    negative_texts=negative_texts if scales != (1, 1) else None,
                     # ids at hand are not decoded and encoded again
                     cond_ids=base_ids.clamp(max=vocabulary - 1) if shares_ids else None,
                     cond_images=None if shares_ids else images[0],
-                    options=options,
+                    options=superres_options,
                     callback=callback,
                 )
             )
         return images
+
+
+def _each(negative_texts: Sequence[str] | str | None, batch: int) -> tuple[str, ...] | None:
+    """One negative prompt for each image, of one for all or one each."""
+    if negative_texts is None:
+        return None
+    given = [negative_texts] if isinstance(negative_texts, str) else negative_texts
+    if len(given) not in (1, batch):
+        raise ValueError(
+            f"{len(given)} negative_texts for {batch} texts: give one for all, or one each"
+        )
+    return tuple(given) * (batch if len(given) == 1 else 1)

@@ -17,6 +17,7 @@ MODULES = [
     "text",
     "vqgan_vae",
     "features",
+    "provenance",
     "foreign",
     "transformer",
     "sampling",

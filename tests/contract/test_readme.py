@@ -29,6 +29,7 @@ SMALL = {
     " --maskgit.cond_image_size 32",
     "bundle": "",
     "generate": "",
+    "inspect": "",
 }
 # The same for the Python block that trains; each text must occur in it.
 SMALLER = {
@@ -119,7 +120,9 @@ def test_generation_in_python_and_on_the_command_line(folder, environment):
     assert printed.count("size=128x128") == 2
     assert Image.open(folder / "apple.png").size == (128, 128)
 
-    (line,) = [x for _, body in BLOCKS for x in body.splitlines() if x.startswith("muse generate")]
-    command = [sys.executable, "-m", "muse_maskgit_pytorch.cli.main", *shlex.split(line)[1:]]
-    _run(command, folder, environment)
+    asked = ("muse generate", "muse inspect")
+    lines = [x for _, body in BLOCKS for x in body.splitlines() if x.startswith(asked)]
+    for line in lines:
+        command = [sys.executable, "-m", "muse_maskgit_pytorch.cli.main", *shlex.split(line)[1:]]
+        _run(command, folder, environment)
     assert Image.open(folder / "sheet.png").size[0] > 256

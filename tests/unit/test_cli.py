@@ -1,6 +1,7 @@
 """The command line: signatures to keys, mistakes to one sentence, and three tiny real trainings."""
 
 import inspect
+import io
 import itertools
 import json
 import os
@@ -8,12 +9,16 @@ import signal
 import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 import yaml
-from PIL import Image
+from PIL import GifImagePlugin, Image
+from torch.nn import functional as F
 
 from muse_maskgit_pytorch import (
     MaskGit,
@@ -25,13 +30,16 @@ from muse_maskgit_pytorch import (
     VQGanVAE,
     VQGanVAETrainer,
 )
-from muse_maskgit_pytorch.checkpoint import load_tree
+from muse_maskgit_pytorch.checkpoint import SHIPPED, load_tree
 from muse_maskgit_pytorch.cli import generate as generating
 from muse_maskgit_pytorch.cli import train as training
+from muse_maskgit_pytorch.cli.film import Film
 from muse_maskgit_pytorch.cli.main import main
 from muse_maskgit_pytorch.cli.parser import nearest
+from muse_maskgit_pytorch.images import save_png, set_record, to_tensor
+from muse_maskgit_pytorch.provenance import read_drawings, to_json
 from muse_maskgit_pytorch.training.trainer import Trainer
-from tests import hub
+from tests import hub, tiny
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 COLOURS = ("red", "green", "blue", "black")
@@ -277,6 +285,145 @@ def test_several_prompts_give_a_sheet_and_each(muse_file: Path, tmp_path: Path):
     assert Image.open(tmp_path / "each" / names[0]).size == (16, 16)
 
 
+def test_prompts_from_a_file_and_standard_input(muse_file: Path, tmp_path: Path, monkeypatch):
+    (tmp_path / "p.txt").write_bytes(
+        "\ufeff# what to draw\r\n\r\n  a red cross \r\na schwarzes Quadräß\r\n".encode()
+    )
+    monkeypatch.setattr("sys.stdin", io.StringIO("a blue cross\n\n# no\na green cross"))
+    flags = [f"--model={muse_file}", f"--out={tmp_path}/x.png", "--seed=1", "--batch_size=2"]
+    assert main(["generate", "a", "-", *flags, f"--file={tmp_path}/p.txt"]) == 0
+    drawings = read_drawings(tmp_path / "x.png")
+    assert [drawing.prompts for drawing in drawings] == [
+        ("a", "a blue cross"),
+        ("a green cross", "a red cross"),
+        ("a schwarzes Quadräß",),
+    ]
+    assert [drawing.options["superres"].seeds for drawing in drawings] == [[1, 2], [3, 4], [5]]
+
+
+def test_like_draws_the_picture_again(muse_file: Path, tmp_path: Path, capsys):
+    """One of two batches, alone, and the sheet; bit for bit, records and captions included."""
+    make = ["generate", f"--model={muse_file}"]
+    prompts = ["a red cross", "a blue square", "a green cross"]
+    options = ["--seed", "[9, 4, 9]", "--negative", '["a black cross", "", "red"]']
+    options += ["--base.timesteps", "[2, 3, 4]", "--superres.temperature=0.5", "--batch_size=2"]
+    first = [f"--out={tmp_path}/sheet.png", f"--each={tmp_path}/each"]
+    assert main([*make, *prompts, *options, *first]) == 0
+    files = [tmp_path / "sheet.png", *sorted((tmp_path / "each").iterdir())]
+    for file in files:
+        again = tmp_path / "again.png"
+        assert main([*make, f"--like={file}", f"--out={again}"]) == 0
+        assert again.read_bytes() == file.read_bytes()
+    assert capsys.readouterr().err.count("warning") == 0
+
+
+def test_like_with_changes(muse_file: Path, tmp_path: Path):
+    make = ["generate", f"--model={muse_file}"]
+    sheet = tmp_path / "sheet.png"
+    first = ["a red cross", "a blue square", "--seed=5", "--base.cond_scale", "[2, 3]"]
+    assert main([*make, *first, f"--out={sheet}", f"--each={tmp_path}/each"]) == 0
+
+    def again(*changes: str, of: Path = sheet):
+        out = tmp_path / "again.png"
+        assert main([*make, f"--like={of}", f"--out={out}", *changes]) == 0
+        [drawing] = read_drawings(out)
+        return drawing
+
+    drawing = again("--seed=8", "--superres.timesteps=2", "--negative", "green")
+    assert drawing.prompts == ("a red cross", "a blue square")
+    assert drawing.negatives == ("green", "green")
+    assert drawing.options["base"].seeds == drawing.options["superres"].seeds == [8, 9]
+    assert drawing.options["base"].cond_scale == [2, 3]
+    assert drawing.options["superres"].timesteps == 2
+    assert again("a cat", "a dog").prompts == ("a cat", "a dog")
+    drawing = again("a bird", of=tmp_path / "each" / "002-a-blue-square.png")
+    assert drawing.prompts == ("a bird",)  # nothing of the batch it was drawn in
+    assert drawing.options["base"].seeds == [6]
+    assert drawing.options["base"].cond_scale == [3]
+
+
+def test_like_on_another_device_is_said(muse_file: Path, tmp_path: Path, capsys):
+    picture = tmp_path / "a.png"
+    make = ["generate", f"--model={muse_file}", f"--out={picture}"]
+    assert main([*make, "a red cross"]) == 0
+    [drawing] = read_drawings(picture)
+    other = {**drawing.made_by, "device": "cuda"}
+    image = Image.open(picture)
+    set_record(image, to_json([replace(drawing, made_by=other)]))
+    save_png(image, picture)
+    capsys.readouterr()
+    assert main([*make, f"--like={picture}"]) == 0
+    assert "was drawn with device cuda, this is cpu: single pixels may" in capsys.readouterr().err
+
+
+def test_inspect_says_how_a_picture_was_drawn(muse_file: Path, tmp_path: Path, capsys):
+    make = ["generate", "a red cross", "a \x1b[31mblue square", f"--model={muse_file}"]
+    flags = ["--seed=7", "--negative", '["", "dogs"]', "--base.cond_scale", "[1.5, 2.5]"]
+    assert main([*make, *flags, f"--out={tmp_path}/a.png", f"--each={tmp_path}/each"]) == 0
+    capsys.readouterr()
+    assert main(["inspect", f"{tmp_path}/a.png"]) == 0
+    sheet = capsys.readouterr().out.splitlines()
+    assert sheet[0] == f"{tmp_path}/a.png"
+    assert sheet[1].startswith(f"model {Muse.from_pretrained(muse_file).fingerprint} (package ")
+    assert "  prompt    a red cross" in sheet
+    assert "  prompt    a ?[31mblue square" in sheet  # nothing that a terminal would obey
+    (last,) = (tmp_path / "each").glob("002*")
+    assert main(["inspect", str(last)]) == 0
+    words = capsys.readouterr().out
+    assert "a red cross" not in words
+    assert "  negative  dogs\n" in words
+    assert "  base      seed=8 timesteps=3" in words
+    assert "cond_scale=2.5" in words
+    assert main(["inspect", str(last), "--json=true"]) == 0
+    assert json.loads(capsys.readouterr().out)["drawings"][0]["rows"] == [1]
+
+
+def test_a_gif_of_the_unmasking(muse_file: Path, tmp_path: Path):
+    flags = [f"--model={muse_file}", "--seed=1", "--base.timesteps=2", "--superres.timesteps=3"]
+    flags += [f"--out={tmp_path}/a.png", f"--gif={tmp_path}/a.gif"]
+    assert main(["generate", "a red cross", *flags]) == 0
+    with GifImagePlugin.GifImageFile(tmp_path / "a.gif") as gif:
+        assert gif.size == (16, 16)
+        assert 2 <= gif.n_frames <= 5  # equal ones are joined
+        assert b"\x80\x80\x80" in gif.convert("RGB").tobytes()  # still masked
+        gif.seek(gif.n_frames - 1)
+        assert gif.info["duration"] >= 2000
+        last = torch.tensor(list(gif.convert("RGB").tobytes()))
+    drawn = torch.tensor(list(Image.open(tmp_path / "a.png").tobytes()))
+    assert (last - drawn).abs().float().mean() < 8  # the picture, in 256 colours
+    flags += ["--base.timesteps", "[2, 3, 4]", "--batch_size=2"]
+    assert main(["generate", "a", "b", "c", *flags]) == 0  # of several batches and lengths
+    with Image.open(tmp_path / "a.gif") as gif, Image.open(tmp_path / "a.png") as sheet:
+        assert gif.size == sheet.size
+
+
+def test_a_film_shows_what_is_there():
+    """Decided cells of the decoded ids; the others grey, then the picture of the stage below."""
+    base, superres = tiny.maskgit(), tiny.superres()
+    film = Film([base, superres], [1])
+
+    def add(step: int, ids: torch.Tensor, mask: torch.Tensor) -> None:
+        film.add(cast(Any, SimpleNamespace(step=step, ids=ids, mask=mask)))  # all that it reads
+
+    low, high = tiny.ids(2), tiny.ids(2, 64)
+    half = torch.arange(16) < 8  # the upper half of 4 x 4 cells
+    add(1, torch.where(half, 60, low), half.expand(2, 16))
+    add(2, low, torch.zeros(2, 16, dtype=torch.bool))
+    masked = torch.ones(2, 64, dtype=torch.bool)
+    add(1, torch.full((2, 64), 60), masked)
+    add(2, high, ~masked)
+    [strip] = film.strips()
+    first, second, third, last = (to_tensor(frame) for frame in strip)
+    assert first.shape == last.shape == (3, 32, 32)
+    assert (first[:, :16] == 128 / 255).all()
+    assert first[:, 16:].unique().numel() > 2
+    drawn = base.decode(low)[1:]
+    assert (second - F.interpolate(drawn, 32)[0]).abs().max() <= 0.5001 / 255
+    enlarged = F.interpolate(drawn, 32, mode="bilinear")[0]
+    assert (third - enlarged).abs().max() <= 0.5001 / 255
+    assert (last - superres.decode(high)[1]).abs().max() <= 0.5001 / 255
+
+
 def test_only_stated_options_replace_the_models_own(muse_file: Path, tmp_path: Path, monkeypatch):
     seen = {}
     monkeypatch.setattr(
@@ -471,6 +618,14 @@ def test_the_nearest_key():
         (["generate"], "at least one prompt"),
         (["generate", "a", " "], "no empty one"),
         (["generate", "a", "--out", "a.xyz"], "must end in .png"),
+        (["generate", "a", "--gif", "a.png"], "must end in .gif"),
+        (["generate", "a", "--batch_size=0"], "--batch_size must be at least 1, not 0"),
+        (["generate", "--file", "absent.txt"], "absent.txt"),
+        (["generate", "--file", os.devnull], f"{os.devnull} holds no prompt"),
+        (["generate", "--file", str(SHIPPED / "emoji.safetensors")], "is not a text file in UTF-8"),
+        (["generate", "--like", "absent.png"], "cannot read image 'absent.png'"),
+        (["inspect", "absent.png"], "cannot read image 'absent.png'"),
+        (["inspect"], "pictures"),
         (["generate", "a", "--model", "absent.safetensors"], "absent.safetensors"),
         (["bundle", "--base", "absent.safetensors", "--out", "a.safetensors"], "absent"),
     ],
@@ -505,6 +660,28 @@ def test_files_of_the_wrong_kind(muse_file: Path, tmp_path: Path, capsys):
     error = fails(["bundle", *stages, f"--out={tmp_path}/m.safetensors"], capsys)
     assert "is a super-resolution stage alone" in error
     assert list(tmp_path.iterdir()) == []
+
+
+def test_counts_that_do_not_fit_and_pictures_of_others(muse_file: Path, tmp_path: Path, capsys):
+    make = ["generate", f"--model={muse_file}", f"--out={tmp_path}/a.png"]
+    error = fails([*make, "a", "b", "c", "--negative", '["x", "y"]'], capsys)
+    assert "--negative has 2 values for 3 pictures" in error
+    assert "--seed has 1 values for 2 pictures" in fails([*make, "a", "b", "--seed=[1]"], capsys)
+    many = [*make, *["a"] * 65, f"--gif={tmp_path}/a.gif"]
+    assert "--gif shows up to 64 pictures, not 65" in fails(many, capsys)
+    assert list(tmp_path.iterdir()) == []
+
+    assert main([*make, "a"]) == 0
+    capsys.readouterr()
+    like = f"--like={tmp_path}/a.png"
+    assert "2 prompts for the 1 pictures of" in fails([*make, "a", "b", like], capsys)
+    base = muse_file.parent / "base" / "base.safetensors"
+    error = fails(["generate", f"--model={base}", like], capsys)
+    assert f"was drawn by the model {Muse.from_pretrained(muse_file).fingerprint}, this" in error
+    Image.new("RGB", (16, 16)).save(tmp_path / "plain.png")
+    error = fails([*make, f"--like={tmp_path}/plain.png"], capsys)
+    assert "plain.png does not say how it was drawn" in error
+    assert "does not say how it was drawn" in fails(["inspect", f"{tmp_path}/plain.png"], capsys)
 
 
 def test_tracebacks_on_request(monkeypatch):

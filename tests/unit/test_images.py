@@ -6,9 +6,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFile, PngImagePlugin
+from PIL import GifImagePlugin, Image, ImageFile, PngImagePlugin
 
-from muse_maskgit_pytorch.images import image_grid, read_image, to_pil, to_tensor
+from muse_maskgit_pytorch.images import (
+    RECORD,
+    image_grid,
+    read_image,
+    read_record,
+    record_of,
+    save_gif,
+    save_png,
+    set_record,
+    to_pil,
+    to_tensor,
+)
 
 
 def pixels(image: Image.Image) -> np.ndarray:
@@ -289,3 +300,86 @@ def test_grid_of_different_sizes_and_few_images():
 def test_grid_bad_input(images, columns, labels, message):
     with pytest.raises(ValueError, match=message):
         image_grid(images, columns, labels)
+
+
+# Writing ---------------------------------------------------------------------------------------
+
+
+def test_a_png_keeps_its_record(tmp_path: Path, photo: Image.Image):
+    set_record(photo, '{"prompt": "日本語 ❤️"}')
+    path = save_png(photo, tmp_path / "deep" / "a.PNG")
+    assert read_record(path) == '{"prompt": "日本語 ❤️"}'
+    with Image.open(path) as image:
+        assert image.tobytes() == photo.tobytes()
+        assert record_of(image) == read_record(path)
+        save_png(image, tmp_path / "again.png")  # opened and written, it is still the picture
+    assert read_record(tmp_path / "again.png") == read_record(path)
+    assert [file.name for file in path.parent.iterdir()] == ["a.PNG"]  # no temporary file
+
+
+def test_a_record_behind_the_pixels(tmp_path: Path, photo: Image.Image):
+    """Where some programs put texts when they write a file anew."""
+    set_record(photo, "words")
+    path = save_png(photo, tmp_path / "a.png")
+    raw = path.read_bytes()
+    start = raw.index(b"iTXt") - 4
+    end = start + 12 + int.from_bytes(raw[start : start + 4])
+    chunk, last = raw[start:end], raw.index(b"IEND") - 4
+    path.write_bytes(raw[:start] + raw[end:last] + chunk + raw[last:])
+    assert read_record(path) == "words"
+
+
+def test_a_picture_without_a_record(tmp_path: Path, photo: Image.Image):
+    assert record_of(photo) is None
+    assert read_record(save_png(photo, tmp_path / "a.png")) is None
+    photo.save(tmp_path / "a.jpg")
+    assert read_record(tmp_path / "a.jpg") is None
+
+
+def test_records_too_long(tmp_path: Path, photo: Image.Image, monkeypatch):
+    chunks = PngImagePlugin.PngInfo()
+    chunks.add_itxt(RECORD, "x" * 2**22, zip=True)  # four kilobytes in the file
+    photo.save(tmp_path / "bomb.png", pnginfo=chunks)
+    with pytest.raises(ValueError, match=r"bomb\.png"):
+        read_record(tmp_path / "bomb.png")
+    set_record(photo, "x" * 101)
+    save_png(photo, tmp_path / "long.png")
+    monkeypatch.setattr("muse_maskgit_pytorch.images.RECORD_LIMIT", 100)
+    with pytest.raises(ValueError, match=r"long\.png' has a record of 101 characters: not ours"):
+        read_record(tmp_path / "long.png")
+
+
+def test_a_gif_shows_every_frame_and_holds_the_last(tmp_path: Path):
+    frames = [Image.new("RGB", (6, 4), colour) for colour in ("red", "green", "blue")]
+    path = save_gif(frames, tmp_path / "deep" / "a.gif", milliseconds=50, hold=700)
+    shown = []
+    with GifImagePlugin.GifImageFile(path) as gif:
+        assert gif.info["loop"] == 0  # for ever
+        for number in range(gif.n_frames):
+            gif.seek(number)
+            shown.append((gif.convert("RGB").getpixel((0, 0)), gif.info["duration"]))
+    assert shown == [((255, 0, 0), 50), ((0, 128, 0), 50), ((0, 0, 255), 700)]
+    assert [file.name for file in path.parent.iterdir()] == ["a.gif"]
+
+
+@pytest.mark.parametrize("write, name", [(save_png, "a.jpg"), (save_gif, "a.png")])
+def test_other_endings(write, name: str, tmp_path: Path, photo: Image.Image):
+    with pytest.raises(ValueError, match=f"{name}' must end in"):
+        write(photo if write is save_png else [photo], tmp_path / name)
+    with pytest.raises(ValueError, match="at least one frame"):
+        save_gif([], tmp_path / "a.gif")
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, photo: Image.Image, monkeypatch):
+    path = save_png(photo, tmp_path / "a.png")
+    before = path.read_bytes()
+
+    def broken(self, file, **_):
+        Path(file).write_bytes(b"half a pic")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Image.Image, "save", broken)
+    with pytest.raises(OSError, match="disk full"):
+        save_png(photo, path)
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["a.png"]

@@ -8,7 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from muse_maskgit_pytorch.masking import IGNORE_INDEX, draw_mask, mask_ratio, mask_tokens
+from muse_maskgit_pytorch.masking import (
+    IGNORE_INDEX,
+    draw_mask,
+    mask_ratio,
+    mask_tokens,
+    read_table,
+)
 
 SCHEDULES = ["cosine", "arccos", "linear", "square"]
 
@@ -39,6 +45,26 @@ def test_ratio_falls_from_one_to_zero(schedule):
 
 def test_cosine_value():
     assert mask_ratio(torch.tensor(0.5)) == pytest.approx(math.sqrt(0.5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("steps", [2, 8, 300])
+def test_a_table_gives_its_entries_exactly_and_lines_between(steps, dtype):
+    table = torch.rand(steps + 1).tolist()
+    exact = torch.tensor(table, dtype=dtype)
+    assert torch.equal(read_table(table, torch.arange(steps + 1, dtype=dtype) / steps), exact)
+    between = read_table(table, (torch.arange(steps, dtype=dtype) + 0.25) / steps)
+    torch.testing.assert_close(between, 0.75 * exact[:-1] + 0.25 * exact[1:], atol=1e-4, rtol=0)
+    assert (
+        read_table([0.3], torch.linspace(0, 1, 3, dtype=dtype)).tolist()
+        == [exact.new_tensor(0.3)] * 3
+    )
+
+
+def test_a_tabulated_ratio_lies_between_all_and_none():
+    u = torch.linspace(0, 1, 5)
+    assert mask_ratio(u, [0.5]).tolist() == [1, 0.75, 0.5, 0.25, 0]
+    torch.testing.assert_close(mask_ratio(u, [0.75, 0.5, 0.25]), mask_ratio(u, "linear"))
 
 
 def test_unknown_schedule_is_named():

@@ -70,7 +70,7 @@ def test_guidance_rises_linearly_and_noise_falls():
     plan = make_plan(torch.ones(1, 100, dtype=torch.bool), options)
     assert plan.cond_scale[0].tolist() == [1, 1.5, 2, 2.5, 3]
     assert plan.choice_temperature[0].tolist() == [8, 6, 4, 2, 0]
-    assert plan.temperature.tolist() == [1]  # of the token choice: the same in every step
+    assert plan.temperature.tolist() == [[1] * 5]  # of the token choice: the same in every step
     constant = make_plan(
         torch.ones(1, 100, dtype=torch.bool), options.replace(guidance_schedule="constant")
     )
@@ -120,6 +120,22 @@ def test_gumbel_noise_has_its_law():
         (dict(temperature=math.nan), "temperature must be at least 0, not nan"),
         (dict(seeds=[1, 2, 3]), "seeds has 3 values for 2 images"),
         (dict(cond_scale=[3.0]), "cond_scale has 1 values for 2 images"),
+        (dict(temperature_end=-0.5), "temperature_end must be at least 0, not -0.5"),
+        (dict(top_k=-1), "top_k must be at least 0, not -1"),
+        (dict(top_k=2.5), "top_k must be whole numbers, not 2.5"),
+        (dict(top_p=1.5), r"top_p must be in \[0, 1\], not 1.5"),
+        (dict(min_p=[0.1, -0.1]), r"min_p must be in \[0, 1\], not -0.1"),
+        (dict(remask=math.nan), r"remask must be in \[0, 1\], not nan"),
+        (dict(cond_scale=math.inf), "cond_scale must be finite, not inf"),
+        (dict(policy="halten"), "policy must be one of .* not 'halten'"),
+        (dict(noise_schedule=[0.9, 1.2]), r"noise_schedule must be in \[0, 1\], not 1.2"),
+        (dict(noise_schedule=[0.2, 0.4]), r"noise_schedule must fall .* not \[0.2, 0.4\]"),
+        (dict(noise_schedule=[]), "noise_schedule is an empty table"),
+        (dict(guidance_schedule=[]), "guidance_schedule is an empty table"),
+        (
+            dict(guidance_schedule="interval", guidance_start=0.9, guidance_end=0.5),
+            "guidance_start 0.9 is after guidance_end 0.5",
+        ),
         (dict(noise_schedule="cosin"), "noise_schedule must be one of .* not 'cosin'"),
     ],
 )
@@ -186,7 +202,7 @@ def plain_sample(model, text: TextEmbeds, canvas: Tensor, options: SampleOptions
             past_u = model(ids[None], model.encode_context(dropped), past_u)
             c, u = model.to_logits(past_c)[0], model.to_logits(past_u)[0]
             logits = u + plan.cond_scale[row, i] * (c - u)
-            chances = (logits / plan.temperature[row]).softmax(-1)
+            chances = (logits / plan.temperature[row, i]).softmax(-1)
             scores = torch.full((N,), math.inf)
             for position in mask.nonzero().flatten().tolist():
                 cdf = chances[position].cumsum(0)
@@ -260,7 +276,7 @@ def test_scale_zero_is_the_text_free_branch():
 
 def test_guided_step_at_scale_one_is_exactly_the_conditional_branch():
     text, ids, ones = tiny.text(), tiny.ids(), torch.ones(2)
-    guided, _ = denoiser(text).hidden(ids, ones, guided=True)
+    guided, _ = denoiser(text).hidden(ids, ones, ones, guided=True)
     twice = torch.cat([ids, ids])
     assert torch.equal(guided, MODEL(twice, denoiser(text).context)[:2])
 
@@ -329,7 +345,7 @@ def test_critic_is_guided_too():
     no_text = CRITIC.encode_context(tiny.conditioning(text, keep=False))
     without = CRITIC.to_logits(CRITIC(ids, no_text))
     expected = (without + scale[:, None, None] * (with_text - without)).squeeze(-1)
-    torch.testing.assert_close(model.critic_scores(ids, scale, True), expected)
+    torch.testing.assert_close(model.critic_scores(ids, scale, torch.ones(2), True), expected)
 
 
 def test_callback_can_stop():
@@ -355,7 +371,7 @@ def first_state(canvas: Tensor) -> SampleState:
         canvas,
         canvas == MASK,
         torch.zeros(len(canvas), dtype=torch.long),
-        torch.zeros(canvas.shape),
+        *torch.zeros(2, *canvas.shape),
     )
 
 
@@ -388,7 +404,7 @@ def test_rows_at_different_steps_share_a_batch():
     for _ in range(3):
         state = step(state, one, alone)
     new = first_state(canvas[1:])
-    names = ("ids", "mask", "step", "scores")
+    names = ("ids", "mask", "step", "scores", "log_probs")
     state = SampleState(*(torch.cat([getattr(s, n) for s in (state, new)]) for n in names))
     for _ in range(4):
         state = step(state, plan, model)

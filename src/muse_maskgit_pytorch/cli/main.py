@@ -25,6 +25,7 @@ COMMANDS = {
     ("eval", "vae"): ("evaluate", "eval_vae", "judge an image tokenizer by figures"),
     ("report",): ("report", "report", "draw a run's curves and pictures as one HTML page"),
     ("generate",): ("generate", "generate", "draw pictures of prompts"),
+    ("inspect",): ("generate", "inspect", "show how the pictures of a PNG were drawn"),
     ("bundle",): ("generate", "bundle", "join trained stages into one model file"),
 }
 
