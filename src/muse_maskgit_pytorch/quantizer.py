@@ -87,7 +87,7 @@ class VQ(nn.Module):
         distances = torch.addmm(self.codes.square().sum(-1), flat, self.codes.t(), alpha=-2)
         least, ids = distances.min(dim=-1)
         codes = self.codes[ids].view_as(rows)
-        if self.training:
+        if self.training and torch.is_grad_enabled():  # encode_to_ids only looks
             self._learn(flat, ids, (least + flat.square().sum(-1)).clamp(min=0))
         ids = ids.view(rows.shape[:2])
         return Codes(rows + (codes - rows).detach(), ids, {"commitment": F.mse_loss(rows, codes)})
@@ -157,7 +157,7 @@ class Binary(nn.Module):
         ids = ((rows > 0) * self.powers).sum(-1)
         codes = self.codes_of(ids)
         terms = {"commitment": F.mse_loss(rows, codes)}
-        if self.training:
+        if self.training and torch.is_grad_enabled():
             terms |= self._entropies(rows.flatten(0, 1))
         return Codes(rows + (codes - rows).detach(), ids, terms)
 
@@ -272,6 +272,12 @@ class Quantizer(nn.Module):
                 f"codebook_size {codebook_size} is more than {MAX_CODES}, beyond which the use of "
                 "the codes cannot be counted: take fewer"
             )
+        weights = dict(commitment_weight=commitment_weight, entropy_weight=entropy_weight or 0)
+        for name, value in (weights | dict(diversity_gamma=diversity_gamma)).items():
+            if value < 0:
+                raise ValueError(f"{name} must not be negative, but is {value}")
+        if not 0 <= decay < 1:
+            raise ValueError(f"codebook_decay must be in [0, 1), not {decay}")
         if codebook_dim is None:
             codebook_dim = 6 if kind == "simvq" else 16
         if entropy_weight is None:

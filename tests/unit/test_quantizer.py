@@ -411,3 +411,27 @@ def test_bad_arguments(kind, changes, message):
 def test_levels_without_fsq_are_refused():
     with pytest.raises(ValueError, match="fsq_levels are given, but the quantizer is 'vq'"):
         Quantizer(8, 64, "vq", levels=[8, 8])
+
+
+@every_kind
+def test_nothing_is_learnt_without_gradients(kind):
+    """Ids asked of a tokenizer in training mode must not move its codebook."""
+    quantizer = make(kind).train()
+    rows = features()
+    with torch.no_grad():
+        first = quantizer(rows)
+        assert torch.equal(quantizer(rows).ids, first.ids)
+    assert first.terms.keys() <= {"commitment"}
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(decay=1.0), r"codebook_decay must be in \[0, 1\), not 1.0"),
+        (dict(commitment_weight=-1.0), "commitment_weight must not be negative"),
+        (dict(entropy_weight=-0.1), "entropy_weight must not be negative"),
+    ],
+)
+def test_weights_out_of_range(changes, message):
+    with pytest.raises(ValueError, match=message):
+        make("vq", **changes)

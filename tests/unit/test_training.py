@@ -1210,7 +1210,9 @@ def test_guard_counts_what_a_return_costs():
     guard = Guard(max_spike=10, max_skips=3)
     judged(guard, 1.0, math.nan, math.nan)
     assert guard.in_a_row == 2
-    guard.returned(restarts=0, lost_steps=0, skipped=3, steps=4)
+    history = guard.state() | {"skipped": 3}
+    guard.load(Guard(max_spike=10, max_skips=3).state())  # what the checkpoint knew
+    guard.returned(history, steps=4)
     assert guard.lr_factor == 0.5
     assert guard.in_a_row == 0
     assert guard.lost_steps == 5  # and the one in which it returned
@@ -1218,6 +1220,19 @@ def test_guard_counts_what_a_return_costs():
     again = Guard(max_spike=7, max_skips=9)
     again.load(guard.state())
     assert vars(again) == vars(guard) | {"max_spike": 7, "max_skips": 9}
+
+
+def test_a_lasting_new_level_is_accepted_after_some_returns():
+    """A checkpoint that forgot the new level would bring the same skips for ever."""
+    guard = Guard(max_spike=10, max_skips=5)
+    judged(guard, *[1.0] * Guard.FIRST)
+    known = guard.state()
+    assert not any(judged(guard, *[16.5] * 5))
+    while not any(judged(guard, *[16.5] * 5)):
+        history = guard.state()
+        guard.load(known)
+        guard.returned(history, steps=1)
+    assert guard.restarts < 3
 
 
 def test_guard_switched_off():
@@ -1398,6 +1413,17 @@ def test_half_precisions_scaler_survives_a_skipped_step(images: Path, tmp_path: 
     )
 
 
+def test_half_precision_does_not_excuse_a_loss_that_is_no_number(images: Path, tmp_path: Path):
+    """The scaler takes any gradient that is not finite for an overflow of its own."""
+    trainer = vae_trainer(images, tmp_path / "r", num_train_steps=4, gan_weight=0, log_every=1)
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    trainer.accelerator.native_amp = True
+    AcceleratorState._shared_state["_mixed_precision"] = "fp16"
+    poison(trainer, {1: math.nan})
+    trainer.train()
+    assert logged(tmp_path / "r")[-1]["skipped_steps"] == 1
+
+
 # What a run leaves behind ------------------------------------------------------------------------
 
 
@@ -1474,6 +1500,21 @@ def test_remains_of_killed_processes_are_swept(images: Path, tmp_path: Path):
     vae_trainer(images, results, num_train_steps=2, resume=True).train()
     assert [path for path in stale if path.exists()] == []
     assert [path for path in kept if not path.exists()] == []
+
+
+def test_a_decoder_is_resumed_on_its_own_tokenizer_only(images: Path, tmp_path: Path):
+    """A checkpoint of it holds no encoder: another one of the same shapes would go unseen."""
+    vae_trainer(images, tmp_path, make_vae(1), decoder_only=True).train()
+    with pytest.raises(CheckpointError, match="other frozen weights"):
+        vae_trainer(images, tmp_path, make_vae(2), decoder_only=True, resume=True).train()
+    vae_trainer(images, tmp_path, make_vae(1), decoder_only=True, resume=True).train()
+
+
+def test_a_discriminator_that_does_not_fit_or_never_starts(images: Path, tmp_path: Path):
+    with pytest.raises(ValueError, match=r"discriminator_layers 5 .* use at most 4"):
+        vae_trainer(images, tmp_path, gan_weight=0.1, gan_start=0, discriminator_layers=5)
+    with pytest.warns(UserWarning, match="gan_start 9 comes after the last of 2 steps"):
+        vae_trainer(images, tmp_path, gan_weight=0.1, gan_start=9, num_train_steps=2)
 
 
 def test_settings_that_no_shape_shows_are_checked(images: Path, tmp_path: Path, t5: str):

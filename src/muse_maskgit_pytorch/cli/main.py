@@ -61,7 +61,8 @@ def run(argv: Sequence[str]) -> None:
         if tuple(argv[: len(words)]) == words:
             command = getattr(import_module(f".{module}", __package__), function)
             return command(list(argv[len(words) :]))
-    if argv[0] == "train" and (len(argv) == 1 or argv[1] in ("-h", "--help")):
+    groups = {words[0] for words in COMMANDS if len(words) > 1}
+    if argv[0] in groups and (len(argv) == 1 or argv[1] in ("-h", "--help")):
         print(usage())
         return
     known = [" ".join(words) for words in COMMANDS]

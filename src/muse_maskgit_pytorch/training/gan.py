@@ -112,6 +112,7 @@ def balance(
     adversarial: Tensor,
     last: nn.Parameter,
     mean: Callable[[Tensor], Tensor] = lambda gradient: gradient,
+    scale: float = 1.0,
 ) -> Float[Tensor, ""]:
     """VQGAN's adaptive weight (Esser et al. 2021, eq. 7), in [0, 1e4], without gradient.
 
@@ -123,9 +124,10 @@ def balance(
         adversarial: the adversarial loss.
         last: weight of the decoder's last layer.
         mean: averages a gradient over the processes, so that all their images decide.
+        scale: of the losses while the gradients are taken, which half precision would lose.
     """
     norms = [
-        mean(torch.autograd.grad(loss, last, retain_graph=True)[0].float()).norm()
+        mean(torch.autograd.grad(loss * scale, last, retain_graph=True)[0].float()).norm() / scale
         for loss in (recon, adversarial)
     ]
     return (norms[0] / (norms[1] + 1e-4)).clamp(0, 1e4).detach()

@@ -6,6 +6,7 @@ data position is a function of the step, so that a checkpoint needs no generator
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -73,6 +74,16 @@ def _leaves(config: Any, above: str = "") -> dict[str, Any]:
     }
 
 
+def _digest(state: dict[str, Tensor]) -> str:
+    """SHA-256 of names and values: to know again what no checkpoint holds."""
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(raw.numpy().data)
+    return digest.hexdigest()
+
+
 class Guard:
     """Skips steps whose gradient is not finite or leaps, and counts them.
 
@@ -117,10 +128,14 @@ class Guard:
         self._objected = False
         return self.in_a_row >= self.max_skips
 
-    def returned(self, restarts: int, lost_steps: int, skipped: int, steps: int) -> None:
-        """After the return: the history goes on, ``steps`` are lost once more."""
-        self.restarts, self.skipped = restarts + 1, skipped
-        self.lost_steps, self.in_a_row = lost_steps + steps + 1, 0
+    def returned(self, history: dict[str, Any], steps: int) -> None:
+        """After the return: the history goes on, ``steps`` are lost once more.
+
+        The averages go on too, so that a lasting new level is accepted sooner or later.
+        """
+        self.load(history)
+        self.restarts += 1
+        self.lost_steps, self.in_a_row = self.lost_steps + steps + 1, 0
 
     def counts(self) -> dict[str, float]:
         return {"skipped_steps": self.skipped, "restarts": self.restarts}
@@ -255,6 +270,7 @@ class Trainer:
         self.step = 0
         self._minutes = 0.0
         self._loss = torch.zeros(())
+        self._losses: list[Tensor] = []  # of the micro batches since the last optimizer step
         self._written: list[str] = []  # names of the checkpoints of this run
 
     # What a trainer adds ---------------------------------------------------------------------
@@ -433,9 +449,9 @@ class Trainer:
                 f"{self.guard.max_skips} steps in a row had to be skipped at step {failed}, {why}: "
                 "lower lr, or use mixed_precision bf16 or no"
             )
-        history = self.guard.restarts, self.guard.lost_steps, self.guard.skipped
+        history = self.guard.state()
         self._load_checkpoint(newest)
-        self.guard.returned(*history, failed - self.step)
+        self.guard.returned(history, failed - self.step)
         bar.n = self.step
         self._warn(
             f"{self.guard.max_skips} steps in a row were skipped at step {failed}: back to "
@@ -505,6 +521,7 @@ class Trainer:
 
     def backward(self, loss: Tensor) -> None:
         """Add this micro batch's share to the gradients."""
+        self._losses.append(loss.detach())
         self.accelerator.backward(loss / self.grad_accum_every)
 
     def optimizer_step(self, name: str) -> Tensor:
@@ -517,9 +534,11 @@ class Trainer:
         limit = self.max_grad_norm or math.inf
         norm = self.accelerator.clip_grad_norm_(parameters, limit)
         norm = torch.zeros(()) if norm is None else torch.as_tensor(norm)
-        # fp16's scaler skips its own overflows, which are no fault
-        scaled = self.accelerator.scaler is not None and not norm.isfinite()
-        if scaled or self.guard.allows(name, float(norm)):
+        # fp16's scaler skips its own overflows, which are no fault unless the loss was one before
+        overflow = self.accelerator.scaler is not None and not norm.isfinite()
+        overflow = overflow and not self._agreed(not torch.stack(self._losses).isfinite().all())
+        self._losses.clear()
+        if overflow or self.guard.allows(name, float(norm)):
             self.optimizers[name].step()
         elif self.accelerator.scaler is not None:
             self.accelerator.scaler.update()  # or it would refuse the next gradients
@@ -548,6 +567,9 @@ class Trainer:
         first = next(iter(self.modules().values()))
         averaged = {name for name, _ in first.named_parameters(remove_duplicate=False)}
         self.ema = EMA(self._trained_state(first), averaged, self.ema_decay)
+        self._frozen = _digest(
+            {k: v for k, v in first.state_dict().items() if k not in self.ema.tensors}
+        )
 
     @staticmethod
     def _trained_state(module: nn.Module) -> dict[str, Tensor]:
@@ -670,6 +692,7 @@ class Trainer:
             "scaler": self._scaler_state(),
             "guard": self.guard.state(),
             "config": self.model.config,
+            "frozen": self._frozen,
             "written": self._written,
         }
         with self._writing(path):
@@ -706,6 +729,11 @@ class Trainer:
     def _load_checkpoint(self, path: Path) -> None:
         tree, _ = load_tree(path, kind=f"{type(self).__name__} checkpoint")
         self._check_config(tree["config"], path)
+        if tree["frozen"] != self._frozen:
+            raise CheckpointError(
+                f"{path} was trained on other frozen weights (a tokenizer) than it has now: "
+                "resume with those it was begun with, or choose another results_folder"
+            )
         for name, module in self.modules().items():
             own, saved = self._trained_state(module), tree["modules"].get(name, {})
             wrong = [k for k in own if k not in saved or own[k].shape != saved[k].shape]

@@ -7,6 +7,7 @@ is switched on late, as VQGAN and MaskBit do, once there is something worth shar
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -113,6 +114,17 @@ class VQGanVAETrainer(Trainer):
         for name, value in (positive | dict(discriminator_layers=discriminator_layers)).items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
+        if gan_weight > 0 and image_size >> discriminator_layers < 1:
+            raise ValueError(
+                f"discriminator_layers {discriminator_layers} halve images of {image_size} pixels "
+                f"to nothing: use at most {image_size.bit_length() - 1}"
+            )
+        if gan_weight > 0 and gan_start >= self.num_train_steps:
+            warnings.warn(
+                f"gan_start {gan_start} comes after the last of {self.num_train_steps} steps: this "
+                "run has no adversarial term; set gan_weight=0 to say so, or start it earlier",
+                stacklevel=2,
+            )
         notnegative = dict(recon_weight=recon_weight, perceptual_weight=perceptual_weight)
         notnegative |= dict(gan_weight=gan_weight, gan_start=gan_start, gan_ramp=gan_ramp)
         notnegative |= dict(lecam_weight=lecam_weight, discriminator_lr=discriminator_lr or 0)
@@ -235,7 +247,9 @@ class VQGanVAETrainer(Trainer):
                 last = self.vae.decoder[-1].weight
                 assert isinstance(last, nn.Parameter)
                 mean = partial(self.accelerator.reduce, reduction="mean")
-                weight = weight * balance(loss, terms["generator"], last, mean)
+                scaler = self.accelerator.scaler
+                scale = 1.0 if scaler is None else scaler.get_scale()
+                weight = weight * balance(loss, terms["generator"], last, mean, scale)
             terms["gan_weight"] = weight
             loss = loss + weight * terms["generator"]
         loss = loss + self.quantizer_weight * quantized.loss
