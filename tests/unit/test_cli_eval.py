@@ -125,4 +125,9 @@ def test_bad_input(root: Path, changes, says, capsys):
 
 def test_what_is_missing_is_named(capsys):
     assert "vae" in fails(["eval", "vae"], capsys)
-    assert "did you mean 'eval vae'?" in fails(["eval"], capsys)
+    assert "did you mean 'eval vae'?" in fails(["eval", "vea"], capsys)
+
+
+def test_a_group_alone_shows_its_commands(capsys):
+    assert main(["eval"]) == 0
+    assert "muse eval vae" in capsys.readouterr().out
