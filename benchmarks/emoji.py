@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from muse_maskgit_pytorch import Muse
+from muse_maskgit_pytorch.evaluation.metrics import recall_at
 from muse_maskgit_pytorch.images import image_grid, read_image, to_tensor
 from muse_maskgit_pytorch.vqgan_vae import ImageTokenizer
 
@@ -41,15 +42,6 @@ def psnr(vae: ImageTokenizer, images: Tensor) -> float:
         for x in images.split(32)
     ]
     return float(-10 * torch.cat(errors).log10().mean())
-
-
-def recall(generated: Tensor, real: Tensor, truth: Tensor, k: int) -> float:
-    """Share of generated images with fewer than k real ones nearer than their own."""
-    a, b = generated.flatten(1).double(), real.flatten(1).double()
-    distance = a.square().sum(1)[:, None] - 2 * a @ b.T + b.square().sum(1)
-    own = distance.gather(1, truth[:, None])
-    # identical bitmaps (some flags) differ by rounding alone, and are no worse a find
-    return float(((distance < own - 1e-6).sum(dim=1) < k).double().mean())
 
 
 def main() -> None:
@@ -109,7 +101,7 @@ def main() -> None:
             seconds += time.perf_counter() - before
         for size, images in zip((64, 128), zip(*stages, strict=True), strict=False):
             for k in (1, 5):
-                found = recall(torch.cat(images), real[size], rows + start, k)
+                found = recall_at(torch.cat(images), real[size], rows + start, k)
                 figures[f"recall_at_{k}_{size}"] = found
         figures["seconds_per_image"] = seconds / len(prompts)
         results[name] = figures

@@ -6,7 +6,11 @@ dropout, mask, transformer, loss on the masked positions. ``generate`` is the wa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import difflib
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
+from fractions import Fraction
 from typing import Any, Literal
 
 import torch
@@ -23,6 +27,7 @@ from .transformer import MaskGitTransformer, SelfCritic, TokenCritic
 from .vqgan_vae import ImageTokenizer
 
 Part = Literal["all", "transformer", "critic"]
+ImageSize = int | tuple[int, int]  # side of a square, or height and width, in pixels
 
 
 class MaskGit(Saveable):
@@ -44,9 +49,16 @@ class MaskGit(Saveable):
         self_token_critic: a second head of the transformer does so instead.
         critic_loss_weight: weight of the critic's loss.
         sample_options: defaults of `SampleOptions` for this model, by field name.
+        presets: further such settings by name, each complete by itself: what it does not say is
+            as in `SampleOptions`, not as in ``sample_options``.
+
+    Attributes:
+        default_options: of ``sample_options``.
+        presets: all as `SampleOptions`, the default ones as "default".
 
     Raises:
-        ValueError: geometry that does not fit; the message names both numbers.
+        ValueError: geometry that does not fit; the message names both numbers. Sampling options
+            that are unknown or out of range; the message names the preset.
     """
 
     def __init__(
@@ -66,6 +78,7 @@ class MaskGit(Saveable):
         self_token_critic: bool = False,
         critic_loss_weight: float = 1.0,
         sample_options: dict[str, Any] | None = None,
+        presets: dict[str, dict[str, Any]] | None = None,
     ):
         super().__init__()
         probs = dict(cond_drop_prob=cond_drop_prob, label_smoothing=label_smoothing)
@@ -104,11 +117,11 @@ class MaskGit(Saveable):
         self.transformer = transformer
         self.critic = SelfCritic(transformer) if self_token_critic else token_critic
         # the paper's 24 base and 8 super-resolution steps (2.8)
-        defaults: dict[str, Any] = {
-            "timesteps": 8 if cond_image_size else 24,
-            **(sample_options or {}),
-        }
-        self.default_options = SampleOptions(**defaults)
+        steps = 8 if cond_image_size else 24
+        self.default_options = _options("sample_options", sample_options or {}, steps)
+        self.presets = {"default": self.default_options}
+        for name, settings in (presets or {}).items():
+            self.presets[check_preset(name)] = _options(f"preset {name!r}", settings, steps)
 
     def train(self, mode: bool = True) -> MaskGit:
         """Switch the transformers; the tokenizers stay in eval mode (a codebook must not move)."""
@@ -133,6 +146,66 @@ class MaskGit(Saveable):
                 swapped = True
         return swapped
 
+    def preset(self, name: str) -> SampleOptions:
+        """The sampling options of that name; "default" is there in every model.
+
+        Raises:
+            ValueError: an unknown name.
+        """
+        if name not in self.presets:
+            known = ", ".join(self.presets)
+            raise ValueError(
+                f"unknown preset {name!r}{_near(name, self.presets)}; there is {known}"
+            )
+        return self.presets[name]
+
+    # Geometry --------------------------------------------------------------------------------
+
+    def pixels(self, image_size: ImageSize | None = None) -> tuple[int, int]:
+        """Height and width of an image: as trained, or of ``image_size``, checked.
+
+        Raises:
+            ValueError: a side that is no multiple of the tokenizer's factor, or, for
+                super-resolution, one whose low-resolution side is none of that of ``cond_vae``.
+        """
+        if image_size is None:
+            return self.image_size, self.image_size
+        sides = (image_size,) * 2 if isinstance(image_size, int) else tuple(image_size)
+        if len(sides) != 2:
+            raise ValueError(f"image_size must be a number or (height, width), not {image_size}")
+        step = self.vae.factor
+        if self.cond_vae is not None and self.cond_image_size is not None:
+            # the smallest step that is whole tokens at both resolutions
+            low, factor = Fraction(self.cond_image_size, self.image_size), self.cond_vae.factor
+            step = math.lcm(step, low.denominator * factor // math.gcd(low.numerator, factor))
+        for side in sides:
+            if side < 1 or side % step:
+                near = max(1, round(side / step)) * step
+                raise ValueError(
+                    f"image_size {image_size}: {side} is no positive multiple of {step}, as whole "
+                    f"tokens need it; the nearest is {near}"
+                )
+        height, width = sides
+        return height, width
+
+    def grid(self, image_size: ImageSize | None = None) -> tuple[int, int]:
+        """Height and width of an image in tokens; see `pixels`."""
+        height, width = self.pixels(image_size)
+        return height // self.vae.factor, width // self.vae.factor
+
+    def cond_pixels(self, image_size: ImageSize | None = None) -> tuple[int, int]:
+        """Height and width of the low-resolution image that belongs to an image."""
+        assert self.cond_image_size is not None
+        height, width = self.pixels(image_size)
+        size, low = self.image_size, self.cond_image_size
+        return height * low // size, width * low // size
+
+    def cond_grid(self, image_size: ImageSize | None = None) -> tuple[int, int]:
+        """Height and width of the low-resolution image in tokens."""
+        assert self.cond_vae is not None
+        height, width = self.cond_pixels(image_size)
+        return height // self.cond_vae.factor, width // self.cond_vae.factor
+
     # Conditioning ----------------------------------------------------------------------------
 
     def embed_texts(
@@ -143,6 +216,8 @@ class MaskGit(Saveable):
         allow_empty: bool = False,
     ) -> TextEmbeds:
         """Captions, or embeddings made elsewhere, as `TextEmbeds` on this model's device.
+
+        An empty one, where it is allowed, is no text at all, as after the training's dropout.
 
         Raises:
             ValueError: both or neither given, no texts, or an empty one unless ``allow_empty``.
@@ -162,37 +237,42 @@ class MaskGit(Saveable):
         if empty and not allow_empty:
             raise ValueError(f"text {empty[0]} of {len(texts)} is empty: write what to draw")
         encoder = get_text_encoder(self.transformer.t5_name, self.transformer.max_text_len)
-        return encoder.encode(texts, self.device)
+        text = encoder.encode(texts, self.device)
+        seen = torch.tensor([bool(text.strip()) for text in texts], device=self.device)
+        return TextEmbeds(text.embeds, text.mask & seen[:, None])
 
     def encode_cond(
         self,
         cond_images: Float[Tensor, "B 3 Hc Wc"] | None,
         cond_ids: Int[Tensor, "B ..."] | None,
         images: Float[Tensor, "B 3 H W"] | None = None,
+        image_size: ImageSize | None = None,
     ) -> Int[Tensor, "B M"] | None:
         """Low-resolution ids: given, or from low-resolution images, or from ``images`` reduced."""
-        size = self.cond_image_size
-        if self.cond_vae is None or size is None:
+        if self.cond_vae is None:
             if cond_images is not None or cond_ids is not None:
                 raise ValueError("cond_images or cond_ids given to a model without cond_image_size")
             return None
+        size = self.cond_pixels(image_size)
         if cond_ids is not None:
-            cond_ids, wanted = cond_ids.flatten(1), self.cond_vae.fmap_size(size) ** 2
+            cond_ids, wanted = cond_ids.flatten(1), math.prod(self.cond_grid(image_size))
             if cond_ids.shape[1] != wanted:
                 raise ValueError(
-                    f"{cond_ids.shape[1]} cond_ids per image, cond_image_size {size} has {wanted}"
+                    f"{cond_ids.shape[1]} cond_ids per image, cond_image_size "
+                    f"{self.cond_image_size} has {wanted}"
                 )
             return _check_ids(cond_ids.to(self.device), self.cond_vae, "cond_ids")
         if cond_images is None:
             if images is None:
                 raise ValueError(
-                    f"super-resolution needs cond_images of {size} pixels, or cond_ids"
+                    f"super-resolution needs cond_images of {size[0]} x {size[1]} pixels, or "
+                    "cond_ids"
                 )
             cond_images = F.interpolate(images, size, mode="area")
-        if cond_images.shape[-2:] != (size, size):
+        if cond_images.shape[-2:] != size:
             raise ValueError(
-                f"cond_images are {tuple(cond_images.shape[-2:])} pixels, "
-                f"cond_image_size says {size}: scale them"
+                f"cond_images are {tuple(cond_images.shape[-2:])} pixels, but must be {size} "
+                f"(cond_image_size {self.cond_image_size}): scale them"
             )
         return self.cond_vae.encode_to_ids(cond_images.to(self.device)).flatten(1)
 
@@ -284,33 +364,29 @@ class MaskGit(Saveable):
     # Generation ------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def generate_ids(
+    def denoiser(
         self,
-        texts: Sequence[str] | str | None = None,
-        *,
-        text_embeds: TextEmbeds | Float[Tensor, "B L E"] | None = None,
+        text: TextEmbeds,
+        options: SampleOptions,
         negative_texts: Sequence[str] | str | None = None,
-        cond_images: Float[Tensor, "B 3 Hc Wc"] | None = None,
-        cond_ids: Int[Tensor, "B ..."] | None = None,
-        canvas: Int[Tensor, "B N"] | None = None,
-        callback: Callable[[SampleStep], Any] | None = None,
-        options: SampleOptions | None = None,
-        **changes: Any,
-    ) -> Int[Tensor, "B N"]:
-        """Sample token ids; arguments as in `generate`."""
-        options = (options or self.default_options).replace(**changes)
-        text = self.embed_texts(texts, text_embeds)
+        cond: Int[Tensor, "B M"] | None = None,
+        image_size: ImageSize | None = None,
+    ) -> Denoiser:
+        """The transformer with everything that is constant over the steps, for the sampler.
+
+        Args:
+            text: of B images (`embed_texts`).
+            options: decide whether there is guidance, and whether the critic is needed.
+            negative_texts: as in `generate`.
+            cond: low-resolution ids (`encode_cond`).
+            image_size: as in `generate`.
+
+        Raises:
+            ValueError: counts that differ, low-resolution guidance without low resolution.
+        """
         batch = len(text.mask)
-        cond = self.encode_cond(cond_images, cond_ids)
         if cond is not None and len(cond) != batch:
             raise ValueError(f"{len(cond)} low-resolution images for {batch} texts")
-        seq_len = self.fmap_size**2
-        if canvas is None:
-            canvas = torch.full((batch, seq_len), self.transformer.mask_id)
-        if canvas.shape != (batch, seq_len):
-            raise ValueError(f"canvas is {tuple(canvas.shape)}, must be {(batch, seq_len)}")
-        canvas = canvas.to(self.device)
-
         negatives = [""] * batch  # no text at all
         if negative_texts is not None:
             given = [negative_texts] if isinstance(negative_texts, str) else negative_texts
@@ -328,22 +404,51 @@ class MaskGit(Saveable):
                 text if negative_texts is None else self.embed_texts(negatives, allow_empty=True)
             )
             text = text.cat(negative)
-            seen = torch.tensor([bool(n.strip()) for n in negatives], device=self.device)
+            seen = torch.full_like(keep, negative_texts is not None)  # an empty one masks itself
             keep = torch.cat([keep, seen])
             if branches > 2:
                 text, keep = text.cat(negative), torch.cat([keep, torch.zeros_like(seen)])
+        cond_grid = None if cond is None else self.cond_grid(image_size)
         cond = None if cond is None else cond.repeat(branches, 1)
+        conditioning = Conditioning(text, cond, keep, self.grid(image_size), cond_grid)
 
         def encode(model: Any) -> Any:
-            context = model.encode_context(Conditioning(text, cond, keep))
+            context = model.encode_context(conditioning)
             context.mask[2 * batch :, 1:] = False  # the third part: the null key is all it sees
             return context
 
         critic = self.critic if options.policy in (None, "critic") else None
-        denoiser = Denoiser(
+        return Denoiser(
             self.transformer, encode(self.transformer), critic, critic and encode(critic)
         )
-        return sample_tokens(denoiser, canvas, options, callback)
+
+    @torch.no_grad()
+    def generate_ids(
+        self,
+        texts: Sequence[str] | str | None = None,
+        *,
+        text_embeds: TextEmbeds | Float[Tensor, "B L E"] | None = None,
+        negative_texts: Sequence[str] | str | None = None,
+        cond_images: Float[Tensor, "B 3 Hc Wc"] | None = None,
+        cond_ids: Int[Tensor, "B ..."] | None = None,
+        canvas: Int[Tensor, "B N"] | None = None,
+        image_size: ImageSize | None = None,
+        callback: Callable[[SampleStep], Any] | None = None,
+        options: SampleOptions | None = None,
+        **changes: Any,
+    ) -> Int[Tensor, "B N"]:
+        """Sample token ids; arguments as in `generate`."""
+        options = (options or self.default_options).replace(**changes)
+        grid = self.grid(image_size)
+        text = self.embed_texts(texts, text_embeds)
+        cond = self.encode_cond(cond_images, cond_ids, image_size=image_size)
+        shape = len(text.mask), math.prod(grid)
+        if canvas is None:
+            canvas = torch.full(shape, self.transformer.mask_id)
+        if canvas.shape != shape:
+            raise ValueError(f"canvas is {tuple(canvas.shape)}, must be {shape}")
+        denoiser = self.denoiser(text, options, negative_texts, cond, image_size)
+        return sample_tokens(denoiser, canvas.to(self.device), options, callback, grid)
 
     @torch.no_grad()
     def generate(
@@ -359,21 +464,61 @@ class MaskGit(Saveable):
             cond_images: low-resolution images (super-resolution), of ``cond_image_size``, or
             cond_ids: their token ids.
             canvas: token ids (B, N) that are given, ``mask_id`` where to draw.
+            image_size: side, or (height, width), in pixels, if not the trained square: the
+                learned positions are stretched to it. Low-resolution images are as much larger.
             callback: sees a `SampleStep` after each step; returning True stops.
             options: a `SampleOptions`; the model's ``default_options`` otherwise.
             **changes: single fields of it: ``cond_scale=3.0, timesteps=8, seeds=[1, 2]``.
 
         Returns:
             RGB in [0, 1].
+
+        Raises:
+            ValueError: arguments that fit neither each other nor the model.
         """
         ids = self.generate_ids(texts, **arguments)
-        return self.decode(ids)
+        return self.decode(ids, arguments.get("image_size"))
 
     @torch.no_grad()
-    def decode(self, ids: Int[Tensor, "B N"]) -> Float[Tensor, "B 3 H W"]:
+    def decode(
+        self, ids: Int[Tensor, "B N"], image_size: ImageSize | None = None
+    ) -> Float[Tensor, "B 3 H W"]:
         """Token ids -> pixels in [0, 1]."""
         ids = ids.clamp(max=self.vae.codebook_size - 1)  # a callback may have stopped early
-        return self.vae.decode_from_ids(ids.view(len(ids), self.fmap_size, self.fmap_size))
+        return self.vae.decode_from_ids(ids.view(len(ids), *self.grid(image_size)))
+
+
+def check_preset(name: str) -> str:
+    """Refuse names that have a meaning of their own.
+
+    Raises:
+        ValueError: "default" or "superres", or no name at all.
+    """
+    meaning = {
+        "default": "is the model's sample_options",
+        "superres": "is the default of a cascade's second stage",
+        "": "is no name",
+    }
+    if name in meaning:
+        raise ValueError(f"preset {name!r} {meaning[name]}: take another name, or set that")
+    return name
+
+
+def _options(name: str, settings: dict[str, Any], timesteps: int) -> SampleOptions:
+    known = [field.name for field in fields(SampleOptions)]
+    for key in settings:
+        if key not in known:
+            raise ValueError(f"{name}: SampleOptions has no {key!r}{_near(key, known)}")
+    try:
+        arguments: dict[str, Any] = {"timesteps": timesteps, **settings}
+        return SampleOptions(**arguments)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f", did you mean {near[0]!r}?" if near else ""
 
 
 def _check_ids(ids: Tensor, vae: ImageTokenizer, name: str) -> Tensor:

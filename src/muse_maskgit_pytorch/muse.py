@@ -8,13 +8,13 @@ from os import PathLike
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
 
 from .checkpoint import Saveable
 from .images import to_pil
-from .maskgit import MaskGit
+from .maskgit import ImageSize, MaskGit
 from .provenance import Drawing, fingerprint, made_by, read_drawings, stamp
 from .sampling import per_row
 from .structures import SampleOptions, SampleStep, TextEmbeds
@@ -55,6 +55,8 @@ class Muse(Saveable):
         seeds: int | Sequence[int] | None = None,
         base_options: SampleOptions | None = None,
         superres_options: SampleOptions | None = None,
+        preset: str | None = None,
+        image_size: ImageSize | None = None,
         callback: Callable[[SampleStep], Any] | None = None,
     ) -> list[Image.Image]:
         """Texts -> PIL images at the final size.
@@ -72,11 +74,14 @@ class Muse(Saveable):
             base_options: sampling of the base; by default its ``default_options``.
             superres_options: likewise of the super-resolution. To change one field of a model's
                 own: ``muse.superres.default_options.replace(cond_scale=2.0)``.
+            preset: named options (`options`) of the base, and of the super-resolution unless it
+                is given others.
+            image_size: of the final pictures, as in `MaskGit.generate`.
             callback: sees a `SampleStep` after each step of either stage; returning True stops
                 that stage.
         """
         text = self.base.embed_texts(texts, text_embeds)
-        options = self._seeded(len(text.mask), seeds, base_options, superres_options)
+        options = self.seeded_options(len(text.mask), seeds, base_options, superres_options, preset)
         stopped = False
 
         def watched(step: SampleStep) -> bool:
@@ -86,7 +91,7 @@ class Muse(Saveable):
             return stop
 
         watch = watched if callback else None
-        images = to_pil(self._stages(texts, text, negative_texts, options, watch)[-1])
+        images = to_pil(self._stages(texts, text, negative_texts, options, image_size, watch)[-1])
         if texts is not None and not stopped:
             prompts = [texts] if isinstance(texts, str) else texts
             drawing = Drawing(
@@ -96,6 +101,7 @@ class Muse(Saveable):
                 rows=tuple(range(len(images))),
                 model=self.fingerprint,
                 made_by=made_by(self.device),
+                image_size=images[0].size[::-1],
             )
             stamp(images, drawing)
         return images
@@ -110,12 +116,46 @@ class Muse(Saveable):
         seeds: int | Sequence[int] | None = None,
         base_options: SampleOptions | None = None,
         superres_options: SampleOptions | None = None,
+        preset: str | None = None,
+        image_size: ImageSize | None = None,
+        canvases: dict[str, Int[Tensor, "B N"]] | None = None,
         callback: Callable[[SampleStep], Any] | None = None,
     ) -> list[Float[Tensor, "B 3 H W"]]:
-        """Like calling the model, but the images of every stage, as tensors in [0, 1]."""
-        text = self.base.embed_texts(texts, text_embeds)
-        options = self._seeded(len(text.mask), seeds, base_options, superres_options)
-        return self._stages(texts, text, negative_texts, options, callback)
+        """Like calling the model, but the images of every stage, as tensors in [0, 1].
+
+        Args:
+            canvases: tokens that are given, for the stages "base" and "superres", as in
+                `MaskGit.generate`. With them a text may be empty: none at all.
+        """
+        text = self.base.embed_texts(texts, text_embeds, allow_empty=canvases is not None)
+        options = self.seeded_options(len(text.mask), seeds, base_options, superres_options, preset)
+        return self._stages(texts, text, negative_texts, options, image_size, callback, canvases)
+
+    @property
+    def presets(self) -> dict[str, SampleOptions]:
+        """Sampling options by name: those of the base, and as "superres" that stage's default.
+
+        Where that stage has a preset of the same name as the base, `options` shows it.
+        """
+        own = {} if self.superres is None else {"superres": self.superres.default_options}
+        return {**self.base.presets, **own}
+
+    def options(self, preset: str | None = None) -> dict[str, SampleOptions]:
+        """Sampling options of the stages "base" and "superres".
+
+        Args:
+            preset: a name in ``base.presets``. The super-resolution takes its own preset of that
+                name, or its default where it has none. None: the defaults of both.
+
+        Raises:
+            ValueError: the base has no such preset.
+        """
+        name = "default" if preset is None else preset
+        options = {"base": self.base.preset(name)}
+        if self.superres is not None:
+            own = self.superres.presets
+            options["superres"] = own.get(name, self.superres.default_options)
+        return options
 
     @property
     def fingerprint(self) -> str:
@@ -151,6 +191,7 @@ class Muse(Saveable):
                 negative_texts=drawing.negatives,
                 base_options=drawing.options["base"],
                 superres_options=drawing.options.get("superres"),
+                image_size=drawing.image_size,
                 callback=callback,
             )
             images += [batch[row] for row in drawing.rows]
@@ -197,17 +238,19 @@ class Muse(Saveable):
             ]
         return [image for _, image in best]
 
-    def _seeded(
+    def seeded_options(
         self,
         batch: int,
         seeds: int | Sequence[int] | None,
         base: SampleOptions | None,
         superres: SampleOptions | None,
+        preset: str | None = None,
     ) -> dict[str, SampleOptions]:
         """The options of each stage, with a seed for every row: both stages' alike if random."""
-        given = {"base": base or self.base.default_options}
-        if self.superres is not None:
-            given["superres"] = superres or self.superres.default_options
+        if preset is not None and base is not None:
+            raise ValueError(f"preset {preset!r} and base_options are both given: choose one")
+        wanted = {"base": base, "superres": superres}
+        given = {stage: wanted[stage] or own for stage, own in self.options(preset).items()}
         if seeds is None and any(options.seeds is None for options in given.values()):
             # short enough to be typed, and for every reader of JSON
             drawn = torch.randint(2**31, (batch,)).tolist()
@@ -230,19 +273,28 @@ class Muse(Saveable):
         text: TextEmbeds,
         negative_texts: Sequence[str] | str | None,
         options: dict[str, SampleOptions],
+        image_size: ImageSize | None,
         callback: Callable[[SampleStep], Any] | None,
+        canvases: dict[str, Int[Tensor, "B N"]] | None = None,
     ) -> list[Float[Tensor, "B 3 H W"]]:
+        given = canvases or {}
         negative_texts = _each(negative_texts, len(text.mask))
+        base_size = self.superres.cond_pixels(image_size) if self.superres else image_size
         base_ids = self.base.generate_ids(
             text_embeds=text,
             negative_texts=negative_texts,
+            canvas=given.get("base"),
+            image_size=base_size,
             options=options["base"],
             callback=callback,
         )
-        images = [self.base.decode(base_ids)]
+        images = [self.base.decode(base_ids, base_size)]
         if self.superres is not None:
-            same_text = self.superres.transformer.t5_name == self.base.transformer.t5_name
-            same_text = same_text or texts is None
+            if (
+                texts is not None
+                and self.superres.transformer.t5_name != self.base.transformer.t5_name
+            ):
+                text = self.superres.embed_texts(texts, allow_empty=canvases is not None)
             # weights may have been loaded since the last call, so this is asked anew
             assert self.superres.cond_vae is not None
             shares_ids = self.base.vae.same_ids(self.superres.cond_vae)
@@ -251,12 +303,13 @@ class Muse(Saveable):
             scales = superres_options.cond_scale, superres_options.lowres_scale
             images.append(
                 self.superres.generate(
-                    None if same_text else texts,
-                    text_embeds=text if same_text else None,
+                    text_embeds=text,
                     negative_texts=negative_texts if scales != (1, 1) else None,
                     # ids at hand are not decoded and encoded again
                     cond_ids=base_ids.clamp(max=vocabulary - 1) if shares_ids else None,
                     cond_images=None if shares_ids else images[0],
+                    canvas=given.get("superres"),
+                    image_size=image_size,
                     options=superres_options,
                     callback=callback,
                 )

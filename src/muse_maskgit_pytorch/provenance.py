@@ -9,7 +9,8 @@ In the file it is one JSON document in an uncompressed iTXt chunk named "muse", 
     {"format": "muse_maskgit_pytorch picture", "version": 1, "drawings": [
         {"model": fingerprint, "made_by": {"package": ..., "torch": ..., "device": ...},
          "prompts": [...], "negative_prompts": [...] or null,
-         "options": {"base": {field of SampleOptions: value}, "superres": {...}}, "rows": [0]}]}
+         "options": {"base": {field of SampleOptions: value}, "superres": {...}}, "rows": [0],
+         "image_size": [height, width], "edit": {"kind": ..., setting: value} or null}]}
 """
 
 from __future__ import annotations
@@ -49,6 +50,9 @@ class Drawing:
         rows: which pictures of the batch are shown, 0-based.
         model: `fingerprint` of the model; "" in a drawing that is yet to be made.
         made_by: "package" and "torch", the versions, and "device", its type.
+        image_size: height and width in pixels; None: the model's own.
+        edit: of an edited picture, "kind" (which command of `muse edit`), its settings, and short
+            names of the pixels of the pictures and masks it was made from; else None.
     """
 
     prompts: tuple[str, ...]
@@ -57,6 +61,8 @@ class Drawing:
     rows: tuple[int, ...]
     model: str = ""
     made_by: dict[str, str] = field(default_factory=dict)
+    image_size: tuple[int, int] | None = None
+    edit: dict[str, Any] | None = None
 
     def take(self, rows: Sequence[int]) -> Drawing:
         """Some rows of the batch as a batch of their own, all of them shown.
@@ -85,11 +91,16 @@ class Drawing:
         )
 
     def check_model(self, fingerprint: str, source: str | PathLike[str]) -> None:
-        """Refuse another model than the one that drew the picture ``source``.
+        """Refuse another model than the one that drew the picture ``source``, and edits.
 
         Raises:
-            ValueError: naming both fingerprints.
+            ValueError: naming both fingerprints, or the kind of edit.
         """
+        if self.edit is not None:
+            raise ValueError(
+                f"{source} was made from another picture, which is not in the file: repeat it with "
+                f"muse edit {self.edit['kind']}"
+            )
         if self.model != fingerprint:
             raise ValueError(
                 f"{source} was drawn by the model {self.model}, this one is {fingerprint}: load "
@@ -198,6 +209,8 @@ def to_json(drawings: Sequence[Drawing]) -> str:
             "negative_prompts": drawing.negatives,
             "options": {stage: asdict(options) for stage, options in drawing.options.items()},
             "rows": drawing.rows,
+            "image_size": drawing.image_size,
+            "edit": drawing.edit,
         }
         for drawing in drawings
     ]
@@ -260,6 +273,11 @@ def _drawing(record: dict[str, Any]) -> Drawing:
         _demand("seeds", options[stage].seeds, int, len(prompts))
     if "base" not in options:
         raise ValueError("options of the base are missing")
+    size = record["image_size"]
+    _demand("image_size", size, int, 2)
+    edit = record["edit"]
+    if edit is not None and not isinstance(edit["kind"], str):
+        raise ValueError("edit has no kind")
     return Drawing(
         prompts=tuple(prompts),
         negatives=None if negatives is None else tuple(negatives),
@@ -267,6 +285,8 @@ def _drawing(record: dict[str, Any]) -> Drawing:
         rows=tuple(record["rows"]),
         model=record["model"],
         made_by=made_by,
+        image_size=(size[0], size[1]),
+        edit=edit,
     )
 
 

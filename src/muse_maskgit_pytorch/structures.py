@@ -93,11 +93,15 @@ class Conditioning:
         text: the captions.
         cond_ids: low-resolution token ids (super-resolution), or None.
         keep: rows whose text is seen; False removes the text (classifier-free guidance).
+        grid: height and width of the image in tokens; None: the trained square.
+        cond_grid: those of the low-resolution image.
     """
 
     text: TextEmbeds
     cond_ids: Int[Tensor, "B M"] | None
     keep: Bool[Tensor, " B"]
+    grid: tuple[int, int] | None = None
+    cond_grid: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)

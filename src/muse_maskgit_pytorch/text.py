@@ -2,20 +2,31 @@
 
 T5 by default, as in the paper (2.1, where it is T5-XXL); any Hugging Face text encoder by name or
 path gives its tokens' hidden states and their mask. transformers is imported on first use.
+
+A text longer than the encoder reads is cut, or read in windows whose states are joined: the
+cross-attention that reads them knows no positions of its own, so any number of states will do.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import math
+import re
+import string
 import warnings
+from bisect import bisect_right
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from .structures import TextEmbeds
+
+LongTexts = Literal["cut", "windows"]
 
 DEFAULT_TEXT_ENCODER = "google/t5-v1_1-base"
 
@@ -28,6 +39,10 @@ PACKAGED = {
         "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
     )
 }
+
+# A word, with the hyphens and apostrophes inside of it; or punctuation.
+_MARKS = re.escape(string.punctuation + "“”‘’„«»…–—¿¡、。，！？")
+WORD = re.compile(rf"[^\s{_MARKS}]+(?:[-'’][^\s{_MARKS}]+)*|[{_MARKS}]+")
 
 
 class TextEncoderError(ValueError):
@@ -84,7 +99,8 @@ class TextEncoder:
 
     Args:
         name: Hugging Face name or local path.
-        max_text_len: captions are cut after this many tokens, with a warning.
+        max_text_len: what is read at once, in tokens, or fewer where the encoder has no
+            positions for so many.
 
     Raises:
         TextEncoderError: the weights cannot be had.
@@ -110,42 +126,128 @@ class TextEncoder:
             self.model = self.model.get_encoder()
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.tokenizer.padding_side = "right"  # the places of a text's tokens hold in any batch
         self.model.float().eval().requires_grad_(False)  # some files hold half precision
         limit = getattr(config, "max_position_embeddings", None)
         limit = limit or getattr(getattr(config, "text_config", None), "max_position_embeddings", 0)
         self.max_text_len = min(max_text_len, limit or max_text_len)
 
     @torch.no_grad()
-    def encode(self, texts: Sequence[str] | str, device: torch.device | str = "cpu") -> TextEmbeds:
+    def encode(
+        self,
+        texts: Sequence[str] | str,
+        device: torch.device | str = "cpu",
+        long: LongTexts = "cut",
+    ) -> TextEmbeds:
         """Captions -> last hidden states (B, L, E), padded to the longest; float32.
 
         Args:
             texts: B captions (a single string is one); an empty one is legal and gives its special
                 tokens alone.
             device: where to compute.
+            long: what becomes of texts beyond ``max_text_len``. "cut" leaves the rest out;
+                "windows" splits them at spaces into as few texts as fit, encodes each for itself
+                and joins their states, special tokens and all. Either way a warning says so.
+                Where no text is too long, both are the same.
+
+        Raises:
+            ValueError: an unknown ``long``.
         """
+        if long not in get_args(LongTexts):
+            raise ValueError(f"long must be one of {get_args(LongTexts)}, not {long!r}")
         texts = [texts] if isinstance(texts, str) else list(texts)
-        full = self.tokenizer(texts, add_special_tokens=True, verbose=False)["input_ids"]
-        cut = [text for text, ids in zip(texts, full, strict=True) if len(ids) > self.max_text_len]
-        if cut:
+        full = self.tokenizer(texts, verbose=False)["input_ids"]
+        fits = [len(ids) <= self.max_text_len for ids in full]
+        beyond = [text for text, fit in zip(texts, fits, strict=True) if not fit]
+        if beyond:
+            what = "are cut there" if long == "cut" else "are read in windows of as many"
             warnings.warn(
-                f"{len(cut)} caption(s) exceed {self.max_text_len} tokens and are cut there, "
-                f"first: {cut[0][:60]!r}",
+                f"{len(beyond)} caption(s) exceed {self.max_text_len} tokens and {what}, "
+                f"first: {beyond[0][:60]!r}",
                 stacklevel=2,
             )
-        tokens = self.tokenizer(
-            texts,
-            padding="longest",
-            truncation=True,
-            max_length=self.max_text_len,
-            return_tensors="pt",
-        ).to(device)
+        if long == "cut" or not beyond:
+            return self._encode(texts, device)
+        windows = [self._windows(text) for text in texts]
+        states = self._encode([window for each in windows for window in each], device)
+        real = iter([row[mask] for row, mask in zip(states.embeds, states.mask, strict=True)])
+        joined = [torch.cat([next(real) for _ in each]) for each in windows]
+        seen = [row.new_ones(len(row), dtype=torch.bool) for row in joined]
+        return TextEmbeds(*(pad_sequence(rows, batch_first=True) for rows in (joined, seen)))
+
+    def _encode(self, texts: list[str], device: torch.device | str) -> TextEmbeds:
+        tokens = self._tokens(texts, padding="longest", return_tensors="pt").to(device)
         self.model.to(device)
         with torch.autocast(torch.device(device).type, enabled=False):
             output = self.model(
                 input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
             )
         return TextEmbeds(output.last_hidden_state.float(), tokens["attention_mask"].bool())
+
+    def _tokens(self, texts: list[str] | str, **more):
+        return self.tokenizer(texts, truncation=True, max_length=self.max_text_len, **more)
+
+    def words(self, text: str, long: LongTexts = "cut") -> list[tuple[str, list[int]]]:
+        """The words of a text, and where their tokens stand in what `encode` makes of it.
+
+        Every token belongs to one entry. A word keeps its case, its hyphens and its apostrophes;
+        punctuation counts as a word, and each special token as one without letters, "". Words that
+        were cut off have no tokens. A word longer than a window counts as several.
+
+        Args:
+            text: one caption.
+            long: as given to `encode`.
+
+        Raises:
+            TextEncoderError: a tokenizer that does not tell where its tokens come from.
+        """
+        if not self.tokenizer.is_fast:
+            raise TextEncoderError(
+                f"the tokenizer of {self.name!r} does not tell which letters its tokens come from: "
+                "words need a fast one (a tokenizer.json)"
+            )
+        found: list[tuple[str, list[int]]] = []
+        before = 0
+        for part in [text] if long == "cut" else self._windows(text):
+            words = list(WORD.finditer(part))
+            ends = [word.end() for word in words]
+            entries = [(word.group(), []) for word in words]
+            tokens = self._tokens(part, return_offsets_mapping=True)
+            sources = zip(tokens["offset_mapping"], tokens.sequence_ids(), strict=True)
+            for place, ((start, _), sequence) in enumerate(sources, before):
+                word = bisect_right(ends, start)  # a token of the space belongs to the next word
+                if sequence is None or word == len(words):  # None: a special token
+                    entries.append(("", [place]))
+                else:
+                    entries[word][1].append(place)
+            found += sorted(entries, key=lambda entry: entry[1] or [math.inf])
+            before += len(tokens["input_ids"])
+        return found
+
+    def _fits(self, text: str) -> bool:
+        return len(self.tokenizer(text, verbose=False)["input_ids"]) <= self.max_text_len
+
+    def _windows(self, text: str) -> list[str]:
+        """The text, split at spaces into as few as fit; a word that does not fit is split itself.
+
+        Raises:
+            ValueError: not one letter fits beside the special tokens.
+        """
+        windows, rest = [], text
+        while not self._fits(rest):
+            spaces = [space.start() for space in re.finditer(r"(?<=\S)\s+", rest)]
+            for ends in (spaces, range(1, len(rest))):
+                fitting = bisect_right(ends, False, key=lambda end: not self._fits(rest[:end]))
+                if fitting:
+                    break
+            else:
+                raise ValueError(
+                    f"max_text_len {self.max_text_len} leaves no room beside the special tokens "
+                    f"of {self.name!r}: raise it"
+                )
+            windows.append(rest[: ends[fitting - 1]])
+            rest = rest[ends[fitting - 1] :].lstrip()
+        return [*windows, rest] if rest or not windows else windows
 
 
 @functools.cache

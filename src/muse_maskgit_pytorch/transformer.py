@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -24,18 +25,26 @@ from .text import DEFAULT_TEXT_ENCODER, embed_dim
 
 @dataclass(frozen=True)
 class Context:
-    """What a transformer attends to: keys and values per layer, and which of them are real."""
+    """What a transformer attends to: keys and values per layer, and which of them are real.
+
+    And the image's grid of tokens, where it is not the trained square.
+    """
 
     keys_values: list[KeysValues]
     mask: Bool[Tensor, "B M"]
+    grid: tuple[int, int] | None = None
 
     def rows(self, rows: slice | Tensor) -> Context:
         """The context of some rows of the batch."""
-        return Context([(k[rows], v[rows]) for k, v in self.keys_values], self.mask[rows])
+        keys_values = [(k[rows], v[rows]) for k, v in self.keys_values]
+        return Context(keys_values, self.mask[rows], self.grid)
 
 
 class TokenEmbedding(nn.Module):
-    """Token embedding plus learned 2-D positions (2.3), one table for rows and one for columns."""
+    """Token embedding plus learned 2-D positions (2.3), one table for rows and one for columns.
+
+    A grid of another height or width reads the tables between their entries.
+    """
 
     def __init__(self, num_tokens: int, seq_len: int, dim: int):
         super().__init__()
@@ -51,11 +60,22 @@ class TokenEmbedding(nn.Module):
         for table in (self.token.weight, self.row, self.column):
             nn.init.normal_(table, std=dim**-0.5)
 
-    def forward(self, ids: Int[Tensor, "B N"]) -> Float[Tensor, "B N D"]:
-        positions = (self.row + self.column).flatten(0, 1)
+    def forward(
+        self, ids: Int[Tensor, "B N"], grid: tuple[int, int] | None = None
+    ) -> Float[Tensor, "B N D"]:
+        row, column = self.row, self.column
+        if grid is not None and grid != (len(row), column.shape[1]):
+            row = _stretched(row[:, 0], grid[0])[:, None]
+            column = _stretched(column[0], grid[1])[None]
+        positions = (row + column).flatten(0, 1)
         if ids.shape[1] != len(positions):
             raise ValueError(f"{ids.shape[1]} tokens given to a model of seq_len {len(positions)}")
         return self.token(ids) + positions
+
+
+def _stretched(table: Float[Tensor, "n D"], size: int) -> Float[Tensor, "m D"]:
+    """Positions for a side of another length: the same edges, linear in between."""
+    return F.interpolate(table.T[None], size, mode="linear", align_corners=True)[0].T
 
 
 class LowResEncoder(nn.Module):
@@ -74,8 +94,10 @@ class LowResEncoder(nn.Module):
         blocks = [Block(dim, heads, dim_head, ff_mult, cross=False) for _ in range(depth)]
         self.blocks = nn.ModuleList(blocks)
 
-    def forward(self, ids: Int[Tensor, "B M"]) -> Float[Tensor, "B M D"]:
-        x = self.embed(ids)
+    def forward(
+        self, ids: Int[Tensor, "B M"], grid: tuple[int, int] | None = None
+    ) -> Float[Tensor, "B M D"]:
+        x = self.embed(ids, grid)
         for block in self.blocks:
             x = block(x)
         return x
@@ -192,11 +214,12 @@ class MaskGitTransformer(Saveable):
             needs = "needs" if conditioning.cond_ids is None else "takes no"
             raise ValueError(f"this transformer {needs} low-resolution tokens (cond_ids)")
         if self.cond_encoder is not None:
-            cond = self.text_norm(self.cond_encoder(conditioning.cond_ids))
+            cond = self.text_norm(self.cond_encoder(conditioning.cond_ids, conditioning.cond_grid))
             context = torch.cat([cond, context], dim=1)
             mask = torch.cat([mask.new_ones(cond.shape[:2]), mask], dim=1)
         mask = torch.cat([mask.new_ones(len(mask), 1), mask], dim=1)  # the null key
-        return Context([block.keys_values(context) for block in self.blocks], mask)
+        keys_values = [block.keys_values(context) for block in self.blocks]
+        return Context(keys_values, mask, conditioning.grid)
 
     def forward(
         self,
@@ -210,7 +233,7 @@ class MaskGitTransformer(Saveable):
             ids: tokens, ``mask_id`` where unknown.
             self_cond: hidden states of the previous pass; zeros on the first.
         """
-        x = self.embed(ids)
+        x = self.embed(ids, context.grid)
         if self.self_cond_proj is not None:
             # the product with zeros keeps the weights in every graph (DistributedDataParallel)
             x = x + self.self_cond_proj(torch.zeros_like(x) if self_cond is None else self_cond)

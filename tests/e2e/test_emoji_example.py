@@ -49,18 +49,6 @@ def test_shipped_model_is_small_and_follows_its_prompt():
     assert blue[centre].mean(dim=(1, 2)).argmax() == 2
 
 
-def test_recall_counts_the_images_that_are_nearer():
-    real = torch.arange(6.0).view(6, 1, 1, 1).expand(6, 3, 4, 4) / 6
-    truth = torch.arange(6)
-    assert emoji.recall(real, real, truth, 1) == 1
-    assert emoji.recall(real, real, truth.roll(1), 1) == 0
-    nearly = real[:1] + 0.1  # nearer to the second image than to the first
-    assert emoji.recall(nearly, real, truth[:1], 1) == 0
-    assert emoji.recall(nearly, real, truth[:1], 2) == 1
-    twins = torch.cat([real, real])
-    assert emoji.recall(twins, twins, torch.arange(12), 1) == 1
-
-
 def test_psnr_of_a_known_error():
     class OffByTenth(VQGanVAE):
         def encode_to_ids(self, images):

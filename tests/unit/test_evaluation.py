@@ -211,6 +211,88 @@ def test_rfid_is_zero_for_equal_sets_and_grows_with_blur_and_noise():
     assert found[3] > 2 * found[2] > 2 * found[1] > 1
 
 
+@pytest.mark.parametrize("count, other", [(8, 8), (8, 200), (200, 100)])
+def test_frechet_distance_of_sets_is_that_of_their_statistics(count, other):
+    sets = 50 + torch.randn(count, 30), 50 + 2 * torch.randn(other, 30)
+    fitted = [(x.double().mean(0), torch.cov(x.double().T)) for x in sets]
+    wanted = m.frechet_distance(*fitted[0], *fitted[1])
+    assert m.frechet_of_sets(*sets) == pytest.approx(wanted, rel=1e-6)
+    assert m.frechet_of_sets(sets[0], sets[0].flip(0)) < 1e-6
+    with pytest.raises(ValueError, match="at least two images, not 1"):
+        m.frechet_of_sets(sets[0], sets[1][:1])
+
+
+def test_precision_and_recall_on_a_line():
+    # at 1, 2, 4, 8 the nearest neighbours are 1, 1, 2 and 4 away: balls from 0 to 12
+    real = torch.tensor([1.0, 2, 4, 8])[:, None]
+    # here 0.5, 0.5, 12.5 and 87.5: that of -0.5 reaches to 12, and so over all of the real ones
+    generated = torch.tensor([12.0, 12.5, -0.5, 100])[:, None]
+    assert m.precision_recall(real, generated, 1) == (0.25, 1)
+    # the sets exchanged, the figures are too
+    assert m.precision_recall(generated, real, 1) == (1, 0.25)
+    # to the second nearest it is 3, 2, 3 and 6: balls from -2 to 14
+    assert m.precision_recall(real, generated, 2)[0] == 0.75
+
+
+def test_a_generator_of_one_mode_is_precise_and_recalls_that_mode():
+    modes = torch.cat([torch.randn(50, 8), 100 + torch.randn(150, 8)])
+    copies = modes[:50]
+    assert m.precision_recall(modes, copies) == (1, 0.25)
+    assert m.precision_recall(modes, modes) == (1, 1)
+    assert m.precision_recall(modes, modes + 1000) == (0, 0)
+    # one image again and again: exactly on it, balls without any size
+    same = modes[:1].repeat(10, 1)
+    assert m.precision_recall(modes, same) == (1, 1 / 200)
+
+
+def test_precision_and_recall_are_those_of_a_slow_loop():
+    real, generated = torch.randn(300, 4).double(), 0.5 + torch.randn(270, 4).double()
+
+    def inside(point: Tensor, centres: Tensor) -> bool:
+        for i, centre in enumerate(centres):
+            others = torch.cat([centres[:i], centres[i + 1 :]])
+            radius = (others - centre).norm(dim=1).sort().values[2]
+            if (point - centre).norm() <= radius:
+                return True
+        return False
+
+    found = m.precision_recall(real, generated[:40])
+    wanted = sum(inside(point, real) for point in generated[:40]) / 40
+    assert found[0] == pytest.approx(wanted)
+    assert 0 < wanted < 1
+    # more than one block, and in any order
+    assert m.precision_recall(real.flip(0), generated[:40].flip(0)) == found
+
+
+@pytest.mark.parametrize("k, real, generated", [(0, 9, 9), (3, 3, 9), (3, 9, 3)])
+def test_precision_and_recall_need_more_images_than_neighbours(k, real, generated):
+    with pytest.raises(ValueError, match=f"not {k} for [39] (real|generated)"):
+        m.precision_recall(torch.randn(real, 2), torch.randn(generated, 2), k)
+
+
+def test_recall_counts_the_images_that_are_nearer():
+    real = torch.arange(6.0).view(6, 1, 1, 1).expand(6, 3, 4, 4) / 6
+    truth = torch.arange(6)
+    assert m.recall_at(real, real, truth, 1) == 1
+    assert m.recall_at(real, real, truth.roll(1), 1) == 0
+    assert m.num_nearer(real[:1], real, truth[3:4]).tolist() == [3]
+    nearly = real[:1] + 0.1  # nearer to the second image than to the first
+    assert m.recall_at(nearly, real, truth[:1], 1) == 0
+    assert m.recall_at(nearly, real, truth[:1], 2) == 1
+    twins = torch.cat([real, real])  # ties are hits
+    assert m.recall_at(twins, twins, torch.arange(12), 1) == 1
+
+
+def test_retrieval_is_that_of_all_distances():
+    # more than one block of real images
+    real, truth = torch.rand(2 * m.BLOCK + 5, 3, 2, 2), torch.randint(m.BLOCK, (20,))
+    drawn = real[truth] + 0.2 * torch.randn(20, 3, 2, 2)
+    distance = torch.cdist(drawn.flatten(1).double(), real.flatten(1).double())
+    wanted = (distance < distance.gather(1, truth[:, None])).sum(1)
+    assert m.num_nearer(drawn, real, truth).tolist() == wanted.tolist()
+    assert wanted.max() > 1
+
+
 # Codebook --------------------------------------------------------------------------------------
 
 

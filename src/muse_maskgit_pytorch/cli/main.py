@@ -23,8 +23,13 @@ COMMANDS = {
     ("train", "base"): ("train", "train_base", "train the text-to-image stage"),
     ("train", "superres"): ("train", "train_superres", "train the super-resolution stage"),
     ("eval", "vae"): ("evaluate", "eval_vae", "judge an image tokenizer by figures"),
+    ("tune",): ("tune", "tune", "search a model's sampling options, store them as a preset"),
     ("report",): ("report", "report", "draw a run's curves and pictures as one HTML page"),
     ("generate",): ("generate", "generate", "draw pictures of prompts"),
+    ("edit", "inpaint"): ("edit", "inpaint", "repaint a part of a picture"),
+    ("edit", "outpaint"): ("edit", "outpaint", "continue a picture beyond its edges"),
+    ("edit", "free"): ("edit", "free", "change a whole picture by a prompt, without a mask"),
+    ("edit", "vary"): ("edit", "vary", "draw variations of a picture"),
     ("inspect",): ("generate", "inspect", "show how the pictures of a PNG were drawn"),
     ("bundle",): ("generate", "bundle", "join trained stages into one model file"),
 }

@@ -1,7 +1,7 @@
 """The figures by which images and codebooks are judged, each one formula.
 
-Two kinds: of an image and its reconstruction (PSNR, SSIM, MS-SSIM: one number per image), and of a
-set (Fréchet distance of features, use of the codebook).
+Three kinds: of an image and its reconstruction (PSNR, SSIM, MS-SSIM: one number per image), of sets
+of images (Fréchet distance, precision and recall of features; retrieval), of the codebook's use.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ C1, C2 = 0.01**2, 0.03**2
 SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 # Mean squared error of images that are called equal, 100 dB: rounding to 8 bits alone makes 1e-6.
 LEAST_ERROR = 1e-10
+BLOCK = 256  # vectors of a set that are compared with another set at a time
 
 
 def psnr(images: Float[Tensor, "B 3 H W"], others: Float[Tensor, "B 3 H W"]) -> Float[Tensor, " B"]:
@@ -151,9 +152,35 @@ def frechet_distance(
     rounding errors, and covariances of low rank, from fewer images than features, need no offset.
     """
     roots = [_root(matrix.double()) for matrix in (covariance, other_covariance)]
-    overlap = torch.linalg.svdvals(roots[0].T @ roots[1]).sum()
-    shift = (mean.double() - other_mean.double()).square().sum()
-    distance = shift + covariance.double().trace() + other_covariance.double().trace()
+    return _frechet(mean.double(), roots[0], other_mean.double(), roots[1])
+
+
+def frechet_of_sets(features: Float[Tensor, "R C"], others: Float[Tensor, "G C"]) -> float:
+    """`frechet_distance` of the Gaussians fitted to two sets of feature vectors.
+
+    A set that is at hand as a whole has a root of its covariance, so none is formed: of a hundred
+    images and a thousand features it takes milliseconds.
+
+    Raises:
+        ValueError: a set of fewer than two vectors.
+    """
+    return _frechet(*_gaussian(features), *_gaussian(others))
+
+
+def _gaussian(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (C,), and A (C, min(B, C)) with A A^T = covariance, of B vectors."""
+    if len(features) < 2:
+        raise ValueError(f"a covariance needs at least two images, not {len(features)}")
+    features = features.detach().cpu().double()
+    mean = features.mean(0)
+    triangle = torch.linalg.qr(features - mean, mode="r").R  # R^T R = X^T Q^T Q X = X^T X
+    return mean, triangle.T / math.sqrt(len(features) - 1)
+
+
+def _frechet(mean: Tensor, root: Tensor, other_mean: Tensor, other_root: Tensor) -> float:
+    overlap = torch.linalg.svdvals(root.T @ other_root).sum()
+    shift = (mean - other_mean).square().sum()
+    distance = shift + root.square().sum() + other_root.square().sum()  # tr(A A^T) = |A|^2
     return max(0.0, float(distance - 2 * overlap))
 
 
@@ -163,6 +190,87 @@ def _root(covariance: Tensor) -> Tensor:
     least = values[-1].clamp(min=0) * len(values) * torch.finfo(values.dtype).eps
     kept = values > least
     return vectors[:, kept] * values[kept].sqrt()
+
+
+def precision_recall(
+    real: Float[Tensor, "R C"], generated: Float[Tensor, "G C"], k: int = 3
+) -> tuple[float, float]:
+    """Precision and recall of a generator (Kynkäänniemi et al. 2019, eqs. 1 and 2), each in [0,1].
+
+    The real images are taken to fill, in the space of features, the balls around each of their
+    vectors that reach to its k-th nearest neighbour among them. Precision is the share of the
+    generated vectors inside of any of these: how real they are. Recall is the same with the sets
+    exchanged: how much of the variety of the real ones is generated. Computed in float64.
+
+    Both depend on the counts: compare figures of equal ones only.
+
+    Args:
+        real: feature vectors.
+        generated: feature vectors.
+        k: which neighbour; the paper's 3.
+
+    Raises:
+        ValueError: k below 1, or not below the number of vectors of either set.
+    """
+    for name, features in {"real": real, "generated": generated}.items():
+        if not 1 <= k < len(features):
+            raise ValueError(
+                f"k must be at least 1 and below the number of images, not {k} for "
+                f"{len(features)} {name} ones: give more images"
+            )
+    real, generated = (features.detach().cpu().double() for features in (real, generated))
+    return _covered(generated, real, k), _covered(real, generated, k)
+
+
+def _covered(points: Tensor, centres: Tensor, k: int) -> float:
+    """Share of the points inside of any ball around a centre, up to its k-th nearest other one."""
+
+    def distances(part: Tensor) -> Tensor:
+        # by differences: equal vectors are exactly 0 apart, and a point on a ball is inside of it
+        return torch.cdist(part, centres, compute_mode="donot_use_mm_for_euclid_dist")
+
+    # the nearest of all is the centre itself
+    radii = [distances(part).kthvalue(k + 1, dim=1).values for part in centres.split(BLOCK)]
+    inside = [(distances(part) <= torch.cat(radii)).any(dim=1) for part in points.split(BLOCK)]
+    return float(torch.cat(inside).double().mean())
+
+
+def num_nearer(
+    generated: Float[Tensor, "G ..."], real: Float[Tensor, "R ..."], truth: Int[Tensor, " G"]
+) -> Int[Tensor, " G"]:
+    """How many real images are nearer to each generated one than its own, ``real[truth]``.
+
+    The distance is the mean squared error over pixels and colours.
+    """
+    drawn = generated.flatten(1).cpu().double()
+    real, truth = real.flatten(1).cpu(), truth.cpu()
+    # |a - b|^2 without |a|^2, which is the same for all b
+    own = real[truth].double()
+    own = (own * (own - 2 * drawn)).sum(1, keepdim=True)
+    nearer = torch.zeros_like(truth)
+    for part in real.split(BLOCK):
+        part = part.double()
+        distance = part.square().sum(1) - 2 * drawn @ part.T
+        # identical bitmaps (some flags) differ by rounding alone, and are no worse a find
+        nearer += (distance < own - 1e-6).sum(dim=1)
+    return nearer
+
+
+def recall_at(
+    generated: Float[Tensor, "G ..."],
+    real: Float[Tensor, "R ..."],
+    truth: Int[Tensor, " G"],
+    k: int,
+) -> float:
+    """Share of generated images with fewer than k real ones nearer than their own; ties are hits.
+
+    Args:
+        generated: images.
+        real: images of the same size, among which is searched.
+        truth: which of ``real`` each generated one ought to be.
+        k: from 1.
+    """
+    return float((num_nearer(generated, real, truth) < k).double().mean())
 
 
 def codebook_usage(counts: Int[Tensor, " V"]) -> float:

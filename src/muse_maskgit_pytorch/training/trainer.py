@@ -69,7 +69,7 @@ def _leaves(config: Any, above: str = "") -> dict[str, Any]:
     return {
         name: value
         for key, part in config.items()
-        if key != "sample_options"
+        if key not in ("sample_options", "presets")
         for name, value in _leaves(part, f"{above}.{key}".strip(".")).items()
     }
 

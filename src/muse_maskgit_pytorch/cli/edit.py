@@ -1,0 +1,356 @@
+"""`muse edit inpaint|outpaint|free|vary`: pictures drawn from a given one.
+
+Each draws ``--count`` results of every prompt. A single one is written as it is, with its record.
+Several make a sheet that begins with the given picture. As nothing tells where that one is from,
+the sheet carries no record: its captions give the seeds, and the files of ``--each`` have theirs.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+from PIL import Image, ImageOps
+
+from .. import editing
+from ..images import image_grid, read_image, record_of, save_png
+from ..provenance import Drawing, from_json
+from .drawing import add_options, check_options, each_files, new_drawings, open_model, progress
+from .parser import Parser
+
+RESULTS = 64  # more on one sheet would be too small to look at
+GREY = (128, 128, 128)
+SEAM = {
+    "feather": "pixels of the new part over which the seam is smoothed",
+    "grow": "how many pixels around the new part have their tokens drawn anew",
+}
+Labelled = list[tuple[Image.Image, str]]
+
+
+# The commands ---------------------------------------------------------------------------------
+
+
+def inpaint_parser() -> Parser:
+    parser = edit_parser(
+        editing.inpaint,
+        "Repaint the part of a picture that one of --white, --transparent and --box says.",
+        {"blend": "give kept pixels back exactly; false: as the tokenizer decodes them", **SEAM},
+    )
+    parser.add_argument(
+        "--white",
+        type=str | None,
+        help="image file: repaint what is white in it, keep what is black or transparent",
+    )
+    parser.add_argument(
+        "--transparent",
+        type=str | None,
+        help="image file, also the picture itself: repaint what is transparent in it",
+    )
+    parser.add_argument(
+        "--box",
+        type=int,
+        nargs=4,
+        metavar=("LEFT", "TOP", "RIGHT", "BOTTOM"),
+        help="repaint these columns from LEFT to before RIGHT, and rows from TOP to before BOTTOM",
+    )
+    return parser
+
+
+def inpaint(argv: list[str]) -> None:
+    config = inpaint_parser().read(argv)
+    picture = read_picture(config)
+    mask = read_mask(config, picture)
+    masked = picture.copy()
+    shown = Image.fromarray(mask.byte().numpy() * 255)
+    masked.paste(GREY, mask=shown.resize(picture.size, Image.Resampling.NEAREST))
+    results = draw(config, editing.inpaint, picture, masks=mask)
+    write(
+        config, results, lambda size: [(fit(picture, size), "given"), (fit(masked, size), "masked")]
+    )
+
+
+def outpaint_parser() -> Parser:
+    sides = ("left", "top", "right", "bottom")
+    parser = edit_parser(
+        editing.outpaint,
+        "Continue a picture beyond its edges.",
+        {**dict.fromkeys(sides, "pixels to add there, counted at the model's size"), **SEAM},
+    )
+    parser.add_argument(
+        "--aspect",
+        type=str | float | None,
+        help="instead of sides: width:height or their ratio to reach, such as 16:9 (in YAML with "
+        "quotes) or 1.5",
+    )
+    return parser
+
+
+def outpaint(argv: list[str]) -> None:
+    config = outpaint_parser().read(argv)
+    if config.aspect is not None:
+        config.aspect = ratio(config.aspect)
+    results = draw(config, editing.outpaint, read_picture(config), steps=None)
+    added = record(results[0]).edit or {}
+    left, top = added["left"], added["top"]
+
+    def before(size: tuple[int, int]) -> Labelled:
+        right, bottom = size[0] - added["right"], size[1] - added["bottom"]
+        given = results[0].crop((left, top, right, bottom))  # kept exactly
+        canvas = Image.new("RGB", size, GREY)
+        canvas.paste(given, (left, top))
+        return [(given, "given"), (canvas, "masked")]
+
+    write(config, results, before)
+
+
+def free_parser() -> Parser:
+    parser = edit_parser(
+        editing.free,
+        "Change a whole picture by a prompt, without a mask, a few tokens at a time.",
+        {
+            "share": "of the tokens, to be drawn anew in each iteration",
+            "cond_scale": "guidance of these iterations",
+            "top_k": "the likeliest tokens to choose from; 0: all",
+        },
+        base={"temperature", "top_p", "min_p"},
+    )
+    parser.add_argument(
+        "--at",
+        type=list[int] | int,
+        nargs="+",
+        default=list(default_of(editing.free, "at")),
+        help="iterations after which results are drawn, such as 50 75 100; the last is the end",
+    )
+    return parser
+
+
+def free(argv: list[str]) -> None:
+    config = free_parser().read(argv)
+    config.at = [n for given in config.at for n in (given if isinstance(given, list) else [given])]
+    if not config.prompts or not all(prompt.strip() for prompt in config.prompts):
+        raise ValueError("give at least one prompt, and no empty one: it alone says what changes")
+    picture = read_picture(config)
+
+    @wraps(editing.free)
+    def picture_by_picture(*args: Any, **kwargs: Any) -> list[Image.Image]:
+        by_iteration = editing.free(*args, **kwargs)
+        return [image for images in zip(*by_iteration, strict=True) for image in images]
+
+    def steps(part: Drawing) -> list:
+        finish = [part.options[name].timesteps for name in part.options if name != "base"]
+        return [max(config.at, default=0), *finish * len(config.at)]
+
+    results = draw(config, picture_by_picture, picture, steps)
+    write(config, results, lambda size: [(fit(picture, size), "given")])
+
+
+def vary_parser() -> Parser:
+    return edit_parser(
+        editing.vary,
+        "Draw variations of a picture, with prompts or without.",
+        {"strength": "share of the tokens to draw anew: 0 keeps the picture, 1 nothing of it"},
+    )
+
+
+def vary(argv: list[str]) -> None:
+    config = vary_parser().read(argv)
+    picture = read_picture(config)
+    results = draw(config, editing.vary, picture)
+    write(config, results, lambda size: [(fit(picture, size), "given")])
+
+
+# What they share ------------------------------------------------------------------------------
+
+
+def edit_parser(
+    edit: Callable, description: str, settings: dict[str, str], base: set[str] | None = None
+) -> Parser:
+    """A parser with the options of all edits, and some arguments of one with their defaults.
+
+    Args:
+        edit: a function of `editing`.
+        description: of the command.
+        settings: names of the arguments, and what they mean.
+        base: the sampling options of the base stage that count; None: all.
+    """
+    parser = Parser(
+        f"muse edit {edit.__name__}",
+        f"{description} The picture and the prompts stand before the options.",
+    )
+    parser.add_argument("picture", type=str, help="image file; it stays as it is")
+    parser.add_argument(
+        "prompts", type=str, nargs="*", help="what the whole picture is to show; none: no caption"
+    )
+    parser.add_argument("--count", type=int, default=1, help="results of each prompt")
+    for name, text in settings.items():
+        default = default_of(edit, name)
+        parser.add_argument(f"--{name}", type=type(default), default=default, help=text)
+    add_options(parser, base)
+    return parser
+
+
+def default_of(edit: Callable, name: str) -> Any:
+    return inspect.signature(edit).parameters[name].default
+
+
+def labels(config: Namespace) -> list[str]:
+    """What each result is of, in their order."""
+    turns = [f" after {iteration}" for iteration in config.get("at", [])] or [""]
+    prompts = [prompt for prompt in config.prompts or [""] for _ in range(config.count)]
+    return [prompt + turn for prompt in prompts for turn in turns]
+
+
+def read_picture(config: Namespace) -> Image.Image:
+    """The given picture, after every check that needs no model.
+
+    Raises:
+        ValueError: an option out of its range, a picture that cannot be read, a given file that
+            would be overwritten.
+    """
+    check_options(config, {"out": ".png"})
+    if not 1 <= config.count <= RESULTS:
+        raise ValueError(f"--count must be 1 to {RESULTS}, not {config.count}")
+    names = labels(config)
+    if len(names) > RESULTS:
+        raise ValueError(f"a sheet shows up to {RESULTS} results, not {len(names)}: ask for fewer")
+    picture = read_image(config.picture)
+    given = [config.picture, config.get("white"), config.get("transparent")]
+    sources = [Path(name) for name in given if name and Path(name).exists()]
+    for file in [Path(config.out), *(each_files(config.each, names) if config.each else [])]:
+        if file.exists() and any(file.samefile(source) for source in sources):
+            raise ValueError(
+                f"{file} is to be edited and would be overwritten: choose another --out or --each"
+            )
+    return picture
+
+
+def read_mask(config: Namespace, picture: Image.Image) -> editing.Mask:
+    """What is to be repainted, in the one convention that was stated.
+
+    Raises:
+        ValueError: none or several stated, a file that cannot be read or has not what it should.
+    """
+    given = {name: config[name] for name in ("white", "transparent", "box") if config[name]}
+    if len(given) != 1:
+        raise ValueError(
+            "say what to repaint by exactly one of --white MASK, --transparent MASK and --box LEFT "
+            f"TOP RIGHT BOTTOM, not by {' and '.join(f'--{name}' for name in given) or 'none'}"
+        )
+    if config.box:
+        return editing.box(picture.size[::-1], *config.box)
+    [(name, path)] = given.items()
+    shown = read_image(path)  # refuses what is no image; 16 bits as 8, transparency on white
+    with Image.open(path) as image:
+        whole = ImageOps.exif_transpose(image)
+    if name == "transparent":
+        try:
+            return editing.transparent(whole)
+        except ValueError as error:
+            raise ValueError(
+                f"--transparent {path}: it has no transparency; if its white is to be repainted, "
+                "say --white"
+            ) from error
+    mask = editing.white(shown)
+    return mask & ~editing.transparent(whole) if whole.has_transparency_data else mask
+
+
+def ratio(aspect: str | float) -> float:
+    """Width / height, of "16:9" or a number.
+
+    Raises:
+        ValueError: anything else.
+    """
+    width, colon, height = str(aspect).partition(":")
+    try:
+        return float(width) / (float(height) if colon else 1)
+    except (ValueError, ZeroDivisionError) as error:
+        raise ValueError(
+            f"--aspect {aspect!r} must be width:height, such as 16:9, or their ratio, such as 1.5"
+        ) from error
+
+
+def steps_of(part: Drawing) -> list:
+    """The sampling steps of each stage."""
+    return [options.timesteps for options in part.options.values()]
+
+
+def draw(
+    config: Namespace,
+    edit: Callable[..., list[Image.Image]],
+    picture: Image.Image,
+    steps: Callable[[Drawing], list] | None = steps_of,
+    **arguments: Any,
+) -> list[Image.Image]:
+    """All results of an edit, whose arguments are options of the same names.
+
+    Args:
+        config: of `edit_parser`.
+        edit: a function of `editing`.
+        picture: to be edited.
+        steps: of the samplings of a batch; None: unknown.
+        **arguments: of the edit, which are no options.
+    """
+    arguments |= {
+        name: config[name] for name in inspect.signature(edit).parameters if name in config
+    }
+    prompts = [prompt for prompt in config.prompts or [""] for _ in range(config.count)]
+    model = open_model(config)
+    parts = new_drawings(prompts, config, model)
+    images: list[Image.Image] = []
+    total = None if steps is None else [number for part in parts for number in steps(part)]
+    with progress(total) as bar:
+        for part in parts:
+            images += edit(
+                model,
+                picture,
+                part.prompts,
+                negative_texts=part.negatives,
+                base_options=part.options["base"],
+                superres_options=part.options.get("superres"),
+                image_size=config.image_size,
+                callback=bar,
+                **arguments,
+            )
+    return images
+
+
+def record(result: Image.Image) -> Drawing:
+    return from_json(record_of(result) or "", "the result")[0]
+
+
+def fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """As the edit scaled it."""
+    return ImageOps.fit(image, size, Image.Resampling.BICUBIC)
+
+
+def write(
+    config: Namespace, results: list[Image.Image], before: Callable[[tuple[int, int]], Labelled]
+) -> None:
+    """The files.
+
+    Args:
+        config: of `edit_parser`.
+        results: in the order of `labels`.
+        before: what a sheet begins with, with captions, for the size of the results.
+    """
+    names = labels(config)
+    if config.each:
+        for image, file in zip(results, each_files(config.each, names), strict=True):
+            save_png(image, file)
+    out = results[0]
+    if len(results) > 1:
+        shown = before(out.size)
+        for result, name in zip(results, names, strict=True):
+            drawing = record(result)
+            [row], seeds = drawing.rows, drawing.options["base"].seeds
+            assert isinstance(seeds, list)
+            shown.append((result, f"seed {seeds[row]}: {name}" if name else f"seed {seeds[row]}"))
+        images, captions = zip(*shown, strict=True)
+        out = image_grid(images, math.ceil(math.sqrt(len(images))), captions)
+    save_png(out, config.out)
+    print(config.out)

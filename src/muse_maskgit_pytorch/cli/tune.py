@@ -1,0 +1,211 @@
+"""`muse tune`: searches a stage's sampling options and stores them as a preset of its model."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import CheckpointError, find_file, load_tree
+from ..data.folder import ImageFolder
+from ..evaluation.tuning import (
+    SCORES,
+    Figures,
+    Results,
+    Score,
+    effective,
+    make_axes,
+    make_trials,
+    search,
+    settings,
+    start_of,
+    write_preset,
+)
+from ..features import LITE, FeatureNet
+from ..maskgit import MaskGit, check_preset
+from ..muse import Muse
+from ..structures import Policy, SampleOptions
+from .evaluate import _device
+from .parser import Parser
+
+Stage = Literal["base", "superres"]
+
+
+def tune_parser() -> Parser:
+    parser = Parser("muse tune", "Search a stage's sampling options, store them as a preset.")
+    parser.add_argument(
+        "--model",
+        type=str,
+        required=True,
+        help="name of a shipped model, file of a model or of a stage, or hub repository",
+    )
+    parser.add_argument(
+        "--folder",
+        type=str,
+        required=True,
+        help="images with captions: half are searched on, half reported on",
+    )
+    parser.add_argument(
+        "--gallery",
+        type=str | None,
+        help="folder of further real images, for R@1: the true one is looked for among all",
+    )
+    parser.add_argument(
+        "--preset",
+        type=str,
+        required=True,
+        help="name of the preset, also where the search starts; default: the stage's own options",
+    )
+    parser.add_argument(
+        "--timesteps", type=int | None, help="sampling steps; by default those of the preset"
+    )
+    parser.add_argument(
+        "--stage",
+        type=Stage,
+        default="base",
+        help="of a cascade; superres is given the true images reduced",
+    )
+    parser.add_argument(
+        "--policies",
+        type=list[Policy] | None,
+        help="to choose from, [confidence,halton], beside the preset's; by default all",
+    )
+    parser.add_argument(
+        "--score",
+        type=Score,
+        default="balanced",
+        help="what is better: balanced, the lowest FID with no fewer captions met (R@1) than at "
+        "the start; fid; or recall, R@1",
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="through all settings, at most")
+    parser.add_argument("--captions", type=int | None, help="so many of each half; by default all")
+    parser.add_argument("--seeds", type=int, default=2, help="pictures of each caption")
+    parser.add_argument(
+        "--network",
+        type=str,
+        default=LITE,
+        help="features of FID: efficientnet-lite0, Hugging Face name or path",
+    )
+    parser.add_argument(
+        "--out",
+        type=str | None,
+        help="model file to write, new or that of --model; without it the preset is only printed",
+    )
+    parser.add_argument(
+        "--results",
+        type=str | None,
+        help="file of all figures, a line each: an interrupted search goes on from it",
+    )
+    parser.add_argument("--batch_size", type=int, default=64, help="images drawn together")
+    parser.add_argument("--device", type=str | None, help="by default a GPU where there is one")
+    return parser
+
+
+def tune(argv: list[str]) -> None:
+    config = tune_parser().read(argv)
+    if config.preset != "default":
+        check_preset(config.preset)
+    model = find_file(config.model)
+    _check_out(config.out, model)
+    stage = read_stage(model, config.stage)
+    start = start_of(stage, config.preset, config.timesteps)
+    axes = make_axes(stage, config.policies)
+    results = Results(config.results)
+    size = stage.image_size
+    dataset = ImageFolder(config.folder, size, captions=True, cache=True)
+    gallery = ImageFolder(config.gallery, size, cache=True) if config.gallery else None
+    device = _device(config.device)
+    tuned_on, others = make_trials(
+        stage.to(device),
+        FeatureNet(config.network).to(device),
+        dataset.texts or [],
+        _images(dataset),
+        gallery=None if gallery is None else _images(gallery),
+        captions=config.captions,
+        seeds=config.seeds,
+        results=results,
+        batch_size=config.batch_size,
+    )
+    found = start
+    try:
+        for found in search(tuned_on, start, axes, config.score, config.rounds):  # noqa: B007
+            pass
+        figures = [trial(options) for trial in (tuned_on, others) for options in (start, found)]
+    except KeyboardInterrupt:
+        print(f"{config.preset}, best so far: {_json(found)}")
+        raise
+    print(table(figures))
+    print(f"{config.preset}: {_json(found)}")
+    better = SCORES[config.score]
+    before, after = figures[2:]
+    if found != start and better(after, before) <= better(before, before):
+        warnings.warn(
+            f"by the score {config.score!r} this is no better on the captions not searched on: "
+            "take more captions or seeds",
+            stacklevel=2,
+        )
+    if config.out:
+        print(write_preset(model, config.out, config.preset, effective(found), config.stage))
+
+
+def read_stage(path: Path, stage: Stage) -> MaskGit:
+    """A stage of a cascade's file, or the one that a file holds.
+
+    Raises:
+        CheckpointError: another kind of file, or a cascade without that stage.
+    """
+    kind = load_tree(path)[1]
+    if kind == "MaskGit":
+        return MaskGit.from_pretrained(path)
+    if kind != "Muse":
+        raise CheckpointError(f"{path} holds a {kind}: give a Muse or a MaskGit")
+    found = getattr(Muse.from_pretrained(path), stage)
+    if found is None:
+        raise CheckpointError(f"{path} has no stage {stage!r}: leave out --stage")
+    return found
+
+
+def table(figures: list[Figures]) -> str:
+    """One line per figure: before and after on what was searched on, and on the others."""
+    rows = [["", "searched on", "", "others", ""], ["", "before", "after", "before", "after"]]
+    rows += [[name, *(format(one[name], ".4g") for one in figures)] for name in figures[0]]
+    wide = [max(len(row[column]) for row in rows) for column in range(5)]
+    return "\n".join(
+        "  ".join(
+            f"{cell:<{width}}" if column == 0 else f"{cell:>{width}}"
+            for column, (cell, width) in enumerate(zip(row, wide, strict=True))
+        ).rstrip()
+        for row in rows
+    )
+
+
+def _images(dataset: ImageFolder) -> Tensor:
+    return torch.stack([dataset[row]["image"] for row in range(len(dataset))])
+
+
+def _check_out(out: str | None, model: Path) -> None:
+    if out is None:
+        return
+    path = Path(out)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"--out {out!r} must end in .safetensors")
+    if path.exists() and not path.samefile(model):
+        raise ValueError(
+            f"--out {out!r} exists and is not the file of --model: take a new name, or name the "
+            "model's file to change the preset in place"
+        )
+
+
+def _json(options: SampleOptions) -> str:
+    """What is not as in `SampleOptions`, and the steps."""
+    default, options = settings(SampleOptions()), effective(options)
+    told = {
+        name: value
+        for name, value in settings(options).items()
+        if name == "timesteps" or value != default[name]
+    }
+    return json.dumps(told)

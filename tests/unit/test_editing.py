@@ -1,0 +1,374 @@
+"""Editing: what is kept, what is drawn, what does not matter, and what is refused."""
+
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from muse_maskgit_pytorch import Muse, editing
+from muse_maskgit_pytorch.images import record_of, save_png, to_pil, to_tensor
+from muse_maskgit_pytorch.provenance import read_drawings
+from tests import tiny
+
+HALF = editing.box((32, 32), 0, 16, 32, 32)
+
+
+@pytest.fixture(scope="module")
+def muse(t5: str) -> Any:
+    """Pictures of 16, then 32 pixels, in 4 x 4 and 8 x 8 tokens of 4 pixels."""
+    torch.manual_seed(1)
+    vae, text = tiny.vae(), dict(t5_name=t5, text_embed_dim=None)
+    base = tiny.maskgit(tiny.transformer(**text), vae=vae, sample_options=dict(timesteps=4))
+    high = tiny.transformer(seq_len=64, **text)
+    superres = tiny.superres(
+        model=high, vae=tiny.vae(), cond_vae=vae, sample_options=dict(timesteps=3)
+    )
+    return Muse(base, superres)
+
+
+def picture(seed: int = 0, height: int = 32, width: int = 32) -> Any:
+    generator = torch.Generator().manual_seed(seed)
+    return to_pil(torch.rand(3, height, width, generator=generator))[0]
+
+
+def pixels(image: Image.Image) -> Any:
+    return (to_tensor(image) * 255).round().int()
+
+
+# Masks ----------------------------------------------------------------------------------------
+
+
+def test_both_conventions_of_mask_images():
+    grey = Image.new("L", (3, 1))
+    grey.putdata([0, 127, 255])
+    assert editing.white(grey).tolist() == [[False, False, True]]
+    clear = Image.new("RGBA", (3, 1))
+    clear.putdata([(9, 9, 9, 255), (255, 255, 255, 0), (9, 9, 9, 128)])
+    assert editing.transparent(clear).tolist() == [[False, True, False]]
+    with pytest.raises(ValueError, match="no transparency: if its white"):
+        editing.transparent(grey)
+
+
+def test_the_box_is_left_top_right_bottom():
+    mask = editing.box((4, 6), 1, 2, 5, 3)
+    assert mask.shape == (4, 6)
+    assert mask.nonzero().tolist() == [[2, 1], [2, 2], [2, 3], [2, 4]]
+    for wrong in [(1, 1, 1, 2), (0, 0, 7, 2), (-1, 0, 2, 2), (3, 0, 2, 2), (0, 3, 2, 2)]:
+        with pytest.raises(ValueError, match="inside the picture's 6 x 4 pixels"):
+            editing.box((4, 6), *wrong)
+
+
+# Pixels ---------------------------------------------------------------------------------------
+
+
+def test_spreading_keeps_what_is_known_and_stays_among_its_values():
+    torch.manual_seed(0)
+    values, known = torch.rand(2, 3, 13, 22), torch.rand(2, 1, 13, 22) < 0.1
+    filled = editing.spread(values, known)
+    assert torch.equal(filled.where(known, values), values)
+    assert filled.max() <= values.where(known, 0.0).max() + 1e-6
+    constant = editing.spread(torch.full_like(values, 0.7).where(known, torch.nan), known)
+    assert torch.allclose(constant, torch.full_like(values, 0.7))
+    assert not editing.spread(values, torch.zeros_like(known)).any()
+
+
+def test_the_composite_keeps_pixels_and_corrects_the_seam():
+    given = torch.full((1, 3, 8, 24), 0.75)
+    drawn = torch.full((1, 3, 8, 24), 0.5)
+    repaint = torch.zeros(1, 1, 8, 24, dtype=torch.bool)
+    repaint[..., 8:] = True
+    row = editing.composite(given, drawn, repaint, feather=4)[0, 0, 0]
+    assert (row[:8] == 0.75).all()
+    # a share of the error of 0.25: 4/4 beside the seam, then 3/4, 2/4, 1/4, 0
+    assert row[8:13].tolist() == pytest.approx([0.75, 0.6875, 0.625, 0.5625, 0.5], abs=0.03)
+    assert (row[12:] == 0.5).all()
+    hard = editing.composite(given, drawn, repaint, feather=0)
+    assert torch.equal(hard, torch.where(repaint, drawn, given))
+
+
+# Inpainting -----------------------------------------------------------------------------------
+
+
+def test_kept_pixels_come_back_exactly(muse):
+    source = picture()
+    [drawn] = editing.inpaint(muse, source, "a red car", HALF, seeds=3)
+    assert torch.equal(pixels(drawn)[:, :16], pixels(source)[:, :16])
+    assert not torch.equal(pixels(drawn)[:, 16:], pixels(source)[:, 16:])
+    [raw] = editing.inpaint(muse, source, "a red car", HALF, seeds=3, blend=False)
+    assert not torch.equal(pixels(raw)[:, :16], pixels(source)[:, :16])
+
+
+def test_the_tokens_away_from_the_mask_are_those_of_the_picture(muse):
+    seen = []
+    editing.inpaint(muse, picture(), "a red car", HALF, grow=0, seeds=3, callback=seen.append)
+    source = to_tensor(picture())[None]
+    hidden = editing.spread(source, ~HALF[None, None])
+    ids = muse.superres.vae.encode_to_ids(hidden).flatten(1)
+    steps = [step for step in seen if step.ids.shape[1] == 64]
+    assert len(steps) == 3
+    for step in steps:
+        assert torch.equal(step.ids[:, :32], ids[:, :32])
+        assert not step.mask[:, :32].any()
+    base = [step for step in seen if step.ids.shape[1] == 16]
+    assert len(base) == 4
+    assert all((step.mask.sum(1) <= 8).all() for step in base)
+
+
+def test_what_lies_under_the_mask_does_not_matter(muse):
+    source, other = picture(), picture()
+    other.paste((255, 0, 0), (0, 16, 32, 32))
+    assert source != other
+    arguments: Any = dict(texts="a red car", masks=HALF, seeds=3)
+    drawn = editing.inpaint(muse, source, **arguments)
+    assert editing.inpaint(muse, other, **arguments) == drawn
+    other.paste((255, 0, 0), (0, 0, 4, 4))  # what is kept does
+    assert editing.inpaint(muse, other, **arguments) != drawn
+
+
+def test_text_seed_and_negative_text_matter(muse):
+    def draw(text: str | None = "a red car", **changes: Any) -> Any:
+        return editing.inpaint(muse, picture(), text, HALF, **{"seeds": 3, **changes})
+
+    assert draw() == draw()
+    assert draw("two cats") != draw()
+    assert draw(None) != draw()
+    assert draw(None) == draw("")
+    assert draw(seeds=4) != draw()
+    assert draw(negative_texts="blurred") != draw()
+
+
+def test_a_full_mask_is_generation(muse):
+    whole = torch.ones(32, 32, dtype=torch.bool)
+    with pytest.warns(UserWarning, match="repaints the whole picture"):
+        drawn = editing.inpaint(muse, picture(), "a red car", whole, seeds=3)
+    assert drawn == muse("a red car", seeds=3)
+
+
+def test_one_for_all_or_one_each(muse):
+    sources, texts = [picture(0), picture(1)], ["a red car", "two cats"]
+    masks = [HALF, editing.box((32, 32), 0, 0, 16, 32)]
+    both = editing.inpaint(muse, sources, texts, masks, seeds=[3, 4])
+    alone = [
+        editing.inpaint(muse, source, text, mask, seeds=seed)[0]
+        for source, text, mask, seed in zip(sources, texts, masks, [3, 4], strict=True)
+    ]
+    assert both == alone
+    shared = editing.inpaint(muse, sources[0], texts, masks[0], seeds=[3, 4])
+    assert shared[0] == both[0]
+    assert len(editing.inpaint(muse, sources[0], texts[0], masks[0], seeds=[3, 4, 5])) == 3
+
+
+def test_a_base_alone_is_edited_too(muse):
+    alone = Muse(muse.base)
+    mask = editing.box((16, 16), 0, 8, 16, 16)
+    [drawn] = editing.inpaint(alone, picture(0, 16, 16), "a red car", mask, seeds=3)
+    assert drawn.size == (16, 16)
+    assert torch.equal(pixels(drawn)[:, :8], pixels(picture(0, 16, 16))[:, :8])
+
+
+def test_sizes_that_differ_are_scaled_and_said(muse):
+    with pytest.warns(UserWarning, match="picture of 64 x 64 pixels is scaled to 32 x 32$"):
+        editing.inpaint(muse, picture(0, 64, 64), "a", editing.box((64, 64), 0, 0, 32, 64))
+    with pytest.warns(UserWarning, match="48 x 32 .* scaled to 32 x 32, and its margins are cut"):
+        editing.inpaint(muse, picture(0, 32, 48), "a", editing.box((32, 48), 0, 0, 24, 32))
+    mask = editing.box((64, 64), 0, 32, 64, 64)
+    with pytest.warns(UserWarning, match="mask of 64 x 64 pixels is scaled to its picture's 32"):
+        scaled = editing.inpaint(muse, picture(), "a", mask, seeds=3)
+    assert scaled == editing.inpaint(muse, picture(), "a", HALF, seeds=3)
+
+
+def test_another_size_than_trained(muse):
+    mask = editing.box((32, 64), 32, 0, 64, 32)
+    source = picture(0, 32, 64)
+    [drawn] = editing.inpaint(muse, source, "a", mask, seeds=3, image_size=(32, 64))
+    assert drawn.size == (64, 32)
+    assert torch.equal(pixels(drawn)[..., :32], pixels(source)[..., :32])
+
+
+# Outpainting ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "sides",
+    [dict(right=16), dict(left=5, bottom=70), dict(left=40, top=40, right=40, bottom=40)],
+)
+def test_outpainting_adds_what_is_asked_for(muse, sides: dict[str, int]):
+    source = picture()
+    [drawn] = editing.outpaint(muse, source, "a red car", seeds=3, **sides)
+    left, top = sides.get("left", 0), sides.get("top", 0)
+    assert drawn.size == (32 + left + sides.get("right", 0), 32 + top + sides.get("bottom", 0))
+    kept = pixels(drawn)[:, top : top + 32, left : left + 32]
+    assert torch.equal(kept, pixels(source))
+
+
+def test_outpainting_one_window_is_inpainting(muse):
+    [drawn] = editing.outpaint(muse, picture(), "a red car", right=16, seeds=3)
+    window = Image.new("RGB", (32, 32))
+    window.paste(picture().crop((16, 0, 32, 32)), (0, 0))
+    mask = editing.box((32, 32), 16, 0, 32, 32)
+    assert (
+        drawn.crop((16, 0, 48, 32)) == editing.inpaint(muse, window, "a red car", mask, seeds=3)[0]
+    )
+
+
+def test_outpainting_to_an_aspect(muse):
+    assert editing.outpaint(muse, picture(), "a", aspect=2.0)[0].size == (64, 32)
+    assert editing.outpaint(muse, picture(), "a", aspect=0.5)[0].size == (32, 64)
+    assert editing.outpaint(muse, picture(0, 32, 48), "a", aspect=2.0)[0].size == (64, 32)
+
+
+def test_windows_cover_all_and_see_what_is_known():
+    repaint = torch.ones(50, 90, dtype=torch.bool)
+    repaint[10:42, 20:52] = False
+    left = repaint.clone()
+    for window in editing._windows(repaint, (32, 32)):
+        part = left[window]
+        assert part.shape == (32, 32)
+        assert part.any()
+        assert not part.all()  # each has something to go on from
+        left[window] = False
+    assert not left.any()
+
+
+# Variation ------------------------------------------------------------------------------------
+
+
+def test_strength_from_the_picture_to_nothing_of_it(muse):
+    source = picture()
+    assert editing.vary(muse, source, "a red car", strength=0, seeds=3) == [source]
+    assert editing.vary(muse, source, "a red car", strength=1, seeds=3) == muse(
+        "a red car", seeds=3
+    )
+    assert editing.vary(muse, picture(9), "a red car", strength=1.0, seeds=3) == muse(
+        "a red car", seeds=3
+    )
+    rows = editing.vary(muse, source, "a red car", strength=[0.0, 0.5, 1.0], seeds=3)
+    assert rows[0] == source
+    assert rows[1] == editing.vary(muse, source, "a red car", strength=0.5, seeds=4)[0]
+
+
+def test_strength_is_the_share_of_the_tokens(muse):
+    first: list = []
+
+    def look(step: Any) -> None:
+        if step.step == 1 and step.ids.shape[1] == 16:
+            first.append(step)
+
+    source = to_tensor(picture())[None]
+    small = torch.nn.functional.interpolate(source, 16, mode="area")
+    ids = muse.base.vae.encode_to_ids(small).flatten(1)
+    options = muse.base.default_options.replace(timesteps=16)
+    editing.vary(muse, picture(), strength=0.5, seeds=0, base_options=options, callback=look)
+    # one of the 8 open tokens is decided in the first step
+    assert int(first[0].mask.sum()) == 7
+    assert (first[0].ids == ids).sum() >= 8
+
+
+# Mask-free ------------------------------------------------------------------------------------
+
+
+def test_mask_free_editing_draws_a_share_in_each_iteration(muse):
+    seen: list = []
+    [drawn] = editing.free(
+        muse, picture(), "a red car", at=(5,), share=0.25, seeds=3, callback=seen.append
+    )
+    assert len(drawn) == 1
+    base = [step for step in seen if step.ids.shape[1] == 16]
+    assert len(base) == 5
+    source = to_tensor(picture())[None]
+    small = torch.nn.functional.interpolate(source, 16, mode="area")
+    before = muse.base.vae.encode_to_ids(small).flatten(1)
+    changed = torch.zeros(16, dtype=torch.bool)
+    for step in base:
+        assert not step.mask.any()
+        different = (step.ids != before)[0]
+        assert different.sum() <= 4  # a quarter of 16
+        changed |= different
+        before = step.ids
+    assert changed.sum() > 4  # not always the same ones
+
+
+def test_the_pictures_on_the_way_are_those_of_shorter_edits(muse):
+    first, last = editing.free(muse, picture(), "a red car", at=(2, 4), seeds=3)
+    assert editing.free(muse, picture(), "a red car", at=(2,), seeds=3) == [first]
+    assert editing.free(muse, picture(), "two cats", at=(4,), seeds=3) != [last]
+
+
+def test_a_callback_ends_a_mask_free_edit(muse):
+    stages = editing.free(
+        muse, picture(), "a red car", at=(2, 50), seeds=3, callback=lambda step: True
+    )
+    assert len(stages) == 1
+    assert record_of(stages[0][0]) is None  # nothing says when it stopped
+
+
+# Records, refusals ----------------------------------------------------------------------------
+
+
+def test_an_edit_says_how_it_was_made(muse, tmp_path):
+    images = editing.inpaint(muse, picture(), ["a", "b"], HALF, seeds=3, negative_texts="c")
+    save_png(images[1], tmp_path / "a.png")
+    [drawing] = read_drawings(tmp_path / "a.png")
+    assert drawing.prompts == ("a", "b")
+    assert drawing.negatives == ("c", "c")
+    assert drawing.rows == (1,)
+    assert drawing.options["superres"].seeds == [3, 4]
+    assert drawing.edit is not None
+    assert drawing.edit["kind"] == "inpaint"
+    assert drawing.edit["feather"] == 8
+    assert len(set(drawing.edit["pictures"])) == 1
+    with pytest.raises(ValueError, match=r"made from another picture.*muse edit inpaint"):
+        muse.like(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        (dict(masks=torch.zeros(32, 32, dtype=torch.bool)), "repaints nothing"),
+        (dict(masks=torch.ones(32, 32)), "boolean tensor"),
+        (dict(masks=Image.new("L", (32, 32))), r"white\(mask\).*transparent\(mask\)"),
+        (dict(masks=[]), "masks is empty"),
+        (dict(pictures=[]), "pictures is empty"),
+        (dict(pictures=torch.rand(3, 32, 32) * 255), r"in \[0, 1\]: divide bytes"),
+        (dict(pictures=torch.full((3, 32, 32), torch.nan)), "look for NaN"),
+        (dict(pictures=torch.zeros(1, 32, 32)), r"float tensor \(3, H, W\)"),
+        (dict(pictures=torch.zeros(3, 32, 32, dtype=torch.uint8)), "float tensor"),
+        (dict(texts=["a", "b"], seeds=[1, 2, 3]), "2 texts for 3 pictures"),
+        (dict(texts=["a", "b", "c"], negative_texts=["d", "e"]), "2 negative_texts for 3"),
+        (dict(masks=[HALF, HALF], texts=["a"] * 3), "2 masks or strengths for 3"),
+        (dict(feather=-1), "feather must be at least 0"),
+        (dict(grow=-1), "grow must be at least 0"),
+        (dict(image_size=30), "30 is no positive multiple of 8"),
+    ],
+)
+def test_what_inpainting_refuses(muse, changes: dict[str, Any], says: str):
+    arguments: dict[str, Any] = {"pictures": picture(), "texts": "a", "masks": HALF, **changes}
+    with pytest.raises(ValueError, match=says):
+        editing.inpaint(muse, **arguments)
+
+
+def test_what_the_others_refuse(muse):
+    with pytest.raises(ValueError, match="nothing to add"):
+        editing.outpaint(muse, picture(), "a")
+    with pytest.raises(ValueError, match="nothing to add"):
+        editing.outpaint(muse, picture(), "a", aspect=1.0)
+    with pytest.raises(ValueError, match="must not be negative"):
+        editing.outpaint(muse, picture(), "a", left=-4)
+    with pytest.raises(ValueError, match="without further sides"):
+        editing.outpaint(muse, picture(), "a", left=4, aspect=2.0)
+    with pytest.raises(ValueError, match="aspect"):
+        editing.outpaint(muse, picture(), "a", aspect=float("nan"))
+    with pytest.raises(ValueError, match="one by one"):
+        editing.outpaint(muse, [picture(), picture(0, 32, 48)], "a", left=4)
+    for strength in (-0.1, 1.5, float("nan")):
+        with pytest.raises(ValueError, match=r"strength must be in \[0, 1\]"):
+            editing.vary(muse, picture(), "a", strength=strength)
+    with pytest.raises(ValueError, match="rising iterations"):
+        editing.free(muse, picture(), "a", at=(50, 20))
+    with pytest.raises(ValueError, match="rising iterations"):
+        editing.free(muse, picture(), "a", at=())
+    with pytest.raises(ValueError, match="share"):
+        editing.free(muse, picture(), "a", share=0.0)
+    with pytest.raises(ValueError, match="top_k 99 is over"):
+        editing.free(muse, picture(), "a", top_k=99)
