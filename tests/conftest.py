@@ -15,7 +15,7 @@ from tests import shapes
 # The shape annotations of the core become assertions.
 CORE = """structures vqgan_vae quantizer text masking layers transformer sampling maskgit muse
 images provenance features foreign evaluation.metrics evaluation.tokenizer
-evaluation.generator evaluation.tuning training.gan"""
+evaluation.generator words training.gan"""
 jaxtyping.install_import_hook(
     [f"muse_maskgit_pytorch.{name}" for name in CORE.split()], f"{shapes.__name__}.check"
 )

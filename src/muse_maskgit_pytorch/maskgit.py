@@ -22,7 +22,7 @@ from .checkpoint import Saveable
 from .masking import draw_mask, mask_ratio, mask_tokens
 from .sampling import Denoiser, choose_tokens, sample_tokens
 from .structures import Conditioning, LossTerms, SampleOptions, SampleStep, Schedule, TextEmbeds
-from .text import get_text_encoder
+from .text import LongTexts, get_text_encoder
 from .transformer import MaskGitTransformer, SelfCritic, TokenCritic
 from .vqgan_vae import ImageTokenizer
 
@@ -214,10 +214,13 @@ class MaskGit(Saveable):
         text_embeds: TextEmbeds | Float[Tensor, "B L E"] | None = None,
         *,
         allow_empty: bool = False,
+        long: LongTexts = "windows",
     ) -> TextEmbeds:
         """Captions, or embeddings made elsewhere, as `TextEmbeds` on this model's device.
 
-        An empty one, where it is allowed, is no text at all, as after the training's dropout.
+        An empty one, where it is allowed, is no text at all, as after the training's dropout. What
+        is longer than the encoder reads is read in windows, or cut, as in training, with a warning
+        (`TextEncoder.encode`).
 
         Raises:
             ValueError: both or neither given, no texts, or an empty one unless ``allow_empty``.
@@ -237,7 +240,7 @@ class MaskGit(Saveable):
         if empty and not allow_empty:
             raise ValueError(f"text {empty[0]} of {len(texts)} is empty: write what to draw")
         encoder = get_text_encoder(self.transformer.t5_name, self.transformer.max_text_len)
-        text = encoder.encode(texts, self.device)
+        text = encoder.encode(texts, self.device, long)
         seen = torch.tensor([bool(text.strip()) for text in texts], device=self.device)
         return TextEmbeds(text.embeds, text.mask & seen[:, None])
 
@@ -311,7 +314,7 @@ class MaskGit(Saveable):
             cond = self.encode_cond(cond_images, cond_ids)
         if ids.shape[1] != self.fmap_size**2:
             raise ValueError(f"{ids.shape[1]} ids per image, this model has {self.fmap_size**2}")
-        text = self.embed_texts(texts, text_embeds)
+        text = self.embed_texts(texts, text_embeds, long="cut")
         if len(text.mask) != len(ids):
             raise ValueError(f"{len(text.mask)} texts for {len(ids)} images")
         if cond is not None and len(cond) != len(ids):

@@ -371,3 +371,23 @@ def test_hooks_are_gone_whatever_happens(muse):
     with pytest.raises(ValueError, match="text 1 of 2 is empty"):
         replace_words(muse, "", "a red car", weights={"red": 2})
     assert hooks(muse) == 0
+
+
+LONG = "a red car and a blue bus in the rain by the sea"  # far more than 12 tokens
+
+
+@pytest.mark.filterwarnings("ignore:1 caption", "ignore:2 caption")
+def test_words_of_a_prompt_longer_than_the_encoder_reads(t5, drawn):
+    """All of it reaches the model, its last word can be scaled, and the laws hold."""
+    base = Muse(tiny.maskgit(tiny.transformer(t5_name=t5, text_embed_dim=16, max_text_len=12)))
+    options = BASE.replace(timesteps=12, cond_scale=6.0)
+    for texts in ([LONG], [LONG[:-3] + "bay"]):
+        base(texts, seeds=1, base_options=options)
+    emphasise(base, LONG, {"sea": 5}, seeds=1, base_options=options)
+    emphasise(base, LONG, {"sea": 1}, seeds=1, base_options=options)
+    replace_words(base, LONG, LONG, cross_share=1, seeds=1, base_options=options)
+    plain, other, scaled, same, pair = drawn
+    assert not torch.equal(plain, other)
+    assert not torch.equal(plain, scaled)
+    assert torch.equal(plain, same)
+    assert torch.equal(plain.repeat(2, 1), pair)

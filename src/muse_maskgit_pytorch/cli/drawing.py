@@ -187,7 +187,9 @@ def progress(
     total = None
     if timesteps is not None:
         total = sum(steps if isinstance(steps, int) else max(steps) for steps in timesteps)
-    with tqdm(total=total, desc="sampling", unit="step", dynamic_ncols=True) as bar:
+    look = dict(desc="sampling", unit="step", dynamic_ncols=True)
+    # shown from the first step on: warnings and refusals before it keep a line of their own
+    with tqdm(total=total, delay=1e-3, **look) as bar:
 
         def advance(step: SampleStep) -> None:
             bar.update()

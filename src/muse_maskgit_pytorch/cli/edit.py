@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -199,10 +200,10 @@ def default_of(edit: Callable, name: str) -> Any:
 
 
 def labels(config: Namespace) -> list[str]:
-    """What each result is of, in their order."""
-    turns = [f" after {iteration}" for iteration in config.get("at", [])] or [""]
+    """What each result is of, in their order, to stand behind its seed."""
+    turns = [f", after {iteration}" for iteration in config.get("at", [])] or [""]
     prompts = [prompt for prompt in config.prompts or [""] for _ in range(config.count)]
-    return [prompt + turn for prompt in prompts for turn in turns]
+    return [turn + (prompt and f": {prompt}") for prompt in prompts for turn in turns]
 
 
 def read_picture(config: Namespace) -> Image.Image:
@@ -303,7 +304,7 @@ def draw(
     parts = new_drawings(prompts, config, model)
     images: list[Image.Image] = []
     total = None if steps is None else [number for part in parts for number in steps(part)]
-    with progress(total) as bar:
+    with progress(total) as bar, warnings.catch_warnings():
         for part in parts:
             images += edit(
                 model,
@@ -316,6 +317,7 @@ def draw(
                 callback=bar,
                 **arguments,
             )
+            warnings.filterwarnings("ignore", "a (picture|mask) ")  # the same for every batch
     return images
 
 
@@ -349,7 +351,7 @@ def write(
             drawing = record(result)
             [row], seeds = drawing.rows, drawing.options["base"].seeds
             assert isinstance(seeds, list)
-            shown.append((result, f"seed {seeds[row]}: {name}" if name else f"seed {seeds[row]}"))
+            shown.append((result, f"seed {seeds[row]}{name}"))
         images, captions = zip(*shown, strict=True)
         out = image_grid(images, math.ceil(math.sqrt(len(images))), captions)
     save_png(out, config.out)

@@ -101,6 +101,9 @@ def tune_parser() -> Parser:
         help="file of all figures, a line each: an interrupted search goes on from it",
     )
     parser.add_argument("--batch_size", type=int, default=64, help="images drawn together")
+    parser.add_argument(
+        "--bf16", type=bool, default=False, help="draw in bfloat16: faster on many machines"
+    )
     parser.add_argument("--device", type=str | None, help="by default a GPU where there is one")
     return parser
 
@@ -129,6 +132,7 @@ def tune(argv: list[str]) -> None:
         seeds=config.seeds,
         results=results,
         batch_size=config.batch_size,
+        bf16=config.bf16,
     )
     found = start
     try:

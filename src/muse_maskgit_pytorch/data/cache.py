@@ -44,7 +44,7 @@ class TokenCache(Dataset):
             cond = maskgit.encode_cond(None, None, images)
             if cond is not None:
                 cond_ids.append(cond.int().cpu())
-            text = maskgit.embed_texts(batch["text"])
+            text = maskgit.embed_texts(batch["text"], long="cut")
             rows = zip(text.embeds.half().cpu(), text.mask.cpu(), strict=True)
             self.embeds += [embeds[mask] for embeds, mask in rows]
         self.ids = torch.cat(ids)

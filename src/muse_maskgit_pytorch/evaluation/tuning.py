@@ -132,6 +132,7 @@ class Trials:
         turns: draws of all captions; each number stands for other noise.
         results: where the figures are kept.
         batch_size: images drawn together.
+        bf16: draw in bfloat16 autocast.
         setup: what else decides the figures, to tell them apart in ``results``.
     """
 
@@ -143,8 +144,10 @@ class Trials:
         turns: Sequence[int],
         results: Results | None = None,
         batch_size: int = 64,
+        bf16: bool = False,
         setup: Mapping[str, Any] | None = None,
     ):
+        self._bf16 = bf16
         self.judge, self._stage, self._turns = judge, stage, list(turns)
         self._results, self._batch_size = results or Results(), batch_size
         self._text = stage.embed_texts(judge.captions)
@@ -157,6 +160,7 @@ class Trials:
             "images": _digest(images),
             "turns": self._turns,
             "device": stage.device.type,
+            "bf16": bf16,
             **(setup or {}),
         }
 
@@ -171,7 +175,7 @@ class Trials:
     def _figures(self, options: SampleOptions) -> Figures:
         rows, drawn = 0, []
 
-        def count(network: MaskGitTransformer, arguments: tuple[Tensor, ...]) -> None:
+        def count(network: MaskGitTransformer, arguments: tuple[Any, ...]) -> None:
             nonlocal rows
             rows += len(arguments[0])
 
@@ -192,11 +196,13 @@ class Trials:
             yield slice(at, min(at + self._batch_size, len(self.judge.captions)))
 
     def _draw(self, options: SampleOptions, turn: int, part: slice) -> Tensor:
-        return self._stage.generate(
-            text_embeds=TextEmbeds(self._text.embeds[part], self._text.mask[part]),
-            cond_images=None if self._cond is None else self._cond[part],
-            options=options.replace(seeds=turn * 100_000 + part.start),
-        ).cpu()
+        with torch.autocast(self._stage.device.type, torch.bfloat16, enabled=self._bf16):
+            images = self._stage.generate(
+                text_embeds=TextEmbeds(self._text.embeds[part], self._text.mask[part]),
+                cond_images=None if self._cond is None else self._cond[part],
+                options=options.replace(seeds=turn * 100_000 + part.start),
+            )
+        return images.float().cpu()
 
 
 def make_trials(
@@ -210,6 +216,7 @@ def make_trials(
     seeds: int = 2,
     results: Results | None = None,
     batch_size: int = 64,
+    bf16: bool = False,
 ) -> tuple[Trials, Trials]:
     """Trials on two fixed halves of captioned images, with different seeds.
 
@@ -226,6 +233,7 @@ def make_trials(
         seeds: draws of each caption.
         results: as in `Trials`; both share it.
         batch_size: as in `Trials`.
+        bf16: as in `Trials`.
 
     Returns:
         what to search on, and what to report on.
@@ -259,7 +267,7 @@ def make_trials(
             gallery=everything[rest],
             batch_size=8,  # the fastest on a CPU, and a GPU does not mind
         )
-        halves.append(Trials(stage, judge, images[rows], turns, results, batch_size, setup))
+        halves.append(Trials(stage, judge, images[rows], turns, results, batch_size, bf16, setup))
     return halves[0], halves[1]
 
 
