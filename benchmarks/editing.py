@@ -39,7 +39,8 @@ STRENGTHS = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
 
 
 def load(folder: Path) -> tuple[list[str], Tensor]:
-    items = list(ImageFolder(str(folder), 128, captions=True))
+    dataset = ImageFolder(str(folder), 128, captions=True)
+    items = [dataset[row] for row in range(len(dataset))]
     return [item["text"] for item in items], torch.stack([item["image"] for item in items])
 
 

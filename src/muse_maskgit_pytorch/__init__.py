@@ -1,8 +1,8 @@
 """The complete Muse: text-to-image generation by masked generative transformers, in PyTorch.
 
 Reading order: structures, vqgan_vae, quantizer, text, masking, layers, transformer, sampling,
-maskgit, muse. Around them: checkpoint, images, provenance, features, foreign, data, training,
-evaluation, cli.
+maskgit, muse. Around them: editing, words, checkpoint, images, provenance, features, foreign, data,
+training, evaluation, cli.
 
 Public names are loaded on first use, so that importing the package is fast.
 """

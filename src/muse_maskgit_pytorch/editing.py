@@ -29,7 +29,6 @@ from torch import Tensor
 from .images import to_pil, to_tensor
 from .maskgit import ImageSize, MaskGit
 from .muse import Muse
-from .provenance import Drawing, made_by, stamp
 from .sampling import per_row, sample_tokens
 from .structures import SampleOptions, SampleStep
 
@@ -37,6 +36,8 @@ Picture = Image.Image | Float[Tensor, "3 H W"]  # a tensor is RGB in [0, 1]
 Mask = Bool[Tensor, "H W"]
 
 SEED_STEP = 1_000_003  # from one part of an edit to the next: far apart, so that no seeds meet
+
+LARGEST = 16_384  # pixels of a side, to outpaint up to
 
 
 # Masks ----------------------------------------------------------------------------------------
@@ -188,6 +189,8 @@ def outpaint(
         right, bottom = wide - left, high - top
     if not (left or top or right or bottom):
         raise ValueError("nothing to add: give left, top, right or bottom in pixels, or an aspect")
+    if max(size := (left + width + right, top + height + bottom)) > LARGEST:
+        raise ValueError(f"{size[0]} x {size[1]} pixels: a side may have {LARGEST}")
 
     images = F.pad(edit.images, (left, right, top, bottom))
     repaint = F.pad(torch.zeros_like(edit.images[:1, :1]), (left, right, top, bottom), value=1) > 0
@@ -514,21 +517,10 @@ class _Edit:
         self, images: Float[Tensor, "B 3 H W"], kind: str, **facts: Any
     ) -> list[Image.Image]:
         """Pictures with the record of the edit, unless the callback cut it short."""
-        pictures = to_pil(images)
         if self.stops:
-            return pictures
-        drawing = Drawing(
-            prompts=tuple(self.texts),
-            negatives=None if self.negative_texts is None else tuple(self.negative_texts),
-            options=self.options,
-            rows=tuple(range(len(pictures))),
-            model=self.muse.fingerprint,
-            made_by=made_by(self.muse.device),
-            image_size=pictures[0].size[::-1],
-            edit={"kind": kind, **facts, "pictures": [_digest(image) for image in self.images]},
-        )
-        stamp(pictures, drawing)
-        return pictures
+            return to_pil(images)
+        edit = {"kind": kind, **facts, "pictures": [_digest(image) for image in self.images]}
+        return self.muse.signed(images, self.texts, self.negative_texts, self.options, edit)
 
 
 def _stages(muse: Muse) -> dict[str, MaskGit]:

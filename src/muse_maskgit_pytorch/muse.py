@@ -91,20 +91,41 @@ class Muse(Saveable):
             return stop
 
         watch = watched if callback else None
-        images = to_pil(self._stages(texts, text, negative_texts, options, image_size, watch)[-1])
-        if texts is not None and not stopped:
-            prompts = [texts] if isinstance(texts, str) else texts
-            drawing = Drawing(
-                prompts=tuple(prompts),
-                negatives=_each(negative_texts, len(prompts)),
-                options=options,
-                rows=tuple(range(len(images))),
-                model=self.fingerprint,
-                made_by=made_by(self.device),
-                image_size=images[0].size[::-1],
-            )
-            stamp(images, drawing)
-        return images
+        images = self._stages(texts, text, negative_texts, options, image_size, watch)[-1]
+        if texts is None or stopped:
+            return to_pil(images)
+        return self.signed(images, texts, negative_texts, options)
+
+    def signed(
+        self,
+        images: Float[Tensor, "B 3 H W"],
+        texts: Sequence[str] | str,
+        negative_texts: Sequence[str] | str | None,
+        options: dict[str, SampleOptions],
+        edit: dict[str, Any] | None = None,
+    ) -> list[Image.Image]:
+        """PIL pictures that carry the record of how they were drawn (`provenance`).
+
+        Args:
+            images: a whole batch.
+            texts: what it was drawn of.
+            negative_texts: likewise.
+            options: of each stage, with a seed for every row.
+            edit: what else decided it; see `Drawing`.
+        """
+        pictures = to_pil(images)
+        drawing = Drawing(
+            prompts=(texts,) if isinstance(texts, str) else tuple(texts),
+            negatives=_each(negative_texts, len(pictures)),
+            options=options,
+            rows=tuple(range(len(pictures))),
+            model=self.fingerprint,
+            made_by=made_by(self.device),
+            image_size=pictures[0].size[::-1],
+            edit=edit,
+        )
+        stamp(pictures, drawing)
+        return pictures
 
     @torch.no_grad()
     def stages(

@@ -51,8 +51,8 @@ class Drawing:
         model: `fingerprint` of the model; "" in a drawing that is yet to be made.
         made_by: "package" and "torch", the versions, and "device", its type.
         image_size: height and width in pixels; None: the model's own.
-        edit: of an edited picture, "kind" (which command of `muse edit`), its settings, and short
-            names of the pixels of the pictures and masks it was made from; else None.
+        edit: of an edited picture, "kind" (the function of `editing`, or "words"), its settings,
+            and short names of the pixels of the pictures and masks it was made from; else None.
     """
 
     prompts: tuple[str, ...]
@@ -98,8 +98,8 @@ class Drawing:
         """
         if self.edit is not None:
             raise ValueError(
-                f"{source} was made from another picture, which is not in the file: repeat it with "
-                f"muse edit {self.edit['kind']}"
+                f"{source} was edited ({self.edit['kind']}) and does not hold all that it was made "
+                "of: repeat the edit, whose settings muse inspect shows"
             )
         if self.model != fingerprint:
             raise ValueError(

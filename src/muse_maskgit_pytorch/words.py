@@ -48,6 +48,11 @@ def emphasise(
     texts: Sequence[str] | str,
     weights: Weights | Sequence[Weights],
     *,
+    negative_texts: Sequence[str] | str | None = None,
+    seeds: int | Sequence[int] | None = None,
+    base_options: SampleOptions | None = None,
+    superres_options: SampleOptions | None = None,
+    preset: str | None = None,
     image_size: ImageSize | None = None,
     **arguments: Any,
 ) -> list[Image.Image]:
@@ -59,20 +64,37 @@ def emphasise(
         weights: word or phrase -> factor of its attention: 1 is none, 0 takes the word away while
             its neighbours stay as they are, negative ones turn it round; the paper uses -2 to 2.
             One mapping for all texts, each of which must then have all of its words, or one each.
+        negative_texts: as in calling the model, and so the following.
+        seeds: one for each picture, or an integer s for s, s + 1, ...; None: random.
+        base_options: sampling of the base.
+        superres_options: sampling of the super-resolution.
+        preset: named options of both.
         image_size: of the pictures.
-        **arguments: further ones of calling the model: negative_texts, seeds, base_options,
-            superres_options, preset, callback.
+        **arguments: further ones of `Muse.stages`: canvases, callback. Pictures drawn with these
+            carry no record, as it would not say all.
 
     Returns:
-        B pictures, without a record: `Muse.like` could not draw them again. Factors of 1 give those
-        of calling the model.
+        B pictures. Factors of 1 give those of calling the model.
 
     Raises:
         ValueError: a word that the text does not have, a factor that is no number.
     """
     texts = [texts] if isinstance(texts, str) else list(texts)
-    with _emphasised(muse, texts, per_row(weights, len(texts), "weights"), image_size):
-        return to_pil(muse.stages(texts, image_size=image_size, **arguments)[-1])
+    own = [dict(mapping) for mapping in per_row(weights, len(texts), "weights")]
+    options = muse.seeded_options(len(texts), seeds, base_options, superres_options, preset)
+    with _emphasised(muse, texts, own, image_size):
+        images = muse.stages(
+            texts,
+            negative_texts=negative_texts,
+            base_options=options["base"],
+            superres_options=options.get("superres"),
+            image_size=image_size,
+            **arguments,
+        )[-1]
+    if arguments:
+        return to_pil(images)
+    edit = {"kind": "words", "weights": own}
+    return muse.signed(images, texts, negative_texts, options, edit)
 
 
 def replace_words(
@@ -111,7 +133,7 @@ def replace_words(
         image_size: of the pictures.
 
     Returns:
-        B pairs (source, target), without a record. The source is what the model draws of it alone.
+        B pairs (source, target). The source is what the model draws of it alone.
 
     Raises:
         ValueError: numbers of prompts that differ, a share outside of [0, 1], and what `emphasise`
@@ -127,8 +149,8 @@ def replace_words(
     negatives = [negative_texts] if isinstance(negative_texts, str) else negative_texts
     if negatives is not None and len(negatives) > 1:
         negatives = per_row(negatives, batch, "negative_texts") * 2
-    plain: list[Weights] = [{}] * batch
-    scaled = plain + per_row(weights or {}, batch, "weights")
+    scaled: list[Weights] = [{}] * batch
+    scaled += [dict(mapping) for mapping in per_row(weights or {}, batch, "weights")]
     options = muse.seeded_options(batch, seeds, base_options, superres_options, preset)
     options = {stage: _twice(given, batch) for stage, given in options.items()}
 
@@ -152,7 +174,8 @@ def replace_words(
             image_size=image_size,
             callback=maps.count,
         )[-1]
-    pictures = to_pil(images)
+    edit = {"kind": "words", "cross_share": cross_share, "weights": scaled}
+    pictures = muse.signed(images, sources + targets, negatives, options, edit)
     return list(zip(pictures[:batch], pictures[batch:], strict=True))
 
 

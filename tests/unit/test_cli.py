@@ -31,6 +31,7 @@ from muse_maskgit_pytorch import (
     VQGanVAETrainer,
 )
 from muse_maskgit_pytorch.checkpoint import SHIPPED, load_tree
+from muse_maskgit_pytorch.cli import drawing
 from muse_maskgit_pytorch.cli import generate as generating
 from muse_maskgit_pytorch.cli import train as training
 from muse_maskgit_pytorch.cli.film import Film
@@ -451,9 +452,9 @@ def test_the_bar_counts_every_sampling_step(muse_file: Path, monkeypatch):
         def update(self) -> None:
             ticks.append(1)
 
-    monkeypatch.setattr(generating, "tqdm", Bar)
+    monkeypatch.setattr(drawing, "tqdm", Bar)
     model = Muse.from_pretrained(muse_file)
-    with generating._progress([24, 8]) as callback:
+    with drawing.progress([24, 8]) as callback:
         model(["a red cross", "a"], callback=callback)
     assert ticks[0] == 32
     assert 0 < len(ticks[1:]) <= 32  # one for each step; fewer where there are fewer tokens

@@ -30,7 +30,6 @@ SEAM = {
     "feather": "pixels of the new part over which the seam is smoothed",
     "grow": "how many pixels around the new part have their tokens drawn anew",
 }
-Labelled = list[tuple[Image.Image, str]]
 
 
 # The commands ---------------------------------------------------------------------------------
@@ -70,9 +69,7 @@ def inpaint(argv: list[str]) -> None:
     shown = Image.fromarray(mask.byte().numpy() * 255)
     masked.paste(GREY, mask=shown.resize(picture.size, Image.Resampling.NEAREST))
     results = draw(config, editing.inpaint, picture, masks=mask)
-    write(
-        config, results, lambda size: [(fit(picture, size), "given"), (fit(masked, size), "masked")]
-    )
+    write(config, results, fit(picture, results[0]), fit(masked, results[0]))
 
 
 def outpaint_parser() -> Parser:
@@ -97,16 +94,12 @@ def outpaint(argv: list[str]) -> None:
         config.aspect = ratio(config.aspect)
     results = draw(config, editing.outpaint, read_picture(config), steps=None)
     added = record(results[0]).edit or {}
+    masked = Image.new("RGB", results[0].size, GREY)
     left, top = added["left"], added["top"]
-
-    def before(size: tuple[int, int]) -> Labelled:
-        right, bottom = size[0] - added["right"], size[1] - added["bottom"]
-        given = results[0].crop((left, top, right, bottom))  # kept exactly
-        canvas = Image.new("RGB", size, GREY)
-        canvas.paste(given, (left, top))
-        return [(given, "given"), (canvas, "masked")]
-
-    write(config, results, before)
+    right, bottom = masked.width - added["right"], masked.height - added["bottom"]
+    given = results[0].crop((left, top, right, bottom))  # it is kept exactly
+    masked.paste(given, (left, top))
+    write(config, results, given, masked)
 
 
 def free_parser() -> Parser:
@@ -147,7 +140,7 @@ def free(argv: list[str]) -> None:
         return [max(config.at, default=0), *finish * len(config.at)]
 
     results = draw(config, picture_by_picture, picture, steps)
-    write(config, results, lambda size: [(fit(picture, size), "given")])
+    write(config, results, fit(picture, results[0]))
 
 
 def vary_parser() -> Parser:
@@ -162,7 +155,7 @@ def vary(argv: list[str]) -> None:
     config = vary_parser().read(argv)
     picture = read_picture(config)
     results = draw(config, editing.vary, picture)
-    write(config, results, lambda size: [(fit(picture, size), "given")])
+    write(config, results, fit(picture, results[0]))
 
 
 # What they share ------------------------------------------------------------------------------
@@ -225,7 +218,8 @@ def read_picture(config: Namespace) -> Image.Image:
     for file in [Path(config.out), *(each_files(config.each, names) if config.each else [])]:
         if file.exists() and any(file.samefile(source) for source in sources):
             raise ValueError(
-                f"{file} is to be edited and would be overwritten: choose another --out or --each"
+                f"{file} is one of the given files and would be overwritten: choose another --out "
+                "or --each"
             )
     return picture
 
@@ -325,20 +319,18 @@ def record(result: Image.Image) -> Drawing:
     return from_json(record_of(result) or "", "the result")[0]
 
 
-def fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """As the edit scaled it."""
-    return ImageOps.fit(image, size, Image.Resampling.BICUBIC)
+def fit(image: Image.Image, result: Image.Image) -> Image.Image:
+    """As large as the result, as the edit scaled it."""
+    return ImageOps.fit(image, result.size, Image.Resampling.BICUBIC)
 
 
-def write(
-    config: Namespace, results: list[Image.Image], before: Callable[[tuple[int, int]], Labelled]
-) -> None:
+def write(config: Namespace, results: list[Image.Image], *given: Image.Image) -> None:
     """The files.
 
     Args:
         config: of `edit_parser`.
         results: in the order of `labels`.
-        before: what a sheet begins with, with captions, for the size of the results.
+        *given: what a sheet begins with: the picture, and maybe its masked form.
     """
     names = labels(config)
     if config.each:
@@ -346,13 +338,13 @@ def write(
             save_png(image, file)
     out = results[0]
     if len(results) > 1:
-        shown = before(out.size)
+        captions = ["given", "masked"][: len(given)]
         for result, name in zip(results, names, strict=True):
             drawing = record(result)
             [row], seeds = drawing.rows, drawing.options["base"].seeds
             assert isinstance(seeds, list)
-            shown.append((result, f"seed {seeds[row]}{name}"))
-        images, captions = zip(*shown, strict=True)
+            captions.append(f"seed {seeds[row]}{name}")
+        images = [*given, *results]
         out = image_grid(images, math.ceil(math.sqrt(len(images))), captions)
     save_png(out, config.out)
     print(config.out)
