@@ -30,6 +30,7 @@ SMALL = {
     "bundle": "",
     "generate": "",
     "inspect": "",
+    "edit": "",
 }
 # The same for the Python block that trains; each text must occur in it.
 SMALLER = {
@@ -120,7 +121,7 @@ def test_generation_in_python_and_on_the_command_line(folder, environment):
     assert printed.count("size=128x128") == 2
     assert Image.open(folder / "apple.png").size == (128, 128)
 
-    asked = ("muse generate", "muse inspect")
+    asked = ("muse generate", "muse inspect", "muse edit")
     lines = [x for _, body in BLOCKS for x in body.splitlines() if x.startswith(asked)]
     for line in lines:
         command = [sys.executable, "-m", "muse_maskgit_pytorch.cli.main", *shlex.split(line)[1:]]
