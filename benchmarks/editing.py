@@ -61,7 +61,9 @@ def inpainting(muse: Muse, texts: list[str], images: Tensor, size: int, out: Pat
     half = images.shape[-1] // 2
     mask = editing.box((2 * half, 2 * half), 0, half, 2 * half, 2 * half)
     # the skin tones come in turns: far enough for another person and another tone
-    captions = {"right": texts, "wrong": texts[49:] + texts[:49], "none": [""] * len(texts)}
+    shift = min(49, len(texts) // 2)
+    wrong = texts[shift:] + texts[:shift]
+    captions = {"right": texts, "wrong": wrong, "none": [""] * len(texts)}
     found, figures = {}, {}
     for name, given in captions.items():
 
@@ -165,6 +167,8 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=25)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     args = parser.parse_args()
+    if args.pictures is not None and args.pictures < 2:
+        parser.error("--pictures must be at least 2: one is the other's wrong caption")
     args.out.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     muse = Muse.from_pretrained(args.model).to(device)

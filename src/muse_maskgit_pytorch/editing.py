@@ -16,7 +16,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -44,8 +44,12 @@ LARGEST = 16_384  # pixels of a side, to outpaint up to
 
 
 def white(mask: Image.Image) -> Mask:
-    """A mask image whose white is repainted and whose black is kept; grey counts as the nearer."""
-    return torch.from_numpy(np.array(mask.convert("L"))) >= 128
+    """A mask image whose white is repainted and whose black is kept; grey counts as the nearer.
+
+    What is transparent in it is kept: white strokes on an empty layer do.
+    """
+    light = to_tensor(mask).mean(dim=0) >= 0.5
+    return light & ~transparent(mask) if mask.has_transparency_data else light
 
 
 def transparent(mask: Image.Image) -> Mask:
@@ -164,7 +168,7 @@ def outpaint(
         aspect: width / height to reach instead, by adding equally on two sides.
         feather: as in `inpaint`.
         grow: as in `inpaint`.
-        **arguments: as in `inpaint`.
+        **arguments: as in `inpaint`. A callback that stops leaves the windows to come black.
 
     Returns:
         B larger pictures, the given pixels unchanged in them.
@@ -179,9 +183,9 @@ def outpaint(
     if min(sides) < 0:
         raise ValueError(f"left, top, right, bottom {sides} must not be negative")
     if aspect is not None:
-        if any(sides) or not 0 < aspect < math.inf:
+        if any(sides) or not 1 / LARGEST <= aspect <= LARGEST:
             raise ValueError(
-                f"aspect {aspect} must be a positive width / height, without further sides"
+                f"aspect {aspect} must be width / height, positive and sane, without further sides"
             )
         wide = max(0, round(height * aspect) - width)
         high = 0 if wide else max(0, round(width / aspect) - height)
@@ -198,7 +202,9 @@ def outpaint(
         here = repaint[window].expand(len(images), -1, -1, -1)
         images[window] = edit.repainted(images[window], here, feather, grow, part)
         repaint[window] = False
-    added = {"left": left, "top": top, "right": right, "bottom": bottom}
+        if edit.stops:
+            break
+    added = {"left": left, "top": top, "right": right, "bottom": bottom, "window": [*edit.size]}
     return edit.finished(images, "outpaint", **added, feather=feather, grow=grow)
 
 
@@ -223,11 +229,11 @@ def vary(
     Raises:
         ValueError: as `inpaint`; a strength beyond [0, 1].
     """
-    number = len(strength) if isinstance(strength, Sequence) else 1
-    edit = _Edit.of(muse, pictures, texts, number, **arguments)
+    given = list(strength) if isinstance(strength, Sequence) else [strength]
+    if not all(isinstance(share, (int, float)) and 0 <= share <= 1 for share in given):
+        raise ValueError(f"strength must be in [0, 1], not {strength!r}")
+    edit = _Edit.of(muse, pictures, texts, len(given), **arguments)
     strengths = [float(share) for share in per_row(strength, len(edit.texts), "strength")]
-    if not all(0 <= share <= 1 for share in strengths):
-        raise ValueError(f"strength must be in [0, 1], not {strength}")
     grid = muse.base.grid(edit.stage_size("base"))
     ranks = torch.stack([_shuffled(math.prod(grid), seed) for seed in edit.seeds])
     wanted = torch.tensor([round(share * math.prod(grid)) for share in strengths])[:, None]
@@ -246,7 +252,7 @@ def free(
     *,
     at: Sequence[int] = (100,),
     share: float = 0.08,
-    cond_scale: float = 4.0,
+    cond_scale: float = 5.0,
     top_k: int = 3,
     **arguments: Any,
 ) -> list[list[Image.Image]]:
@@ -262,7 +268,7 @@ def free(
         texts: what the pictures are to show.
         at: iterations after which pictures are drawn, rising; the last one is the end.
         share: of the tokens that are drawn anew in each iteration, in (0, 1].
-        cond_scale: guidance.
+        cond_scale: guidance; the paper's t = 4 is 1 + t here.
         top_k: the tokens to choose from; 0: all.
         **arguments: as in `inpaint`. Of ``base_options`` the temperature, the limits of the token
             choice and the seeds are used. The callback sees a step for each iteration; returning
@@ -275,9 +281,8 @@ def free(
         ValueError: as `inpaint`; an empty or falling ``at``, a share beyond (0, 1].
     """
     edit = _Edit.of(muse, pictures, texts, **arguments)
-    at = list(at)
-    if not at or at != sorted(set(at)) or at[0] < 1:
-        raise ValueError(f"at must be rising iterations from 1 on, not {at}")
+    if not _whole(at) or list(at) != sorted(set(at)) or at[0] < 1:
+        raise ValueError(f"at must be a list of rising iterations from 1 on, not {at}")
     if not 0 < share <= 1:
         raise ValueError(f"share must be in (0, 1], not {share}")
     base, mask_id = muse.base, muse.base.transformer.mask_id
@@ -287,7 +292,9 @@ def free(
         guidance_schedule="constant",
         top_k=top_k,
         policy="random",  # one step draws all that is masked: no order
+        temperature_end=None,
     )
+    used = {**edit.options, "base": options}
     text = base.embed_texts(edit.texts, allow_empty=True)
     size = edit.stage_size("base")
     denoiser = base.denoiser(text, options, edit.negative_texts, image_size=size)
@@ -304,12 +311,11 @@ def free(
         chosen = torch.stack([_shuffled(ids.shape[1], seed) for seed in now.seeds]) < count
         canvas = ids.masked_fill(chosen.to(ids.device), mask_id)
         ids = sample_tokens(denoiser, canvas, now, edit.watch, base.grid(size))
-        ended = bool(edit.stops)
-        if iteration in at or ended:
+        if iteration in at or edit.stops:
             drawn = edit.draw({**canvases, "base": ids})
-            facts = {"iteration": iteration, "share": share, "cond_scale": cond_scale}
-            stages.append(edit.finished(drawn, "free", **facts, top_k=top_k))
-        if ended:
+            facts = {"iteration": iteration, "share": share}
+            stages.append(replace(edit, options=used).finished(drawn, "free", **facts))
+        if edit.stops:
             break
     return stages
 
@@ -539,12 +545,18 @@ def _windows(repaint: Bool[Tensor, "H W"], size: tuple[int, int]) -> Iterator[An
         starts = {*range(0, length - side, max(1, side // 2)), length - side}
         return [slice(start, start + side) for start in sorted(starts)]
 
+    def meet(one: Sequence[slice], other: Sequence[slice]) -> bool:
+        return all(a.start < b.stop and b.start < a.stop for a, b in zip(one, other, strict=True))
+
     windows = list(itertools.product(*map(places, repaint.shape, size)))
-    while left.any():
-        missing = {at: int(left[window].sum()) for at, window in enumerate(windows)}
-        best = min((at for at, pixels in missing.items() if pixels), key=lambda at: missing[at])
+    missing = [int(left[window].sum()) for window in windows]
+    while any(missing):
+        best = min((at for at, pixels in enumerate(missing) if pixels), key=missing.__getitem__)
         yield (..., *windows[best])
         left[windows[best]] = False
+        for at, window in enumerate(windows):
+            if missing[at] and meet(window, windows[best]):
+                missing[at] = int(left[window].sum())
 
 
 def _shuffled(count: int, seed: int) -> Int[Tensor, " n"]:
@@ -568,17 +580,23 @@ def _listed(pictures: Picture | Sequence[Picture]) -> list[Picture]:
 
 def _count(given: Any, name: str) -> int:
     """How many pictures or masks were given."""
-    single = {"pictures": 3, "masks": 2}[name]
-    if isinstance(given, Image.Image) and name == "masks":
+    if name == "masks" and isinstance(given, Image.Image):
         raise ValueError(
             "a mask image does not say what it means: give white(mask) if its white is to be "
             "repainted, transparent(mask) if its transparent parts are"
         )
-    alone = isinstance(given, Image.Image) or (isinstance(given, Tensor) and given.ndim == single)
-    count = 1 if alone else len(given)
-    if not count:
+    if isinstance(given, Tensor):
+        return 1 if given.ndim == {"pictures": 3, "masks": 2}[name] else len(given)
+    if isinstance(given, Image.Image):
+        return 1
+    if not isinstance(given, Sequence) or isinstance(given, str):
+        raise ValueError(
+            f"{name} must be PIL images or tensors, not {type(given).__name__}: open files with "
+            "Image.open"
+        )
+    if not given:
         raise ValueError(f"{name} is empty: give at least one")
-    return count
+    return len(given)
 
 
 def _fitted(picture: Picture, size: tuple[int, int], crop: bool) -> Float[Tensor, "3 H W"]:
@@ -594,12 +612,21 @@ def _fitted(picture: Picture, size: tuple[int, int], crop: bool) -> Float[Tensor
                 "a picture's pixels must be numbers in [0, 1]: divide bytes by 255, look for NaN"
             )
         whole = picture.detach().float().cpu()
-    else:
+    elif isinstance(picture, Image.Image):
         whole = to_tensor(picture)
+    else:
+        raise ValueError(f"a picture must be a PIL image or a tensor, not {type(picture).__name__}")
+    if not whole.numel():
+        raise ValueError("a picture has no pixels")
     given, wanted = (whole.shape[1], whole.shape[2]), size
     if not crop:
         scale = max(size[0] / given[0], size[1] / given[1])
         wanted = max(size[0], round(given[0] * scale)), max(size[1], round(given[1] * scale))
+    if max(wanted) > LARGEST:
+        raise ValueError(
+            f"a picture of {given[1]} x {given[0]} pixels would become {wanted[1]} x {wanted[0]}: "
+            f"a side may have {LARGEST}"
+        )
     if given == wanted:
         return whole
     cropped = given[0] * wanted[1] != given[1] * wanted[0] and crop
@@ -625,9 +652,9 @@ def _fitted_mask(mask: Mask, picture: Picture, size: tuple[int, int]) -> Bool[Te
             f"{own[1]} x {own[0]}",
             stacklevel=4,
         )
-        pixels = pixels.resize((own[1], own[0]), Image.Resampling.NEAREST)
+        pixels = pixels.resize((own[1], own[0]), Image.Resampling.BOX)
     height, width = size
-    pixels = ImageOps.fit(pixels, (width, height), Image.Resampling.NEAREST)
+    pixels = ImageOps.fit(pixels, (width, height), Image.Resampling.BOX)  # thin lines stay
     return torch.from_numpy(np.array(pixels)) > 0
 
 
@@ -637,7 +664,13 @@ def _digest(tensor: Tensor) -> str:
     return hashlib.sha256(pixels.numpy().tobytes()).hexdigest()[:16]
 
 
+def _whole(numbers: Any) -> bool:
+    """Whether this is a list of whole numbers, and not empty."""
+    listed = isinstance(numbers, Sequence) and not isinstance(numbers, str) and len(numbers) > 0
+    return listed and all(isinstance(number, int) for number in numbers)
+
+
 def _check_seam(feather: int, grow: int) -> None:
     for name, value in {"feather": feather, "grow": grow}.items():
-        if value < 0:
-            raise ValueError(f"{name} must be at least 0 pixels, not {value}")
+        if not isinstance(value, int) or not 0 <= value <= 1024:
+            raise ValueError(f"{name} must be 0 to 1024 whole pixels, not {value}")

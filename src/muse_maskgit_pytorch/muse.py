@@ -16,7 +16,7 @@ from .checkpoint import Saveable
 from .images import to_pil
 from .maskgit import ImageSize, MaskGit
 from .provenance import Drawing, fingerprint, made_by, read_drawings, stamp
-from .sampling import per_row
+from .sampling import row_seeds
 from .structures import SampleOptions, SampleStep, TextEmbeds
 
 
@@ -270,6 +270,8 @@ class Muse(Saveable):
         """The options of each stage, with a seed for every row: both stages' alike if random."""
         if preset is not None and base is not None:
             raise ValueError(f"preset {preset!r} and base_options are both given: choose one")
+        if superres is not None and self.superres is None:
+            raise ValueError("superres_options given to a model without a super-resolution stage")
         wanted = {"base": base, "superres": superres}
         given = {stage: wanted[stage] or own for stage, own in self.options(preset).items()}
         if seeds is None and any(options.seeds is None for options in given.values()):
@@ -277,13 +279,8 @@ class Muse(Saveable):
             drawn = torch.randint(2**31, (batch,)).tolist()
 
         def seeded(options: SampleOptions) -> SampleOptions:
-            own = (options if seeds is None else options.replace(seeds=seeds)).seeds
-            own = drawn if own is None else own
-            own = range(own, own + batch) if isinstance(own, int) else own
-            own = [int(seed) for seed in per_row(own, batch, "seeds")]
-            if any(not -(2**63) <= seed < 2**64 for seed in own):
-                raise ValueError(f"seeds must have at most 64 bits, got {own}")
-            return options.replace(seeds=own)
+            own = options.seeds if seeds is None else seeds
+            return options.replace(seeds=row_seeds(drawn if own is None else own, batch))
 
         return {stage: seeded(options) for stage, options in given.items()}
 

@@ -98,8 +98,10 @@ class Drawing:
         """
         if self.edit is not None:
             raise ValueError(
-                f"{source} was edited ({self.edit['kind']}) and does not hold all that it was made "
-                "of: repeat the edit, whose settings muse inspect shows"
+                plain(
+                    f"{source} was edited ({self.edit['kind']}) and does not hold all that it was "
+                    "made of: repeat the edit, whose settings muse inspect shows"
+                )
             )
         if self.model != fingerprint:
             raise ValueError(
@@ -273,9 +275,9 @@ def _drawing(record: dict[str, Any]) -> Drawing:
         _demand("seeds", options[stage].seeds, int, len(prompts))
     if "base" not in options:
         raise ValueError("options of the base are missing")
-    size = record["image_size"]
-    _demand("image_size", size, int, 2)
-    edit = record["edit"]
+    size, edit = record.get("image_size"), record.get("edit")
+    if size is not None:
+        _demand("image_size", size, int, 2)
     if edit is not None and not isinstance(edit["kind"], str):
         raise ValueError("edit has no kind")
     return Drawing(
@@ -285,7 +287,7 @@ def _drawing(record: dict[str, Any]) -> Drawing:
         rows=tuple(record["rows"]),
         model=record["model"],
         made_by=made_by,
-        image_size=(size[0], size[1]),
+        image_size=size and (size[0], size[1]),
         edit=edit,
     )
 

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from numbers import Integral
 from typing import Any, TypeVar
 
 import torch
@@ -237,6 +238,20 @@ def per_row(value: T | Sequence[T], batch: int, name: str) -> list[T]:
     return [value] * batch  # type: ignore[list-item]
 
 
+def row_seeds(seeds: int | Sequence[int], batch: int) -> list[int]:
+    """One seed for each row: those given, or s, s + 1, ...
+
+    Raises:
+        ValueError: another number of them, or what is no whole number of at most 64 bits.
+    """
+    if isinstance(seeds, Integral):
+        seeds = range(int(seeds), int(seeds) + batch)
+    given = per_row(seeds, batch, "seeds")
+    if not all(isinstance(seed, Integral) and -(2**63) <= seed < 2**64 for seed in given):
+        raise ValueError(f"seeds must be whole numbers of at most 64 bits, not {given}")
+    return [int(seed) for seed in given]
+
+
 def guidance_share(
     progress: Float[Tensor, " S"],
     schedule: GuidanceSchedule | Sequence[float],
@@ -292,9 +307,7 @@ def make_plan(
     seeds = options.seeds
     if seeds is None:
         seeds = torch.randint(2**62, (batch,)).tolist()
-    elif isinstance(seeds, int):
-        seeds = range(seeds, seeds + batch)
-    seeds = per_row(seeds, batch, "seeds")
+    seeds = row_seeds(seeds, batch)
     grid = grid or (math.isqrt(num_tokens), math.isqrt(num_tokens))
     if options.policy == "halton" and grid[0] * grid[1] != num_tokens:
         raise ValueError(f"policy 'halton' needs the grid of {num_tokens} tokens, not {grid}")
@@ -360,8 +373,9 @@ def choose_tokens(
     """
     logits = logits.float()
     greedy = (temperature == 0)[:, None]
-    divisor = torch.where(greedy, 1.0, temperature[:, None]).unsqueeze(-1)
-    probs = (logits / divisor).softmax(dim=-1)
+    divisor = torch.where(greedy, 1.0, temperature[:, None]).clamp(min=1e-30).unsqueeze(-1)
+    # the largest first: tiny temperatures would make it infinite
+    probs = ((logits - logits.amax(dim=-1, keepdim=True)) / divisor).softmax(dim=-1)
     if top_k is not None or top_p is not None:
         probs = probs * _likeliest(probs, top_k, top_p)
     if min_p is not None:

@@ -210,7 +210,7 @@ class SampleOptions:
         top_p: only from the fewest tokens that together have probability p; 1: from all.
         min_p: only from tokens with this multiple of the likeliest one's probability.
         seeds: one integer per row, or s for s, s + 1, ... None draws them from torch's global
-            generator.
+            generator. Their lowest 32 bits count: torch's CPU generator reads no more.
     """
 
     timesteps: int | Sequence[int] = 24

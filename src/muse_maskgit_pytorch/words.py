@@ -220,7 +220,7 @@ def _factors(words: Words, weights: Weights, text: str) -> Float[Tensor, " L"]:
     written = [(word, places) for word, places in words if word and places]
     own = [word.casefold() for word, _ in written]
     for phrase, factor in weights.items():
-        if not math.isfinite(factor):
+        if not isinstance(factor, (int, float)) or not math.isfinite(factor):
             raise ValueError(f"the weight of {phrase!r} must be a finite number, not {factor}")
         wanted = [word.casefold() for word in WORD.findall(phrase)]
         starts = range(len(own) - len(wanted) + 1) if wanted else ()

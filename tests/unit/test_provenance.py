@@ -359,7 +359,7 @@ def test_damaged_records(record: Any, says: str, tmp_path: Path):
 
 
 def test_seeds_beyond_64_bits(muse: Any):
-    with pytest.raises(ValueError, match="seeds must have at most 64 bits"):
+    with pytest.raises(ValueError, match="seeds must be whole numbers of at most 64 bits"):
         muse("a", seeds=2**64)
 
 

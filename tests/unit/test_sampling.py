@@ -5,6 +5,7 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
@@ -420,3 +421,22 @@ def test_a_finished_row_stays():
         state = step(state, plan, denoiser(text))
     again = step(state, plan, denoiser(text, critic=CRITIC))
     assert torch.equal(again.ids, state.ids)
+
+
+def test_a_tiny_temperature_takes_the_likeliest_too():
+    logits = torch.tensor([[[1.0, 5.0, 2.0, 0.0, 3.0]]])
+    for temperature in (1e-3, 1e-30, 1e-38, 1e-45):
+        ids, _ = choose_tokens(logits, torch.tensor([temperature]), torch.tensor([[0.7]]))
+        assert ids.item() == 1
+
+
+def test_seeds_are_whole_numbers():
+    mask = torch.ones(2, 4, dtype=torch.bool)
+
+    def noise(seeds) -> torch.Tensor:
+        return make_plan(mask, SampleOptions(timesteps=2, seeds=seeds)).uniform
+
+    assert torch.equal(noise(np.int64(3)), noise([3, 4]))
+    for seeds in (1.5, "ab", [1, 2.0], 2**64):
+        with pytest.raises(ValueError, match="seeds must be whole numbers"):
+            noise(seeds)

@@ -239,19 +239,16 @@ def read_mask(config: Namespace, picture: Image.Image) -> editing.Mask:
     if config.box:
         return editing.box(picture.size[::-1], *config.box)
     [(name, path)] = given.items()
-    shown = read_image(path)  # refuses what is no image; 16 bits as 8, transparency on white
+    read_image(path)  # refuses what is no image, in words
     with Image.open(path) as image:
-        whole = ImageOps.exif_transpose(image)
-    if name == "transparent":
-        try:
-            return editing.transparent(whole)
-        except ValueError as error:
-            raise ValueError(
-                f"--transparent {path}: it has no transparency; if its white is to be repainted, "
-                "say --white"
-            ) from error
-    mask = editing.white(shown)
-    return mask & ~editing.transparent(whole) if whole.has_transparency_data else mask
+        mask = ImageOps.exif_transpose(image)
+    try:
+        return editing.white(mask) if name == "white" else editing.transparent(mask)
+    except ValueError as error:
+        raise ValueError(
+            f"--transparent {path}: it has no transparency; if its white is to be repainted, say "
+            "--white"
+        ) from error
 
 
 def ratio(aspect: str | float) -> float:

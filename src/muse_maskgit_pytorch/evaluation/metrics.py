@@ -241,7 +241,12 @@ def num_nearer(
     """How many real images are nearer to each generated one than its own, ``real[truth]``.
 
     The distance is the mean squared error over pixels and colours.
+
+    Raises:
+        ValueError: generated images that hold NaN: nothing would be nearer to them.
     """
+    if not generated.isfinite().all():
+        raise ValueError("the generated images hold NaN or infinities")
     drawn = generated.flatten(1).cpu().double()
     real, truth = real.flatten(1).cpu(), truth.cpu()
     # |a - b|^2 without |a|^2, which is the same for all b
