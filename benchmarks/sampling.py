@@ -171,7 +171,9 @@ def summary(result: Result, figure: str) -> tuple[float, float, float]:
 
 
 def table(results: list[Result]) -> str:
-    """Markdown, a row for each configuration."""
+    """Markdown, a row for each configuration, those of the benchmark in its order."""
+    places = {config["name"]: place for place, config in enumerate(configurations(True))}
+    results = sorted(results, key=lambda result: places.get(result["name"], len(places)))
     lines = [
         f"| configuration | rows | s per image | {' | '.join(COLUMNS.values())} |",
         "|---" * (3 + len(COLUMNS)) + "|",
