@@ -55,7 +55,7 @@ def eval_vae(argv: list[str]) -> None:
     for option, ending in {"out": ".json", "picture": ".png"}.items():
         if config[option] and Path(config[option]).suffix.lower() != ending:
             raise ValueError(f"--{option} {config[option]!r} must end in {ending}")
-    device = _device(config.device)
+    device = pick_device(config.device)
     vae = load_tokenizer(config.vae)
     vae.fmap_size(config.image_size)
     dataset = ImageFolder(config.folder, config.image_size)
@@ -94,7 +94,7 @@ def _features(name: str) -> FeatureNet | None:
         ) from error
 
 
-def _device(name: str | None) -> torch.device:
+def pick_device(name: str | None) -> torch.device:
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return torch.zeros(1, device=name).device

@@ -29,7 +29,7 @@ from ..features import LITE, FeatureNet
 from ..maskgit import MaskGit, check_preset
 from ..muse import Muse
 from ..structures import Policy, SampleOptions
-from .evaluate import _device
+from .evaluate import pick_device
 from .parser import Parser
 
 Stage = Literal["base", "superres"]
@@ -121,7 +121,7 @@ def tune(argv: list[str]) -> None:
     size = stage.image_size
     dataset = ImageFolder(config.folder, size, captions=True, cache=True)
     gallery = ImageFolder(config.gallery, size, cache=True) if config.gallery else None
-    device = _device(config.device)
+    device = pick_device(config.device)
     tuned_on, others = make_trials(
         stage.to(device),
         FeatureNet(config.network).to(device),
