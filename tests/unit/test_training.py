@@ -1062,7 +1062,7 @@ def test_cached_texts_need_not_be_padded_on_the_right(
 ):
     maskgit = make_maskgit(t5)
 
-    def left(texts: list[str]) -> TextEmbeds:
+    def left(texts: list[str], **_: Any) -> TextEmbeds:
         lengths = torch.tensor([len(text) for text in texts])
         at = torch.arange(25) - 25 + lengths[:, None]
         embeds = at.float()[..., None].expand(-1, -1, 16)
