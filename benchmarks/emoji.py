@@ -91,13 +91,14 @@ def main() -> None:
         seconds = 0.0
         for i in tqdm(range(0, len(prompts), args.batch_size), desc=name, unit="batch"):
             before = time.perf_counter()
-            drawn = muse.stages(
+            request = muse.request(
                 prompts[i : i + args.batch_size],
                 seeds=args.seed + i,
                 base_options=base_options,
                 superres_options=superres_options,
             )
-            stages.append([images.float().cpu() for images in drawn])
+            drawn = muse.draw(request)
+            stages.append([x.float().cpu() for x in (drawn.base_images, drawn.images)])
             seconds += time.perf_counter() - before
         for size, images in zip((64, 128), zip(*stages, strict=True), strict=False):
             for k in (1, 5):

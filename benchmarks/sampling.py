@@ -35,10 +35,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from muse_maskgit_pytorch import MaskGit, SampleOptions, TextEmbeds
-from muse_maskgit_pytorch.cli.generate import load_model
 from muse_maskgit_pytorch.data import ImageFolder
 from muse_maskgit_pytorch.evaluation.generator import Judge
 from muse_maskgit_pytorch.features import FeatureNet
+from muse_maskgit_pytorch.loading import open_model
 
 POLICIES: dict[str, dict[str, Any]] = {
     **{p: {"policy": p} for p in ("confidence", "margin", "entropy", "halton", "random")},
@@ -243,7 +243,7 @@ def main() -> None:
         parser.error("--options and --name belong together")
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    muse = load_model(args.model)
+    muse = open_model(args.model)
     model = muse.base.to(device)
     wanted = configurations(model.critic is not None)
     if args.only:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from muse_maskgit_pytorch import Muse
 from muse_maskgit_pytorch.images import image_grid, save_png
-from muse_maskgit_pytorch.provenance import stamp_sheet
+from muse_maskgit_pytorch.provenance import attach_to_sheet
 
 KNOWN = [
     "red apple",
@@ -41,7 +41,7 @@ def main() -> None:
     images = muse([*KNOWN, *NEW], seeds=args.seed)
     labels = [*KNOWN, *(f"new: {prompt}" for prompt in NEW)]
     sheet = image_grid(images, columns=4, labels=labels)
-    stamp_sheet(sheet, images)  # says in the file how its pictures were drawn
+    attach_to_sheet(sheet, images)  # says in the file how its pictures were drawn
     save_png(sheet, args.out)
     print(f"{len(images)} pictures in {time.perf_counter() - start:.1f} s: {args.out.resolve()}")
     print('your own prompt:  .venv/bin/muse generate "man farmer dark skin tone" --out mine.png')

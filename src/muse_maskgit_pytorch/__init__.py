@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from .images import save_png
     from .maskgit import MaskGit
     from .muse import Muse
-    from .structures import Conditioning, LossTerms, SampleOptions, SampleStep, TextEmbeds
+    from .sampling import SampleOptions
+    from .structures import Conditioning, LossTerms, SampleStep, TextEmbeds
     from .text import TextEncoder, TextEncoderError
     from .training.maskgit_trainer import MaskGitTrainer
     from .training.vae_trainer import VQGanVAETrainer
@@ -42,7 +43,7 @@ _HOMES = {
     "MaskGitTrainer": "training.maskgit_trainer",
     "MaskGitTransformer": "transformer",
     "Muse": "muse",
-    "SampleOptions": "structures",
+    "SampleOptions": "sampling",
     "SampleStep": "structures",
     "SelfCritic": "transformer",
     "TextEmbeds": "structures",

@@ -210,7 +210,17 @@ class Saveable(nn.Module):
         self._load_state(state, path)
         return self
 
+    def _upgrade(self, state: dict[str, Tensor], prefix: str) -> None:
+        pass
+
+    @classmethod
+    def _upgraded(cls, config, state):
+        return config
+
     def _load_state(self, state: dict[str, Tensor], path: Any) -> None:
+        for name, module in self.named_modules():
+            if isinstance(module, Saveable):
+                module._upgrade(state, f"{name}." if name else "")
         own = self.state_dict()
         missing, unknown = own.keys() - state.keys(), state.keys() - own.keys()
         other = [k for k in own.keys() & state.keys() if own[k].shape != state[k].shape]
@@ -237,7 +247,7 @@ class Saveable(nn.Module):
         """
         path = find_file(name)
         tree, _ = load_tree(path, kind=cls.__name__)
-        model = _build(cls, tree["config"])
+        model = _build(cls, cls._upgraded(tree["config"], tree["state"]))
         model._load_state(tree["state"], path)
         return model.eval()
 

@@ -6,6 +6,7 @@ form without losing or inventing pixels, and turns tensors back into PIL images 
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from torch import Tensor
 
 LABEL_LINES = 3
 RECORD = "muse"  # name of the PNG chunk that says how a picture was drawn
+PIXELS = "muse pixels"  # in memory: the digest of the pixels that the record belongs to
 RECORD_LIMIT = 2**24  # characters of it that are read
 
 
@@ -96,6 +98,12 @@ def to_tensor(image: Image.Image, image_size: int | None = None) -> Float[Tensor
     return pixels.permute(2, 0, 1).contiguous().float() / 255
 
 
+def resize(images: Float[Tensor, "B 3 H W"], size: tuple[int, int]) -> Float[Tensor, "B 3 h w"]:
+    if tuple(images.shape[-2:]) == tuple(size):
+        return images
+    return torch.nn.functional.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
+
+
 def to_pil(images: Tensor) -> list[Image.Image]:
     """Turn a batch of images, or one image, into PIL images.
 
@@ -139,16 +147,21 @@ def save_png(image: Image.Image, path: str | PathLike[str]) -> Path:
 def set_record(image: Image.Image, record: str) -> None:
     """Attach the text that `save_png` will write.
 
-    Not to ``image.info``, which Pillow compares and keeps in changed copies: equal pixels drawn in
-    two ways are equal images, and a cropped picture is no longer the one that was drawn.
+    It stands in ``image.info``, which Pillow copies into cropped and otherwise changed pictures, so
+    a digest of the pixels says of which picture it is true.
     """
-    setattr(image, f"_{RECORD}", record)
+    image.info[RECORD], image.info[PIXELS] = record, _digest(image)
 
 
 def record_of(image: Image.Image) -> str | None:
     """How an image was drawn, as text: of one that was just drawn, or opened from a PNG."""
-    record = getattr(image, f"_{RECORD}", None) or image.info.get(RECORD)
-    return str(record) if isinstance(record, str) else None
+    record = image.info.get(RECORD)
+    changed = PIXELS in image.info and image.info[PIXELS] != _digest(image)
+    return record if isinstance(record, str) and not changed else None
+
+
+def _digest(image: Image.Image) -> str:
+    return hashlib.sha256(f"{image.mode} {image.size} ".encode() + image.tobytes()).hexdigest()
 
 
 def read_record(path: str | PathLike[str]) -> str | None:

@@ -1,12 +1,14 @@
 """Building blocks of the masked transformers: attention, feed-forward, block.
 
-All attention goes through `attend`, the one seam for other kernels. Linears are plain, named
-``nn.Linear``s, so that LoRA and quantisation can swap them. Pre-norm, QK-norm, gated MLP, no
-biases, output projections that start at zero: recipes known to train stably (none is in the
+All attention goes through `attend`, the one place to plug in other kernels. Linears are plain,
+named ``nn.Linear``s, so that LoRA and quantisation can swap them. Pre-norm, QK-norm, gated MLP, no
+biases, output projections that start at zero: choices known to train stably (none is in the
 paper, which names only self-attention, cross-attention and MLP, 2.3).
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,8 +35,8 @@ def attend(
     """
     seen = None if mask is None else mask[:, None, None, :]
     if q.device.type == "cpu" and q.dtype != torch.float32:
-        # the CPU's fused kernel takes 4 times as long as two products for 64 tokens in half
-        # precision, and about as long for 256 (benchmarks/cpu.py)
+        # in half precision, the CPU's fused kernel takes 4 times as long as two products for 64
+        # tokens, and about as long for 256 (benchmarks/cpu.py)
         scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
         scores = scores if seen is None else scores.masked_fill(~seen, -torch.inf)
         return scores.softmax(dim=-1, dtype=torch.float32).to(v.dtype) @ v
@@ -69,8 +71,8 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """Attention to a context whose keys and values are computed once (`keys_values`).
 
-    A learned null key and value stand before the context, so that a row whose text is removed
-    still has something to attend to: then its output is a constant.
+    A learned null key and value precede the context, so that a row whose text is removed still has
+    something to attend to; its output is then a constant.
     """
 
     def __init__(self, dim: int, heads: int, dim_head: int):
@@ -122,17 +124,15 @@ class Block(nn.Module):
         self.ff = FeedForward(dim, ff_mult)
 
     def keys_values(self, context: Float[Tensor, "B M D"]) -> KeysValues:
-        """What `forward` attends to, computed once for all passes."""
+        """What the cross-attention attends to, computed once for all passes."""
         assert self.cross is not None
         return self.cross.keys_values(context)
 
     def forward(
-        self,
-        x: Float[Tensor, "B N D"],
-        keys_values: KeysValues | None = None,
-        mask: Bool[Tensor, "B M"] | None = None,
+        self, x: Float[Tensor, "B N D"], context: Any = None, layer: int = 0
     ) -> Float[Tensor, "B N D"]:
+        """Args: x, and the `transformer.Context` with the number of this layer in it."""
         x = x + self.attn(x)
         if self.cross is not None:
-            x = x + self.cross(x, keys_values, mask)
+            x = x + context.attend(layer, self.cross, x)
         return x + self.ff(x)

@@ -1,16 +1,20 @@
 """Where a picture comes from: all that decides its pixels, written into its PNG and read back.
 
-The record of a picture is the call that drew it, whole, and which of the call's pictures it is:
-the same call on the same device gives the same bits, on a GPU too, whose arithmetic depends on the
-size of the batch. A contact sheet carries the records of all its pictures.
+The record of a picture is the whole call that drew it, which of the call's pictures it is, and the
+fingerprint of the model: the same call on the same device gives the same bits, on a GPU too, where
+the arithmetic depends on the size of the batch. A contact sheet carries the records of all its
+pictures.
 
 In the file it is one JSON document in an uncompressed iTXt chunk named "muse", in UTF-8::
 
-    {"format": "muse_maskgit_pytorch picture", "version": 1, "drawings": [
+    {"format": "muse_maskgit_pytorch picture", "version": 2, "drawings": [
         {"model": fingerprint, "made_by": {"package": ..., "torch": ..., "device": ...},
          "prompts": [...], "negative_prompts": [...] or null,
          "options": {"base": {field of SampleOptions: value}, "superres": {...}}, "rows": [0],
          "image_size": [height, width], "edit": {"kind": ..., setting: value} or null}]}
+
+Version 1 had the same keys. Its stages shared one stream of random numbers, and so its
+super-resolution drew other pictures.
 """
 
 from __future__ import annotations
@@ -19,11 +23,10 @@ import hashlib
 import json
 import string
 import unicodedata
-from collections import abc
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from os import PathLike
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 import torch
 from PIL import Image
@@ -31,121 +34,92 @@ from PIL import Image
 from . import __version__
 from .checkpoint import Saveable
 from .images import read_record, record_of, set_record
-from .structures import SampleOptions
+from .request import Drawn, Request
+from .sampling import SampleOptions, upgraded
 
-FORMAT, VERSION = "muse_maskgit_pytorch picture", 1
-SAMPLE = 256  # values of each weight that are looked at to see whether it has changed
-# Arguments of a model that decide no picture: every record has the options that were used.
-NO_PART = {"sample_options", "presets"}
+FORMAT, VERSION = "muse_maskgit_pytorch picture", 2
+# Arguments of a model that decide no picture: a record has the options that were used.
+TRAINING = {
+    "cond_drop_prob",
+    "noise_schedule",
+    "label_smoothing",
+    "no_mask_token_prob",
+    "self_cond_prob",
+    "critic_loss_weight",
+    "critic_target",
+    "sample_options",
+    "presets",
+}
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """One call of a model, and which of its pictures are shown.
+class Record:
+    """How pictures were drawn.
 
     Attributes:
-        prompts: of the whole batch.
-        negatives: one each, "" for none; or None where none were given.
-        options: of each stage ("base", "superres"), with the seed of every row.
+        request: the call, with its whole batch.
         rows: which pictures of the batch are shown, 0-based.
-        model: `fingerprint` of the model; "" in a drawing that is yet to be made.
+        model: `fingerprint` of the model.
         made_by: "package" and "torch", the versions, and "device", its type.
-        image_size: height and width in pixels; None: the model's own.
-        edit: of an edited picture, "kind" (the function of `editing`, or "words"), its settings,
-            and short names of the pixels of the pictures and masks it was made from; else None.
+        version: of the format in which it was written.
     """
 
-    prompts: tuple[str, ...]
-    negatives: tuple[str, ...] | None
-    options: dict[str, SampleOptions]
+    request: Request
     rows: tuple[int, ...]
-    model: str = ""
-    made_by: dict[str, str] = field(default_factory=dict)
-    image_size: tuple[int, int] | None = None
-    edit: dict[str, Any] | None = None
+    model: str
+    made_by: dict[str, str]
+    version: int = VERSION
 
-    def take(self, rows: Sequence[int]) -> Drawing:
-        """Some rows of the batch as a batch of their own, all of them shown.
+    @property
+    def prompts(self) -> list[str]:
+        """Of the pictures shown."""
+        assert self.request.prompts is not None
+        return [self.request.prompts[row] for row in self.rows]
 
-        Raises:
-            ValueError: an option whose number of values is not that of the prompts.
-        """
-        batch = len(self.prompts)
-
-        def taken(options: SampleOptions) -> SampleOptions:
-            changes = {}
-            for name in row_wise(SampleOptions):
-                value = getattr(options, name)
-                if isinstance(value, (list, tuple)):
-                    if len(value) != batch:
-                        raise ValueError(f"{name} has {len(value)} values for {batch} images")
-                    changes[name] = [value[row] for row in rows]
-            return options.replace(**changes)
-
-        return replace(
-            self,
-            prompts=tuple(self.prompts[row] for row in rows),
-            negatives=self.negatives and tuple(self.negatives[row] for row in rows),
-            options={stage: taken(options) for stage, options in self.options.items()},
-            rows=tuple(range(len(rows))),
-        )
-
-    def check_model(self, fingerprint: str, source: str | PathLike[str]) -> None:
-        """Refuse another model than the one that drew the picture ``source``, and edits.
+    def check(self, model: str, source: str | PathLike[str]) -> None:
+        """Refuse what the model with the fingerprint ``model`` cannot draw again.
 
         Raises:
-            ValueError: naming both fingerprints, or the kind of edit.
+            ValueError: an edit, an older version, or another model; says which.
         """
-        if self.edit is not None:
+        if (edit := self.request.edit) is not None:
             raise ValueError(
                 plain(
-                    f"{source} was edited ({self.edit['kind']}) and does not hold all that it was "
-                    "made of: repeat the edit, whose settings muse inspect shows"
+                    f"{source} was edited ({edit['kind']}) and does not hold everything that it "
+                    "was made from: repeat the edit, whose settings muse inspect shows"
                 )
             )
-        if self.model != fingerprint:
+        if self.version < VERSION:
             raise ValueError(
-                f"{source} was drawn by the model {self.model}, this one is {fingerprint}: load "
-                "the model that drew it"
+                f"{source} was drawn by muse-maskgit-pytorch 0.1, in which both stages used the "
+                "same random numbers; since then each has its own, so the same picture cannot be "
+                "drawn again: muse inspect shows the prompts and seeds to draw a new one"
             )
-
-
-def row_wise(cls: type) -> set[str]:
-    """Fields that take one value for each row: those of a type like ``T | Sequence[T]``.
-
-    A table for all rows, as in ``Schedule | Sequence[float]``, is none of them.
-    """
-
-    def many(hint: Any) -> bool:
-        kinds = get_args(hint)
-        return any(get_origin(k) is abc.Sequence and get_args(k)[0] in kinds for k in kinds)
-
-    return {name for name, hint in get_type_hints(cls).items() if many(hint)}
+        if self.model != model:
+            raise ValueError(
+                f"{source} was drawn by the model {self.model}, this one is {model}: load the "
+                "model that drew it"
+            )
 
 
 def fingerprint(model: Saveable) -> str:
     """A short name of what a model computes: 16 hexadecimal digits of a SHA-256.
 
     It covers the values and types of all weights and buffers in memory, and the constructor's
-    arguments but for the default sampling options. So a file and its copy in another type agree
-    only where no weight was rounded; the frozen text encoder, which is no part of the model, counts
-    by its name alone.
-
-    Kept until a weight changes. Torch counts changes in place, but not those through
-    ``tensor.data``, and ``half().float()`` may end at the same address: a sample of the values
-    betrays those, though it may miss a single number.
+    arguments that decide pictures. So a file and its copy in another type agree only if no weight
+    was rounded. The frozen text encoder, which is not part of the model, counts by its name alone.
+    Computed once, and again only after a weight has changed.
     """
     state = model.state_dict()
-    some = [t.detach().flatten()[:: max(1, t.numel() // SAMPLE)] for t in state.values()]
-    sums = torch.stack([values.float().sum() for values in some]).tolist()
-    key = sums, [(name, t.data_ptr(), t._version, t.dtype) for name, t in state.items()]
+    key = [(name, t.data_ptr(), t._version, t.dtype) for name, t in state.items()]
     known = model.__dict__.get("_fingerprint")
     if known is not None and known[0] == key:
         return known[1]
 
     def kept(node: Any) -> Any:
         if isinstance(node, dict):
-            return {name: kept(value) for name, value in node.items() if name not in NO_PART}
+            items = {name: kept(v) for name, v in node.items() if name not in TRAINING}
+            return {name: value for name, value in items.items() if value is not None}
         return node
 
     digest = hashlib.sha256()
@@ -161,69 +135,67 @@ def fingerprint(model: Saveable) -> str:
     return name
 
 
-def stamp(images: Sequence[Image.Image], drawing: Drawing) -> None:
+def attach(pictures: Sequence[Image.Image], drawn: Drawn, model: str, device: torch.device) -> None:
     """Give the pictures of a whole batch their records, for `save_png` to write."""
-    for row, image in enumerate(images):
-        set_record(image, to_json([replace(drawing, rows=(row,))]))
+    made_by = made_on(device)
+    for row, picture in enumerate(pictures):
+        set_record(picture, to_json([Record(drawn.request, (row,), model, made_by)]))
 
 
-def stamp_sheet(sheet: Image.Image, images: Sequence[Image.Image]) -> None:
+def attach_to_sheet(sheet: Image.Image, pictures: Sequence[Image.Image]) -> None:
     """Give a contact sheet the records of its pictures, if all of them have one."""
-    joined: list[Drawing] = []
-    for image in images:
-        record = record_of(image)
-        if record is None:
+    joined: list[Record] = []
+    for picture in pictures:
+        text = record_of(picture)
+        if text is None:
             return
-        for drawing in from_json(record, "a picture of the sheet"):
-            if joined and replace(drawing, rows=joined[-1].rows) == joined[-1]:
-                drawing = replace(drawing, rows=joined.pop().rows + drawing.rows)
-            joined.append(drawing)
+        for record in from_json(text, "a picture of the sheet"):
+            if joined and replace(record, rows=joined[-1].rows) == joined[-1]:
+                record = replace(record, rows=joined.pop().rows + record.rows)
+            joined.append(record)
     set_record(sheet, to_json(joined))
 
 
-def made_by(device: torch.device) -> dict[str, str]:
+def made_on(device: torch.device) -> dict[str, str]:
     """What else the bits of a picture depend on."""
     return {"package": __version__, "torch": torch.__version__, "device": device.type}
 
 
-def read_drawings(path: str | PathLike[str]) -> list[Drawing]:
+def read_records(path: str | PathLike[str]) -> list[Record]:
     """Where a PNG's pictures come from, in the order of the sheet.
 
     Raises:
-        ValueError: no image, one without a record, or with one that is not ours or is damaged.
+        ValueError: not an image, one without a record, or with one that is damaged or not ours.
     """
     text = read_record(path)
     if text is None:
         raise ValueError(
-            f"{path} does not say how it was drawn: only PNG files as this package writes them do "
+            f"{path} does not say how it was drawn: only PNG files written by this package do "
             "(other programs may have removed it)"
         )
     return from_json(text, path)
 
 
-def to_json(drawings: Sequence[Drawing]) -> str:
-    """One document for all, each number as it is."""
-    records = [
+def to_json(records: Sequence[Record]) -> str:
+    """One document for all of them."""
+    drawings = [
         {
-            "model": drawing.model,
-            "made_by": drawing.made_by,
-            "prompts": drawing.prompts,
-            "negative_prompts": drawing.negatives,
-            "options": {stage: asdict(options) for stage, options in drawing.options.items()},
-            "rows": drawing.rows,
-            "image_size": drawing.image_size,
-            "edit": drawing.edit,
+            "model": record.model,
+            "made_by": record.made_by,
+            "prompts": record.request.prompts,
+            "negative_prompts": record.request.negatives,
+            "options": {name: asdict(given) for name, given in record.request.options.items()},
+            "rows": record.rows,
+            "image_size": record.request.image_size,
+            "edit": record.request.edit,
         }
-        for drawing in drawings
+        for record in records
     ]
-    return json.dumps(
-        {"format": FORMAT, "version": VERSION, "drawings": records},
-        ensure_ascii=False,
-        default=lambda value: value.tolist(),  # a tensor's or an array's numbers
-    )
+    document = {"format": FORMAT, "version": VERSION, "drawings": drawings}
+    return json.dumps(document, ensure_ascii=False)
 
 
-def from_json(text: str, source: str | PathLike[str]) -> list[Drawing]:
+def from_json(text: str, source: str | PathLike[str]) -> list[Record]:
     """Read what `to_json` wrote, and trust none of it.
 
     Raises:
@@ -233,14 +205,15 @@ def from_json(text: str, source: str | PathLike[str]) -> list[Drawing]:
         document = json.loads(text)
         if not isinstance(document, dict) or document.get("format") != FORMAT:
             raise ValueError("it is not in this package's format")
-        if document.get("version") != VERSION:
+        version = document.get("version")
+        if version not in (1, VERSION) or isinstance(version, bool):
             raise ValueError(
-                f"it has format version {document.get('version')!r}, this package reads {VERSION}"
+                f"it has format version {version!r}, this package reads up to {VERSION}"
             )
-        drawings = [_drawing(record) for record in document["drawings"]]
-        if not drawings:
+        records = [_record(drawing, version) for drawing in document["drawings"]]
+        if not records:
             raise ValueError("it lists no pictures")
-        return drawings
+        return records
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         what = f"{error} is missing" if isinstance(error, KeyError) else error
         raise ValueError(
@@ -253,43 +226,42 @@ def plain(text: str) -> str:
     return "".join("?" if unicodedata.category(letter) == "Cc" else letter for letter in text)
 
 
-def _drawing(record: dict[str, Any]) -> Drawing:
-    prompts, negatives = record["prompts"], record["negative_prompts"]
+def _record(drawing: dict[str, Any], version: int) -> Record:
+    prompts, negatives = drawing["prompts"], drawing["negative_prompts"]
     _demand("prompts", prompts, str)
     if negatives is not None:
         _demand("negative_prompts", negatives, str, len(prompts))
-    _demand("rows", record["rows"], int)
-    if not all(0 <= row < len(prompts) for row in record["rows"]):
-        raise ValueError(f"rows {record['rows']} of {len(prompts)} prompts")
-    made_by = record["made_by"]
+    _demand("rows", drawing["rows"], int)
+    if not all(0 <= row < len(prompts) for row in drawing["rows"]):
+        raise ValueError(f"rows {drawing['rows']} of {len(prompts)} prompts")
+    made_by = drawing["made_by"]
     _demand("made_by", list(made_by.values()), str)
-    _demand("model", [record["model"]], str)
-    if not set(record["model"]) <= set(string.hexdigits):
-        raise ValueError("model is no fingerprint")
+    _demand("model", [drawing["model"]], str)
+    if not set(drawing["model"]) <= set(string.hexdigits):
+        raise ValueError("model is not a fingerprint")
     options = {}
-    for stage, values in record["options"].items():
+    for stage, values in drawing["options"].items():
+        values = upgraded(values)
         unknown = values.keys() - {field.name for field in fields(SampleOptions)}
         if stage not in ("base", "superres") or unknown:
             raise ValueError(f"unknown options {stage!r} {sorted(unknown)}, of a later version?")
-        options[stage] = SampleOptions(**values)
-        _demand("seeds", options[stage].seeds, int, len(prompts))
+        _demand("seeds", values["seeds"], int, len(prompts))
+        options[stage] = SampleOptions(**values).with_rows(len(prompts))
     if "base" not in options:
         raise ValueError("options of the base are missing")
-    size, edit = record.get("image_size"), record.get("edit")
-    if size is not None:
+    edit, size = drawing.get("edit"), drawing.get("image_size")
+    if version > 1 or size is not None:  # at first, only of pictures of another size than trained
         _demand("image_size", size, int, 2)
     if edit is not None and not isinstance(edit["kind"], str):
         raise ValueError("edit has no kind")
-    return Drawing(
-        prompts=tuple(prompts),
-        negatives=None if negatives is None else tuple(negatives),
+    request = Request(
+        prompts=prompts,
+        negatives=negatives,
         options=options,
-        rows=tuple(record["rows"]),
-        model=record["model"],
-        made_by=made_by,
-        image_size=size and (size[0], size[1]),
+        image_size=(size[0], size[1]) if size else (0, 0),
         edit=edit,
     )
+    return Record(request, tuple(drawing["rows"]), drawing["model"], made_by, version)
 
 
 def _demand(name: str, values: Any, kind: type, count: int | None = None) -> None:

@@ -3,14 +3,16 @@
 Two phases, so that what does not change over the sampling steps is computed once:
 ``context = transformer.encode_context(conditioning)`` holds every layer's cross-attention keys
 and values, ``hidden = transformer(ids, context)`` is one pass, and ``to_logits`` reads the hidden
-states where they are needed. Training composes the same calls.
+states where they are needed. Training makes the same calls, with a context of one branch.
 """
 
 from __future__ import annotations
 
+import copy
 import math
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -18,32 +20,87 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from .checkpoint import Saveable
-from .layers import Block, KeysValues, norm
+from .layers import Block, CrossAttention, KeysValues, norm
 from .structures import Conditioning
 from .text import DEFAULT_TEXT_ENCODER, embed_dim
 
 
 @dataclass(frozen=True)
 class Context:
-    """What a transformer attends to: keys and values per layer, and which of them are real.
+    """What a transformer attends to: G branches (of the guidance) of B rows.
 
-    And the image's grid of tokens, where it is not the trained square.
+    Attributes:
+        keys_values: of every layer.
+        mask: which of them are real.
+        text_start: position of the first text token, after the null key and the low resolution.
+        grid: the image's grid of tokens, if not the trained square.
     """
 
-    keys_values: list[KeysValues]
-    mask: Bool[Tensor, "B M"]
+    keys_values: list[KeysValues]  # each (G, B, heads, M, dim_head)
+    mask: Bool[Tensor, "G B M"]
+    text_start: int = 1
     grid: tuple[int, int] | None = None
+
+    def attend(
+        self, layer: int, cross: CrossAttention, x: Float[Tensor, "R N D"]
+    ) -> Float[Tensor, "R N D"]:
+        """A layer's cross-attention, for the R = G * B rows of all branches.
+
+        Everything that changes what is attended to and how (`words`) overrides this.
+        """
+        k, v = self.keys_values[layer]
+        return cross(x, (k.flatten(0, 1), v.flatten(0, 1)), self.mask.flatten(0, 1))
+
+    def _map(self, function: Callable[..., Tensor], *others: Context) -> Context:
+        """Apply a function to the keys, to the values and to the mask, of all contexts alike."""
+        layers = zip(self.keys_values, *(other.keys_values for other in others), strict=True)
+        keys_values = [
+            (function(*(k for k, _ in layer)), function(*(v for _, v in layer))) for layer in layers
+        ]
+        mask = function(self.mask, *(other.mask for other in others))
+        return replace(self, keys_values=keys_values, mask=mask)
 
     def rows(self, rows: slice | Tensor) -> Context:
         """The context of some rows of the batch."""
-        keys_values = [(k[rows], v[rows]) for k, v in self.keys_values]
-        return Context(keys_values, self.mask[rows], self.grid)
+        return self._map(lambda x: x[:, rows].contiguous())
+
+    def branches(self, count: int) -> Context:
+        """The first ``count`` branches alone."""
+        return self if count == len(self.mask) else self._map(lambda x: x[:count])
+
+    def cat(self, other: Context) -> Context:
+        """Another batch's rows after these; see `sampling.contract.Context`."""
+        count = max(len(self.mask), len(other.mask))
+        pair = [
+            context._map(lambda x: x[[i if i < len(x) else 0 for i in range(count)]])
+            for context in (self, other)
+        ]
+        return self._join(1, pair)
+
+    @staticmethod
+    def stack(contexts: Sequence[Context]) -> Context:
+        """Contexts of the same rows as the branches of one."""
+        return contexts[0]._join(0, contexts)
+
+    def _join(self, axis: int, contexts: Sequence[Context]) -> Context:
+        length = max(context.mask.shape[-1] for context in contexts)
+        padded = [context._padded(length) for context in contexts]
+        return padded[0]._map(lambda *x: torch.cat(x, dim=axis), *padded[1:])
+
+    def _padded(self, length: int) -> Context:
+        """With positions that nothing attends to, up to a length."""
+        extra = length - self.mask.shape[-1]
+        if not extra:
+            return self
+        mask = F.pad(self.mask, (0, extra))
+        padded = [tuple(F.pad(t, (0, 0, 0, extra)) for t in pair) for pair in self.keys_values]
+        return replace(self, keys_values=padded, mask=mask)
 
 
 class TokenEmbedding(nn.Module):
     """Token embedding plus learned 2-D positions (2.3), one table for rows and one for columns.
 
-    A grid of another height or width reads the tables between their entries.
+    For a grid of another height or width, the tables are interpolated.
     """
 
     def __init__(self, num_tokens: int, seq_len: int, dim: int):
@@ -51,8 +108,8 @@ class TokenEmbedding(nn.Module):
         side = math.isqrt(seq_len)
         if side * side != seq_len:
             raise ValueError(
-                f"seq_len {seq_len} is no square: it must be fmap_size ** 2 of a square image, "
-                f"such as {side**2} or {(side + 1) ** 2}"
+                f"seq_len {seq_len} is not a perfect square: it must be fmap_size ** 2 of a square "
+                f"image, such as {side**2} or {(side + 1) ** 2}"
             )
         self.token = nn.Embedding(num_tokens, dim)
         self.row = nn.Parameter(torch.zeros(side, 1, dim))
@@ -81,7 +138,7 @@ def _stretched(table: Float[Tensor, "n D"], size: int) -> Float[Tensor, "m D"]:
 class LowResEncoder(nn.Module):
     """Low-resolution tokens through self-attention layers of their own (2.4).
 
-    With ``depth`` 0 the embedded tokens and their positions are passed on as they are.
+    With ``depth`` 0, the embedded tokens and their positions are passed on unchanged.
     """
 
     def __init__(
@@ -104,7 +161,7 @@ class LowResEncoder(nn.Module):
 
 
 class MaskGitTransformer(Saveable):
-    """Predicts masked image tokens from the others, the text and, perhaps, a low-res image.
+    """Predicts masked image tokens from the others, the text and, optionally, a low-res image.
 
     Args:
         num_tokens: codebook size V of the tokenizer; the mask token is one more.
@@ -116,14 +173,17 @@ class MaskGitTransformer(Saveable):
         ff_mult: width of the MLP as a multiple of ``dim``.
         t5_name: text encoder, by Hugging Face name or path.
         text_embed_dim: E; read from the text encoder's configuration unless given.
-        max_text_len: captions are cut after this many text tokens.
+        max_text_len: captions are cut off after this many text tokens.
         self_cond: feed the previous pass's hidden states back in (Analog Bits, Chen et al. 2022).
         cond_depth: layers of the low-resolution encoder, used by super-resolution only; half of
             ``depth`` by default, the paper's 16 to 32 (table 6).
+        cond_num_tokens: codebook size of the low-resolution tokenizer. `MaskGit` fills in this
+            and the next one for super-resolution (`with_low_resolution`).
+        cond_seq_len: M, the number of low-resolution tokens.
 
     Raises:
-        ValueError: a count below 1, a ``seq_len`` that is no square, a text encoder that cannot
-            be had while ``text_embed_dim`` is not given.
+        ValueError: a count below 1, a ``seq_len`` that is not a perfect square, a text encoder
+            that is not available while ``text_embed_dim`` is not given.
     """
 
     def __init__(
@@ -141,14 +201,18 @@ class MaskGitTransformer(Saveable):
         max_text_len: int = 256,
         self_cond: bool = False,
         cond_depth: int | None = None,
+        cond_num_tokens: int | None = None,
+        cond_seq_len: int | None = None,
     ):
         super().__init__()
-        counts = dict(num_tokens=num_tokens, seq_len=seq_len, dim=dim, depth=depth)
-        counts |= dict(dim_head=dim_head, heads=heads, max_text_len=max_text_len)
-        counts |= {} if text_embed_dim is None else dict(text_embed_dim=text_embed_dim)
-        for name, value in counts.items():
-            if value < 1:
+        counts: dict[str, int | None] = dict(num_tokens=num_tokens, seq_len=seq_len, dim=dim)
+        counts |= dict(depth=depth, dim_head=dim_head, heads=heads, max_text_len=max_text_len)
+        counts |= dict(text_embed_dim=text_embed_dim, cond_num_tokens=cond_num_tokens)
+        for name, value in (counts | dict(cond_seq_len=cond_seq_len)).items():
+            if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
+        if (cond_num_tokens is None) != (cond_seq_len is None):
+            raise ValueError("cond_num_tokens and cond_seq_len belong together: give both")
         if cond_depth is not None and cond_depth < 0:
             raise ValueError(f"cond_depth must not be negative, but is {cond_depth}")
         self.num_tokens, self.seq_len, self.dim = num_tokens, seq_len, dim
@@ -169,39 +233,63 @@ class MaskGitTransformer(Saveable):
         self.norm = norm(dim)
         self.to_logits = self.make_head()
         self.cond_encoder: LowResEncoder | None = None
+        self.cond_norm: nn.LayerNorm | None = None
+        if cond_num_tokens is not None and cond_seq_len is not None:
+            self._add_low_resolution(cond_num_tokens, cond_seq_len)
 
     def make_head(self) -> nn.Linear:
         """No bias: so guidance commutes with the head and may be applied before it."""
         return nn.Linear(self.dim, self.num_tokens, bias=False)
 
-    def add_cond_encoder(self, num_tokens: int, seq_len: int) -> None:
-        """Give the transformer its low-resolution encoder (`MaskGit` does, for super-resolution).
+    def _add_low_resolution(self, num_tokens: int, seq_len: int) -> None:
+        depth = self.cond_depth
+        self.cond_encoder = LowResEncoder(num_tokens, seq_len, self.dim, depth, *self._block_args)
+        self.cond_norm = norm(self.dim)
+
+    def with_low_resolution(self, num_tokens: int, seq_len: int) -> Self:
+        """The same transformer, sharing its weights, with an encoder of low-resolution tokens.
 
         Args:
             num_tokens: codebook size of the low-resolution tokenizer.
             seq_len: M, the number of low-resolution tokens.
+
+        Raises:
+            ValueError: it already has one, of another size.
         """
         existing = self.cond_encoder
-        if existing is None:
-            self.cond_encoder = LowResEncoder(
-                num_tokens, seq_len, self.dim, self.cond_depth, *self._block_args
-            ).to(self.device)
-        elif (existing.num_tokens, existing.seq_len) != (num_tokens, seq_len):
-            raise ValueError(
-                f"the transformer already reads {existing.seq_len} low-resolution tokens of "
-                f"{existing.num_tokens} codes, not {seq_len} of {num_tokens}: make a new one"
-            )
+        if existing is not None:
+            if (existing.num_tokens, existing.seq_len) != (num_tokens, seq_len):
+                raise ValueError(
+                    f"the transformer already reads {existing.seq_len} low-resolution tokens of "
+                    f"{existing.num_tokens} codes, not {seq_len} of {num_tokens}: make a new one"
+                )
+            return self
+        made = copy.copy(self)
+        made.__dict__.update(_modules=dict(self._modules), _init_args=dict(self._init_args))
+        made._init_args |= {"cond_num_tokens": num_tokens, "cond_seq_len": seq_len}
+        made._add_low_resolution(num_tokens, seq_len)
+        return made.to(self.device)
 
-    def _load_state(self, state: dict[str, Tensor], path: Any) -> None:
+    @classmethod
+    def _upgraded(cls, config: dict[str, Any], state: dict[str, Tensor]) -> dict[str, Any]:
+        # files before 0.2 do not state the size of the low-resolution encoder
         name = "cond_encoder.embed"
-        if self.cond_encoder is None and f"{name}.token.weight" in state:
-            # a super-resolution transformer saved alone: its encoder is no constructor argument
-            num_tokens, side = len(state[f"{name}.token.weight"]), len(state[f"{name}.row"])
-            self.add_cond_encoder(num_tokens, side**2)
-        super()._load_state(state, path)
+        if f"{name}.token.weight" in state and not config.get("cond_seq_len"):
+            sizes = len(state[f"{name}.token.weight"]), len(state[f"{name}.row"]) ** 2
+            config = {**config, "cond_num_tokens": sizes[0], "cond_seq_len": sizes[1]}
+        return config
+
+    def _upgrade(self, state: dict[str, Tensor], prefix: str) -> None:
+        # before 0.2, one norm served the text and the low-resolution tokens
+        if self.cond_norm is not None and f"{prefix}text_norm.weight" in state:
+            state.setdefault(f"{prefix}cond_norm.weight", state[f"{prefix}text_norm.weight"])
 
     def encode_context(self, conditioning: Conditioning) -> Context:
-        """First phase: everything that does not depend on the image tokens."""
+        """First phase: everything that does not depend on the image tokens, as one branch.
+
+        Raises:
+            ValueError: embeddings of another width, low-resolution tokens missing or unexpected.
+        """
         text = conditioning.text
         if text.embeds.shape[-1] != self.text_embed_dim:
             raise ValueError(
@@ -213,40 +301,48 @@ class MaskGitTransformer(Saveable):
         if (conditioning.cond_ids is None) != (self.cond_encoder is None):
             needs = "needs" if conditioning.cond_ids is None else "takes no"
             raise ValueError(f"this transformer {needs} low-resolution tokens (cond_ids)")
+        text_start = 1
         if self.cond_encoder is not None:
-            cond = self.text_norm(self.cond_encoder(conditioning.cond_ids, conditioning.cond_grid))
+            assert self.cond_norm is not None
+            cond = self.cond_norm(self.cond_encoder(conditioning.cond_ids, conditioning.cond_grid))
             context = torch.cat([cond, context], dim=1)
             mask = torch.cat([mask.new_ones(cond.shape[:2]), mask], dim=1)
+            text_start += cond.shape[1]
         mask = torch.cat([mask.new_ones(len(mask), 1), mask], dim=1)  # the null key
-        keys_values = [block.keys_values(context) for block in self.blocks]
-        return Context(keys_values, mask, conditioning.grid)
+        keys_values = [
+            (k[None], v[None]) for k, v in (block.keys_values(context) for block in self.blocks)
+        ]
+        return Context(keys_values, mask[None], text_start, conditioning.grid)
 
     def forward(
         self,
         ids: Int[Tensor, "B N"],
         context: Context,
-        self_cond: Float[Tensor, "B N D"] | None = None,
-    ) -> Float[Tensor, "B N D"]:
-        """Second phase: normalised hidden states, which `to_logits` reads.
+        self_cond: Float[Tensor, "G B N D"] | None = None,
+    ) -> Float[Tensor, "G B N D"]:
+        """Second phase: normalised hidden states of every branch, which `to_logits` reads.
 
         Args:
-            ids: tokens, ``mask_id`` where unknown.
+            ids: tokens, ``mask_id`` where unknown; the same in all branches.
+            context: of G branches; one in training.
             self_cond: hidden states of the previous pass; zeros on the first.
         """
-        x = self.embed(ids, context.grid)
+        branches = len(context.mask)
+        x = self.embed(ids, context.grid).expand(branches, -1, -1, -1)
         if self.self_cond_proj is not None:
             # the product with zeros keeps the weights in every graph (DistributedDataParallel)
             x = x + self.self_cond_proj(torch.zeros_like(x) if self_cond is None else self_cond)
-        for block, keys_values in zip(self.blocks, context.keys_values, strict=True):
-            x = block(x, keys_values, context.mask)
-        return self.norm(x)
+        x = x.flatten(0, 1)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, context, layer)
+        return self.norm(x).unflatten(0, (branches, -1))
 
 
 class TokenCritic(MaskGitTransformer):
     """A second transformer that tells real tokens from sampled ones (Lezama et al. 2022).
 
-    Same arguments as `MaskGitTransformer`; its ``to_logits`` gives one score (B, N, 1), high where
-    a token looks real.
+    Same arguments as `MaskGitTransformer`; its ``to_logits`` gives one score (..., N, 1), high
+    where a token looks real.
     """
 
     def make_head(self) -> nn.Linear:
@@ -261,11 +357,11 @@ class SelfCritic(nn.Module):
 
     def __init__(self, transformer: MaskGitTransformer):
         super().__init__()
-        self._transformer = [transformer]  # in a list: its weights belong to the MaskGit already
+        self._transformer = [transformer]  # in a list: its weights already belong to the MaskGit
         self.to_logits = nn.Linear(transformer.dim, 1, bias=False)
 
     def encode_context(self, conditioning: Conditioning) -> Context:
         return self._transformer[0].encode_context(conditioning)
 
-    def forward(self, ids: Int[Tensor, "B N"], context: Context) -> Float[Tensor, "B N D"]:
+    def forward(self, ids: Int[Tensor, "B N"], context: Context) -> Float[Tensor, "G B N D"]:
         return self._transformer[0](ids, context)

@@ -10,34 +10,32 @@ change the maps, and nothing else of plain generation:
   the first steps it takes over the old one's maps: what is where stays, what it is changes. The
   maps of the self-attention stay each picture's own: taken over too, they did no good.
 
-Both are done by hooks on the cross-attentions, which are gone when the pictures are drawn. A model
-must not draw other pictures in another thread meanwhile.
+Both are done by a step of the sampler that changes the context before each pass (`sampling.Step`);
+models are left alone, so other pictures may be drawn with them at the same time.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from difflib import SequenceMatcher
-from functools import partial
 from itertools import chain
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .images import to_pil
+from .geometry import ImageSize
 from .layers import CrossAttention
-from .maskgit import ImageSize, MaskGit
+from .maskgit import MaskGit
 from .muse import Muse
-from .provenance import row_wise
-from .sampling import per_row
-from .structures import SampleOptions, SampleStep
+from .sampling import Denoiser, SampleOptions, SamplePlan, SampleState, Step, per_row, step
 from .text import WORD, TextEncoder, get_text_encoder
+from .transformer import Context
 
 Weights = Mapping[str, float]
 Words = list[tuple[str, list[int]]]
@@ -48,53 +46,38 @@ def emphasise(
     texts: Sequence[str] | str,
     weights: Weights | Sequence[Weights],
     *,
-    negative_texts: Sequence[str] | str | None = None,
-    seeds: int | Sequence[int] | None = None,
-    base_options: SampleOptions | None = None,
-    superres_options: SampleOptions | None = None,
-    preset: str | None = None,
-    image_size: ImageSize | None = None,
+    callback: Any = None,
     **arguments: Any,
 ) -> list[Image.Image]:
     """Draw pictures in which single words count for more, or for less.
 
     Args:
-        muse: the model; both stages read the words so.
+        muse: the model; both stages read the words this way.
         texts: B prompts.
         weights: word or phrase -> factor of its attention: 1 is none, 0 takes the word away while
-            its neighbours stay as they are, negative ones turn it round; the paper uses -2 to 2.
-            One mapping for all texts, each of which must then have all of its words, or one each.
-        negative_texts: as in calling the model, and so the following.
-        seeds: one for each picture, or an integer s for s, s + 1, ...; None: random.
-        base_options: sampling of the base.
-        superres_options: sampling of the super-resolution.
-        preset: named options of both.
-        image_size: of the pictures.
-        **arguments: further ones of `Muse.stages`: canvases, callback. Pictures drawn with these
-            carry no record, as it would not say all.
+            its neighbours stay as they are, negative ones invert it; the paper uses -2 to 2. One
+            mapping for all texts, each of which must then have all of its words, or one each.
+        callback: as in calling the model.
+        **arguments: as in `Muse.request`. Pictures drawn with canvases carry no record, as it
+            would not be complete.
 
     Returns:
         B pictures. Factors of 1 give those of calling the model.
 
     Raises:
-        ValueError: a word that the text does not have, a factor that is no number.
+        ValueError: a word that the text does not have, a factor that is not a number.
     """
-    texts = [texts] if isinstance(texts, str) else list(texts)
-    own = [dict(mapping) for mapping in per_row(weights, len(texts), "weights")]
-    options = muse.seeded_options(len(texts), seeds, base_options, superres_options, preset)
-    with _emphasised(muse, texts, own, image_size):
-        images = muse.stages(
-            texts,
-            negative_texts=negative_texts,
-            base_options=options["base"],
-            superres_options=options.get("superres"),
-            image_size=image_size,
-            **arguments,
-        )[-1]
-    if arguments:
-        return to_pil(images)
-    edit = {"kind": "words", "weights": own}
-    return muse.signed(images, texts, negative_texts, options, edit)
+    request = muse.request(texts, **arguments)
+    prompts = request.prompts or []
+    by_row = [dict(mapping) for mapping in per_row(weights, len(prompts), "weights")]
+    steps = {
+        name: Emphasis(_factors_of(muse, stage, prompts, by_row))
+        for name, stage in muse.stages.items()
+        if any(by_row)
+    }
+    drawn = muse.draw(request, callback, steps=steps)
+    edit = None if request.canvases else {"kind": "words", "weights": by_row}
+    return muse.pictures(replace(drawn, request=replace(request, edit=edit)))
 
 
 def replace_words(
@@ -113,30 +96,30 @@ def replace_words(
 ) -> list[tuple[Image.Image, Image.Image]]:
     """Draw the pictures of some prompts, and of changed ones such that the rest stays.
 
-    Words that both prompts have keep their maps, and a new word takes over the map of the one in
-    whose place it stands. Words added beside the old ones have maps of their own, and those left
-    out lose their share. This takes place in the base; a super-resolution draws each picture from
-    what the base made of it.
+    Words that both prompts have keep their maps, and a new word takes over the map of the one that
+    it replaces. Words added next to the old ones have maps of their own, and those left out lose
+    their share. This takes place in the base; a super-resolution draws each picture from what the
+    base made of it.
 
     Args:
         muse: the model.
         source: B prompts.
         target: the changed prompts, in the same order.
-        cross_share: share of the base's steps in which the maps are the source's, in [0, 1]. 0 has
-            only the noise in common.
+        cross_share: share of the base's steps in which the maps are the source's, in [0, 1]. At 0,
+            both only have the noise in common.
         weights: of words of the targets, as in `emphasise`.
-        negative_texts: as in calling the model; they hold for source and target.
-        seeds: one for each pair, or an integer s for s, s + 1, ...; None: random.
-        base_options: sampling of the base.
+        negative_texts: as in `Muse.request`; they hold for source and target.
+        seeds: one for each pair, or an integer s for s, s + 1, ...; if None, random.
+        base_options: as in `Muse.request`, and so are the following.
         superres_options: sampling of the super-resolution.
-        preset: named options of both, as in calling the model.
+        preset: named options of both.
         image_size: of the pictures.
 
     Returns:
         B pairs (source, target). The source is what the model draws of it alone.
 
     Raises:
-        ValueError: numbers of prompts that differ, a share outside of [0, 1], and what `emphasise`
+        ValueError: numbers of prompts that differ, a share outside [0, 1], and what `emphasise`
             raises.
     """
     sources = [source] if isinstance(source, str) else list(source)
@@ -146,85 +129,99 @@ def replace_words(
         raise ValueError(f"{batch} source prompts and {len(targets)} targets: give pairs of them")
     if not 0 <= cross_share <= 1:
         raise ValueError(f"cross_share must be in [0, 1], not {cross_share}")
-    negatives = [negative_texts] if isinstance(negative_texts, str) else negative_texts
-    if negatives is not None and len(negatives) > 1:
-        negatives = per_row(negatives, batch, "negative_texts") * 2
-    scaled: list[Weights] = [{}] * batch
-    scaled += [dict(mapping) for mapping in per_row(weights or {}, batch, "weights")]
-    options = muse.seeded_options(batch, seeds, base_options, superres_options, preset)
-    options = {stage: _twice(given, batch) for stage, given in options.items()}
+    alone = muse.request(
+        sources,
+        negative_texts=negative_texts,
+        seeds=seeds,
+        base_options=base_options,
+        superres_options=superres_options,
+        preset=preset,
+        image_size=image_size,
+    )
+    request = replace(alone.take([*range(batch)] * 2), prompts=[*sources, *targets])
+    prompts = request.prompts or []
+    by_row: list[Weights] = [{}] * batch
+    by_row += [dict(mapping) for mapping in per_row(weights or {}, batch, "weights")]
 
-    base_size = muse.superres.cond_pixels(image_size) if muse.superres else image_size
-    tokens = math.prod(muse.base.grid(base_size))  # at least one is decided in each step
-    timesteps = per_row(options["base"].timesteps, 2 * batch, "timesteps")[:batch]
+    tokens = math.prod(muse.base.geometry.grid(muse.sizes(request.image_size)["base"]))
+    timesteps = alone.options["base"].timesteps
+    assert isinstance(timesteps, list)
     encoder = _encoder(muse, muse.base)
-    maps = _SourceMaps(
+    factors = {
+        name: _factors_of(muse, stage, prompts, by_row) for name, stage in muse.stages.items()
+    }
+    steps: dict[str, Step] = {name: Emphasis(given) for name, given in factors.items()}
+    steps["base"] = SourceMaps(
+        factors["base"],
         [
             _alignment(encoder.words(old, "windows"), encoder.words(new, "windows"))
             for old, new in zip(sources, targets, strict=True)
         ],
-        [math.ceil(cross_share * min(steps, tokens)) for steps in timesteps],
+        # at least one token is decided in each step
+        [math.ceil(cross_share * min(number, tokens)) for number in timesteps],
     )
-    with _emphasised(muse, sources + targets, scaled, image_size), maps.taken_over(muse.base):
-        images = muse.stages(
-            sources + targets,
-            negative_texts=negatives,
-            base_options=options["base"],
-            superres_options=options.get("superres"),
-            image_size=image_size,
-            callback=maps.count,
-        )[-1]
-    edit = {"kind": "words", "cross_share": cross_share, "weights": scaled}
-    pictures = muse.signed(images, sources + targets, negatives, options, edit)
+    drawn = muse.draw(request, steps=steps)
+    edit = {"kind": "words", "cross_share": cross_share, "weights": by_row}
+    pictures = muse.pictures(replace(drawn, request=replace(request, edit=edit)))
     return list(zip(pictures[:batch], pictures[batch:], strict=True))
 
 
 # Scaled words ---------------------------------------------------------------------------------
 
 
-@contextmanager
-def _emphasised(
-    muse: Muse, texts: Sequence[str], weights: Sequence[Weights], image_size: ImageSize | None
-) -> Iterator[None]:
-    """In all stages, the words of rows 0 to B-1 count as much as the weights say."""
-    models = [model for model in (muse.base, muse.superres) if model is not None and any(weights)]
-    with ExitStack() as hooks:
-        for model in models:
-            encoder = _encoder(muse, model)
-            factors = pad_sequence(
-                [
-                    _factors(encoder.words(text, "windows"), own, text)
-                    for text, own in zip(texts, weights, strict=True)
-                ],
-                batch_first=True,
-                padding_value=1.0,
-            )
-            # the null key and the low resolution stand before the text
-            first = 1 + (0 if model.cond_vae is None else math.prod(model.cond_grid(image_size)))
-            for cross in _cross_attentions(model):
-                hook = cross.register_forward_pre_hook(partial(_scaled, factors, first))
-                hooks.callback(hook.remove)
-        yield
+class Emphasis:
+    """A step in which the words of each row count as much as its factors say.
+
+    Args:
+        factors: of the text's tokens, from the first; the values of the conditional branch are
+            multiplied by them.
+    """
+
+    def __init__(self, factors: Float[Tensor, "B L"]):
+        self.factors = factors
+
+    def __call__(
+        self, state: SampleState, plan: SamplePlan, denoiser: Denoiser, **how: Any
+    ) -> SampleState:
+        context = self.changed(denoiser.context, state)
+        critic = denoiser.critic and self.changed(denoiser.critic_context, state)
+        denoiser = replace(denoiser, context=context, critic_context=critic)
+        return step(state, plan, denoiser, **how)
+
+    def changed(self, context: Context, state: SampleState) -> Context:
+        """What the next pass attends to."""
+        at = slice(context.text_start, context.text_start + self.factors.shape[1])
+        keys_values = []
+        for keys, values in context.keys_values:
+            values = values.clone()
+            values[0, :, :, at] *= self.factors[:, None, :, None].to(values)
+            keys_values.append((keys, values))
+        return replace(context, keys_values=keys_values)
 
 
-def _scaled(factors: Float[Tensor, "B L"], first: int, cross: Any, args: Any) -> Any:
-    x, (keys, values), mask = args
-    values, (batch, length) = values.clone(), factors.shape
-    values[:batch, :, first : first + length] *= factors[:, None, :, None].to(values)
-    return x, (keys, values), mask
+def _factors_of(
+    muse: Muse, stage: MaskGit, texts: Sequence[str], weights: Sequence[Weights]
+) -> Float[Tensor, "B L"]:
+    """The factors of the texts' tokens, as the stage reads them."""
+    encoder = _encoder(muse, stage)
+    rows = [
+        _factors(encoder.words(text, "windows"), by_word, text)
+        for text, by_word in zip(texts, weights, strict=True)
+    ]
+    return pad_sequence(rows, batch_first=True, padding_value=1.0)
 
 
 def _factors(words: Words, weights: Weights, text: str) -> Float[Tensor, " L"]:
     """The factor of each token of a text."""
     factors = torch.ones(_length(words))
     written = [(word, places) for word, places in words if word and places]
-    own = [word.casefold() for word, _ in written]
+    names = [word.casefold() for word, _ in written]
     for phrase, factor in weights.items():
         if not isinstance(factor, (int, float)) or not math.isfinite(factor):
             raise ValueError(f"the weight of {phrase!r} must be a finite number, not {factor}")
         wanted = [word.casefold() for word in WORD.findall(phrase)]
-        starts = range(len(own) - len(wanted) + 1) if wanted else ()
-        found = [i for i in starts if own[i : i + len(wanted)] == wanted]
+        starts = range(len(names) - len(wanted) + 1) if wanted else ()
+        found = [i for i in starts if names[i : i + len(wanted)] == wanted]
         if not found:
             known = ", ".join(repr(word) for word, _ in written)
             raise ValueError(f"weights: {text!r} has no {phrase!r}; its words are {known}")
@@ -237,51 +234,85 @@ def _factors(words: Words, weights: Weights, text: str) -> Float[Tensor, " L"]:
 # Replaced words -------------------------------------------------------------------------------
 
 
-class _SourceMaps:
-    """The cross-attention maps of rows 0 to n-1, for rows n to 2n-1 of the same batch, at first.
+class SourceMaps(Emphasis):
+    """A step in which rows n to 2n-1 attend with the maps of rows 0 to n-1, at first.
 
     Args:
+        factors: as in `Emphasis`.
         alignments: of each pair (`_alignment`).
         until: for how many steps each pair's maps are taken over.
     """
 
-    def __init__(self, alignments: Sequence[tuple[Tensor, Tensor]], until: Sequence[int]):
+    def __init__(
+        self,
+        factors: Float[Tensor, "B L"],
+        alignments: Sequence[tuple[Tensor, Tensor]],
+        until: Sequence[int],
+    ):
+        super().__init__(factors)
         rows, columns = (max(a.shape[side] for a, _ in alignments) for side in (0, 1))
         self.align = torch.zeros(len(until), rows, columns)
         self.added = torch.zeros(len(until), columns)
         for pair, (align, added) in enumerate(alignments):
             self.align[pair, : align.shape[0], : align.shape[1]] = align
             self.added[pair, : len(added)] = added
-        self.until, self.done = until, 0
+        self.until = torch.tensor(until)
 
-    def count(self, step: SampleStep) -> None:
-        """The callback of sampling."""
-        self.done = step.step
+    def changed(self, context: Context, state: SampleState) -> Context:
+        context = super().changed(context, state)
+        [pairs] = (state.step[: len(self.until)].cpu() < self.until).nonzero(as_tuple=True)
+        if len(pairs) == 0:
+            return context
+        targets = len(self.until) + pairs
+        old, new = (
+            slice(context.text_start, context.text_start + length)
+            for length in self.align.shape[1:]
+        )
+        borrowed, added = [], []
+        for keys, values in context.keys_values:
+            text, moved, extra = (
+                values[0, targets][:, :, new],
+                values.clone(),
+                torch.zeros_like(values),
+            )
+            moved[0, targets, :, old] = self.align[pairs, None].to(values) @ text
+            extra[0, targets, :, new] = self.added[pairs, None, :, None].to(values) * text
+            borrowed.append((keys, moved))
+            added.append((keys, extra))
+        sees = torch.arange(context.mask[..., 0].numel(), device=values.device)  # of all branches
+        sees[targets] = pairs.to(sees)
+        here = {f.name: getattr(context, f.name) for f in fields(Context)}
+        added = added if self.added[pairs].any() else []
+        return _Borrowed(**{**here, "keys_values": borrowed}, sees=sees, added=added)
 
-    @contextmanager
-    def taken_over(self, model: nn.Module) -> Iterator[None]:
-        """While drawing with a model without low resolution: its text begins at position 1."""
-        with ExitStack() as hooks:
-            for cross in _cross_attentions(model):
-                hooks.callback(cross.register_forward_hook(self._hook).remove)
-            yield
 
-    def _hook(self, cross: CrossAttention, args: Any, output: Tensor) -> Tensor:
-        x, (keys, values), mask = args
-        pairs = [pair for pair, until in enumerate(self.until) if self.done < until]
-        if not pairs:
-            return output
-        targets = [len(self.until) + pair for pair in pairs]
-        sees = torch.arange(len(x))
-        sees[targets] = torch.tensor(pairs)
-        old, new = (slice(1, 1 + length) for length in self.align.shape[1:])
-        moved, text = values.clone(), values[targets, :, new]
-        moved[targets, :, old] = self.align[pairs, None].to(values) @ text
-        output = cross.forward(x[sees], (keys[sees], moved), mask[sees])
-        if (added := self.added[pairs]).any():
-            own = torch.zeros_like(values)
-            own[targets, :, new] = added[:, None, :, None].to(values) * text
-            output = output + cross.forward(x, (keys, own), mask)
+@dataclass(frozen=True)
+class _Borrowed(Context):
+    """A context in which rows look where others look.
+
+    Attributes:
+        sees: for each row of all branches, the row whose queries, keys and mask it takes.
+        added: keys and values that are attended to in addition, with maps of the row's own.
+    """
+
+    sees: Tensor = field(default_factory=lambda: torch.empty(0))
+    added: Sequence[tuple[Tensor, Tensor]] = ()
+
+    def branches(self, count: int) -> Context:
+        fewer = super().branches(count)
+        if fewer is self:
+            return self
+        added = [(k[:count], v[:count]) for k, v in self.added]
+        rows = count * self.mask.shape[1]
+        return replace(fewer, sees=self.sees[:rows], added=added)  # type: ignore[arg-type]
+
+    def attend(self, layer: int, cross: CrossAttention, x: Tensor) -> Tensor:
+        keys, values = (t.flatten(0, 1) for t in self.keys_values[layer])
+        mask = self.mask.flatten(0, 1)
+        output = cross(x[self.sees], (keys[self.sees], values), mask[self.sees])
+        if self.added:
+            keys, values = (t.flatten(0, 1) for t in self.added[layer])
+            output = output + cross(x, (keys, values), mask)
         return output
 
 
@@ -311,24 +342,12 @@ def _alignment(source: Words, target: Words) -> tuple[Float[Tensor, "Ls Lt"], Fl
 # Both -----------------------------------------------------------------------------------------
 
 
-def _cross_attentions(model: nn.Module) -> list[CrossAttention]:
-    """Those of the transformer, and of its token critic, which reads the same text."""
-    return [module for module in model.modules() if isinstance(module, CrossAttention)]
-
-
 def _encoder(muse: Muse, model: MaskGit) -> TextEncoder:
-    """The one whose states the model reads: a cascade asks the base's for both, if it can."""
-    base, own = muse.base.transformer, model.transformer
-    read = base if own.t5_name == base.t5_name else own
+    """The one whose states the model reads: a cascade uses the base's for both if it can."""
+    base, read = muse.base.transformer, model.transformer
+    read = base if read.t5_name == base.t5_name else read
     return get_text_encoder(read.t5_name, read.max_text_len)
 
 
 def _length(words: Words) -> int:
     return sum(len(places) for _, places in words)
-
-
-def _twice(options: SampleOptions, batch: int) -> SampleOptions:
-    """The same for the sources and the targets."""
-    values = {name: getattr(options, name) for name in row_wise(SampleOptions)}
-    many = {name: value for name, value in values.items() if isinstance(value, Sequence)}
-    return options.replace(**{k: per_row(v, batch, k) * 2 for k, v in many.items()})

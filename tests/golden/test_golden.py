@@ -12,6 +12,15 @@ from muse_maskgit_pytorch import MaskGit, MaskGitTransformer, SampleOptions, Tex
 from muse_maskgit_pytorch.masking import draw_mask
 from muse_maskgit_pytorch.sampling import make_plan
 
+LOW = [
+    [40, 33, 42, 61, 14, 50, 32, 19, 49, 14, 54, 59, 37, 35, 26, 24],
+    [38, 27, 19, 60, 28, 49, 53, 33, 37, 8, 10, 19, 12, 20, 24, 44],
+]
+HIGH = [
+    [45, 35, 53, 31, 10, 8, 22, 30, 21, 25, 35, 57, 37, 49, 26, 12],
+    [17, 24, 43, 23, 57, 28, 2, 45, 39, 30, 20, 36, 34, 6, 62, 7],
+]
+
 
 def make() -> MaskGit:
     torch.manual_seed(0)
@@ -62,6 +71,29 @@ def test_noise_of_a_seed():
     torch.testing.assert_close(plan.uniform[0], expected[:, 0])
     torch.testing.assert_close(plan.gumbel[0], -torch.log(-torch.log(expected[:, 1])))
     assert plan.num_masked.tolist() == [[2, 0]]
+
+
+def test_ids_of_a_seed():
+    """Of a base and of a cascade, whose second stage has random numbers of its own.
+
+    All tokens are equally likely, so that the noise alone decides, on every machine.
+    """
+    base, text = make(), TextEmbeds.of(torch.ones(2, 3, 6))
+    torch.manual_seed(1)
+    vae = VQGanVAE(dim=8, layers=1, num_res_blocks=1, quantizer="fsq", codebook_size=64)
+    transformer = MaskGitTransformer(
+        num_tokens=64, seq_len=64, dim=16, depth=1, heads=2, dim_head=8, text_embed_dim=6
+    )
+    superres = MaskGit(
+        vae=vae, transformer=transformer, image_size=16, cond_vae=base.vae, cond_image_size=8
+    )
+    for stage in (base, superres):
+        torch.nn.init.zeros_(stage.transformer.to_logits.weight)  # the noise alone decides
+    options = SampleOptions(timesteps=3, choice_temperature=2.0)
+    low = base.generate_ids(text_embeds=text, seeds=[7, 8], options=options)
+    high = superres.generate_ids(text_embeds=text, seeds=[7, 8], options=options, cond_ids=low)
+    assert low.tolist() == LOW
+    assert high[:, :16].tolist() == HIGH
 
 
 def test_masks_of_a_seed():

@@ -38,7 +38,7 @@ from muse_maskgit_pytorch.cli.film import Film
 from muse_maskgit_pytorch.cli.main import main
 from muse_maskgit_pytorch.cli.parser import nearest
 from muse_maskgit_pytorch.images import save_png, set_record, to_tensor
-from muse_maskgit_pytorch.provenance import read_drawings, to_json
+from muse_maskgit_pytorch.provenance import read_records, to_json
 from muse_maskgit_pytorch.training.trainer import Trainer
 from tests import hub, tiny
 
@@ -293,13 +293,14 @@ def test_prompts_from_a_file_and_standard_input(muse_file: Path, tmp_path: Path,
     monkeypatch.setattr("sys.stdin", io.StringIO("a blue cross\n\n# no\na green cross"))
     flags = [f"--model={muse_file}", f"--out={tmp_path}/x.png", "--seed=1", "--batch_size=2"]
     assert main(["generate", "a", "-", *flags, f"--file={tmp_path}/p.txt"]) == 0
-    drawings = read_drawings(tmp_path / "x.png")
-    assert [drawing.prompts for drawing in drawings] == [
-        ("a", "a blue cross"),
-        ("a green cross", "a red cross"),
-        ("a schwarzes Quadräß",),
+    records = read_records(tmp_path / "x.png")
+    assert [record.prompts for record in records] == [
+        ["a", "a blue cross"],
+        ["a green cross", "a red cross"],
+        ["a schwarzes Quadräß"],
     ]
-    assert [drawing.options["superres"].seeds for drawing in drawings] == [[1, 2], [3, 4], [5]]
+    seeds = [record.request.options["superres"].seeds for record in records]
+    assert seeds == [[1, 2], [3, 4], [5]]
 
 
 def test_like_draws_the_picture_again(muse_file: Path, tmp_path: Path, capsys):
@@ -327,30 +328,30 @@ def test_like_with_changes(muse_file: Path, tmp_path: Path):
     def again(*changes: str, of: Path = sheet):
         out = tmp_path / "again.png"
         assert main([*make, f"--like={of}", f"--out={out}", *changes]) == 0
-        [drawing] = read_drawings(out)
-        return drawing
+        [record] = read_records(out)
+        return record.request
 
-    drawing = again("--seed=8", "--superres.timesteps=2", "--negative", "green")
-    assert drawing.prompts == ("a red cross", "a blue square")
-    assert drawing.negatives == ("green", "green")
-    assert drawing.options["base"].seeds == drawing.options["superres"].seeds == [8, 9]
-    assert drawing.options["base"].cond_scale == [2, 3]
-    assert drawing.options["superres"].timesteps == 2
-    assert again("a cat", "a dog").prompts == ("a cat", "a dog")
-    drawing = again("a bird", of=tmp_path / "each" / "002-a-blue-square.png")
-    assert drawing.prompts == ("a bird",)  # nothing of the batch it was drawn in
-    assert drawing.options["base"].seeds == [6]
-    assert drawing.options["base"].cond_scale == [3]
+    request = again("--seed=8", "--superres.timesteps=2", "--negative", "green")
+    assert request.prompts == ["a red cross", "a blue square"]
+    assert request.negatives == ["green", "green"]
+    assert request.seeds == request.options["superres"].seeds == [8, 9]
+    assert request.options["base"].cond_scale == [2, 3]
+    assert request.options["superres"].timesteps == [2, 2]
+    assert again("a cat", "a dog").prompts == ["a cat", "a dog"]
+    request = again("a bird", of=tmp_path / "each" / "002-a-blue-square.png")
+    assert request.prompts == ["a bird"]  # nothing of the batch it was drawn in
+    assert request.seeds == [6]
+    assert request.options["base"].cond_scale == [3]
 
 
 def test_like_on_another_device_is_said(muse_file: Path, tmp_path: Path, capsys):
     picture = tmp_path / "a.png"
     make = ["generate", f"--model={muse_file}", f"--out={picture}"]
     assert main([*make, "a red cross"]) == 0
-    [drawing] = read_drawings(picture)
-    other = {**drawing.made_by, "device": "cuda"}
+    [record] = read_records(picture)
+    other = {**record.made_by, "device": "cuda"}
     image = Image.open(picture)
-    set_record(image, to_json([replace(drawing, made_by=other)]))
+    set_record(image, to_json([replace(record, made_by=other)]))
     save_png(image, picture)
     capsys.readouterr()
     assert main([*make, f"--like={picture}"]) == 0

@@ -19,7 +19,7 @@ from muse_maskgit_pytorch.images import (
     to_pil,
     to_tensor,
 )
-from muse_maskgit_pytorch.provenance import read_drawings
+from muse_maskgit_pytorch.provenance import read_records
 from tests import tiny
 
 SIZE = (32, 32)
@@ -145,7 +145,9 @@ def test_variations_from_none_to_all(root: Path, tmp_path: Path):
     new = result(root, tmp_path / "1.png", "vary", "a red car", "--strength", "1")
     model = Muse.from_pretrained(root / "muse.safetensors")
     assert new.tobytes() == model("a red car", seeds=3)[0].tobytes()
-    assert read_drawings(tmp_path / "1.png")[0].edit["strength"] == [1.0]  # type: ignore[index]
+    edit = read_records(tmp_path / "1.png")[0].request.edit
+    assert edit is not None
+    assert edit["strength"] == [1.0]
 
 
 @pytest.mark.parametrize("at", [["--at", "2", "4"], ["--at", "[2, 4]"], ["--at=4"]])
@@ -183,8 +185,7 @@ def test_a_sheet_begins_with_what_was_given(root: Path, tmp_path: Path):
     images = [picture(), masked, *map(Image.open, files)]
     assert sheet.tobytes() == image_grid(images, 3, captions).tobytes()
     assert read_record(tmp_path / "x.png") is None
-    facts = [read_drawings(file)[0] for file in files]
-    prompts = [made.prompts[made.rows[0]] for made in facts]
+    prompts = [read_records(file)[0].prompts[0] for file in files]
     assert prompts == ["a red car", "a red car", "two cats", "two cats"]
     alone = result(root, tmp_path / "y.png", "inpaint", "two cats", *words[3:5], "--seed=6")
     there, alone = (to_tensor(image) * 255 for image in (Image.open(files[3]), alone))
@@ -205,11 +206,12 @@ def test_a_sheet_of_continuations_shows_where_they_continue(root: Path, tmp_path
 def test_options_negative_prompts_and_presets_count(root: Path, tmp_path: Path, capsys):
     words = ["a", "--base.timesteps=2", "--superres.temperature=0.5", "--negative", "dogs"]
     result(root, tmp_path / "x.png", "vary", *words)
-    [made] = read_drawings(tmp_path / "x.png")
-    assert made.negatives == ("dogs",)
-    assert (made.options["base"].timesteps, made.options["superres"].timesteps) == (2, 3)
-    assert made.options["superres"].temperature == 0.5
-    assert made.options["base"].seeds == [3]
+    [record] = read_records(tmp_path / "x.png")
+    assert record.request.negatives == ["dogs"]
+    base, superres = record.request.options["base"], record.request.options["superres"]
+    assert (base.timesteps, superres.timesteps) == ([2], [3])
+    assert superres.temperature == [0.5]
+    assert base.seeds == [3]
     result(root, tmp_path / "y.png", "vary", "a", "--image_size", "[32, 64]", "--count=1")
     assert Image.open(tmp_path / "y.png").size == (64, 32)
     assert "unknown preset 'absent'" in fails(
@@ -312,17 +314,17 @@ BOX = ["--box", "0", "0", "8", "8"]
         ("inpaint", [*BOX[:4], "40"], "inside the picture's 32 x 32 pixels"),
         ("inpaint", BOX[:4], "expected 4 arguments"),
         ("inpaint", [*BOX, "--out=a.jpg"], "--out 'a.jpg' must end in .png"),
-        ("inpaint", [*BOX, "--grow=-1"], "grow must be 0 to 1024 whole pixels"),
+        ("inpaint", [*BOX, "--grow=-1"], "grow must be an integer from 0 to 1024 pixels"),
         ("inpaint", [*BOX, "--fether=2"], "did you mean --feather?"),
         ("vary", ["--count=0"], "--count must be 1 to 64, not 0"),
         ("vary", ["--count=65"], "--count must be 1 to 64, not 65"),
         ("vary", ["a", "b", "--count=33"], "a sheet shows up to 64 results, not 66"),
         ("vary", ["--batch_size=0"], "--batch_size must be at least 1"),
         ("vary", ["--strength=1.5"], "strength must be in [0, 1]"),
-        ("vary", ["--count=2", "--seed=[1]"], "--seed has 1 values for 2 pictures"),
+        ("vary", ["--count=2", "--seed=[1]"], "seeds has 1 values for 2 images"),
         ("vary", ["--device=abc"], "--device 'abc' cannot be used"),
         ("vary", ["--model=absent.safetensors"], "absent.safetensors"),
-        ("vary", ["--image_size=30"], "30 is no positive multiple of 8"),
+        ("vary", ["--image_size=30"], "30 is not a positive multiple of 8"),
         ("outpaint", ["a"], "nothing to add"),
         ("outpaint", ["--left=-1"], "must not be negative"),
         ("outpaint", ["--left=1", "--aspect=2"], "without further sides"),
@@ -335,7 +337,7 @@ BOX = ["--box", "0", "0", "8", "8"]
         ("free", ["a", "--at", "4", "2"], "rising iterations"),
         ("free", ["a", "--at", "0"], "rising iterations"),
         ("free", ["a", "--share=0"], "share must be in (0, 1]"),
-        ("free", ["a", "--top_k=99"], "top_k 99 is over"),
+        ("free", ["a", "--top_k=99"], "top_k 99 is larger"),
         ("free", ["a", "--base.timesteps=4"], "--base.timesteps"),  # would do nothing
     ],
 )

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from muse_maskgit_pytorch import MaskGit, SampleOptions, TextEmbeds
+from muse_maskgit_pytorch.images import resize
 from tests import tiny
 from tests.shapes import unchecked
 
@@ -53,6 +54,8 @@ def calls(monkeypatch, module, name: str) -> list[tuple]:
         ),
         (lambda: tiny.maskgit(cond_drop_prob=1.5), r"cond_drop_prob must be in \[0, 1\], not 1.5"),
         (lambda: tiny.maskgit(no_mask_token_prob=-0.1), r"no_mask_token_prob.*-0.1"),
+        (lambda: tiny.maskgit(critic_loss_weight=math.nan), "critic_loss_weight must be finite"),
+        (lambda: tiny.maskgit(critic_target="real"), "critic_target must be one of.*'real'"),
     ],
 )
 def test_what_does_not_fit(make: Callable, message: str):
@@ -162,7 +165,7 @@ def test_low_resolution_matters_in_training():
     assert not torch.isclose(loss(model, ids, text_embeds=text, cond_ids=(cond_ids + 1) % 60), base)
     images = tiny.images(2, 32)
     derived = loss(model, images, text_embeds=text)
-    small = F.interpolate(images, 16, mode="area")
+    small = resize(images, (16, 16))
     assert torch.equal(loss(model, images, text_embeds=text, cond_images=small), derived)
     assert not torch.isclose(loss(model, images, text_embeds=text, cond_images=one), derived)
     # and it still does where the text is dropped
@@ -244,6 +247,30 @@ def test_the_loss_is_over_masked_positions_only(monkeypatch):
     assert len(seen[0][0]) == (masked[0][0] == model.transformer.mask_id).sum()
 
 
+def test_a_given_mask_and_the_weights_of_micro_batches(monkeypatch):
+    """Four micro batches, each with its share of the masked tokens, are one large batch."""
+    model, ids, text = tiny.maskgit(), tiny.ids(8), tiny.text(8)
+    mask = model.draw_mask(8)
+    assert mask.shape == (8, 16)
+    assert mask.any(1).all()
+    whole = model.losses(ids, text_embeds=text, mask=mask, cond_drop_prob=0.0)
+    parts = []
+    for rows in torch.arange(8).split(2):
+        share = mask[rows].sum() / mask.sum() * 4
+        some = TextEmbeds(text.embeds[rows], text.mask[rows])
+        parts.append(
+            model.losses(
+                ids[rows],
+                text_embeds=some,
+                mask=mask[rows],
+                mask_weight=share,
+                cond_drop_prob=0.0,
+            ).total
+            / 4
+        )
+    torch.testing.assert_close(sum(parts), whole.total)
+
+
 def test_no_mask_token_prob(monkeypatch):
     ids, text = tiny.ids(500), tiny.text(500)
     model = tiny.maskgit(tiny.transformer(dim=8, depth=1), no_mask_token_prob=0.25)
@@ -282,6 +309,32 @@ def test_parts_train_alone():
     assert gradients("all") == (True, True)
     assert gradients("transformer") == (True, False)
     assert gradients("critic") == (False, True)
+
+
+def test_what_the_critic_learns(monkeypatch):
+    """Whether a token was sampled, by default, though it may be the true one; or whether it is."""
+    ids, text = torch.full((4, 16), 7), tiny.text(4)
+    mask = torch.arange(16) % 3 == 0
+    targets = {}
+    for target in ("sampled", "truth"):
+        model = tiny.maskgit(token_critic=tiny.critic(), critic_target=target)
+        seen = calls(monkeypatch, F, "binary_cross_entropy_with_logits")
+        monkeypatch.setattr(
+            "muse_maskgit_pytorch.maskgit.choose_tokens",
+            lambda logits, *_: (torch.full(logits.shape[:-1], 7), None),
+        )
+        model.losses(ids, text_embeds=text, mask=mask.expand(4, -1))
+        targets[target] = seen[0][1]
+    assert torch.equal(targets["sampled"], (~mask).float().expand(4, -1))
+    assert targets["truth"].all()
+
+
+def test_a_self_critic_encodes_its_context_once(monkeypatch):
+    model = tiny.maskgit(self_token_critic=True)
+    seen = calls(monkeypatch, model.transformer, "encode_context")
+    model.losses(tiny.ids(), text_embeds=tiny.text()).total.backward()
+    assert len(seen) == 1
+    assert model.critic.to_logits.weight.grad is not None
 
 
 def test_the_critic_learns_to_tell_real_tokens():
@@ -470,7 +523,7 @@ def test_one_batch_is_learnt_by_heart():
 
 def test_ids_beyond_the_codebook_are_refused():
     model = tiny.maskgit()
-    with pytest.raises(ValueError, match="ids reach from 0 to 60, the codebook has 60 codes"):
+    with pytest.raises(ValueError, match="ids range from 0 to 60, the codebook has 60 codes"):
         model(
             torch.cat([tiny.ids(1)[:, :14] * 0, torch.tensor([[0, 60]])], 1),
             text_embeds=tiny.text(1),

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from muse_maskgit_pytorch import Muse, SampleOptions
+from muse_maskgit_pytorch import MaskGit, MaskGitTransformer, Muse, SampleOptions
 from tests import tiny
 
 
@@ -22,6 +22,12 @@ def cascade(shared: bool = True, **text: Any) -> Any:
         sample_options=dict(timesteps=3),
     )
     return Muse(base, superres)
+
+
+def stages(muse: Any, *args: Any, callback: Any = None, **arguments: Any) -> list[torch.Tensor]:
+    """The images of both stages."""
+    drawn = muse.draw(muse.request(*args, **arguments), callback)
+    return [drawn.base_images, drawn.images]
 
 
 def test_models_that_do_not_fit():
@@ -48,17 +54,22 @@ def test_a_list_of_pictures_of_the_final_size(t5):
 
 def test_prompts_seeds_and_negative_prompts_matter(t5):
     muse = cascade(t5_name=t5, text_embed_dim=None)
-    same = muse("a red car", seeds=5)
-    assert muse(["a red car"], seeds=[5]) == same
-    assert muse("two cats", seeds=5) != same
-    assert muse("a red car", seeds=6) != same
-    assert muse("a red car", seeds=5, negative_texts="blurred") != same
+
+    def draw(*args: Any, **arguments: Any) -> bytes:
+        return muse(*args, **arguments)[0].tobytes()
+
+    same = draw("a red car", seeds=5)
+    assert draw(["a red car"], seeds=[5]) == same
+    assert draw("two cats", seeds=5) != same
+    assert draw("a red car", seeds=6) != same
+    assert draw("a red car", seeds=5, negative_texts="blurred") != same
 
 
 def test_embeddings_instead_of_texts(t5):
     muse = cascade(t5_name=t5, text_embed_dim=None)
     text = muse.base.embed_texts(["a red car"])
-    assert muse(text_embeds=text, seeds=1) == muse(["a red car"], seeds=1)
+    [by_embeds], [by_text] = muse(text_embeds=text, seeds=1), muse(["a red car"], seeds=1)
+    assert by_embeds.tobytes() == by_text.tobytes()
     with pytest.raises(ValueError, match="either texts or text_embeds"):
         muse()
 
@@ -74,14 +85,14 @@ def test_an_integer_seed_counts_up():
 
 def test_options_of_each_stage():
     muse, text = cascade(), tiny.text()
-    base = muse.stages(text_embeds=text, seeds=1)
+    base = stages(muse, text_embeds=text, seeds=1)
     assert [image.shape for image in base] == [(2, 3, 16, 16), (2, 3, 32, 32)]
-    other = muse.stages(
-        text_embeds=text, seeds=1, superres_options=SampleOptions(timesteps=2, cond_scale=9.0)
+    other = stages(
+        muse, text_embeds=text, seeds=1, superres_options=SampleOptions(timesteps=2, cond_scale=9.0)
     )
     assert torch.equal(other[0], base[0])
     assert not torch.equal(other[1], base[1])
-    other = muse.stages(text_embeds=text, seeds=1, base_options=SampleOptions(timesteps=2))
+    other = stages(muse, text_embeds=text, seeds=1, base_options=SampleOptions(timesteps=2))
     assert not torch.equal(other[0], base[0])
     assert not torch.equal(other[1], base[1])  # the low resolution reaches the second stage
 
@@ -95,9 +106,9 @@ def test_second_stage_reads_the_ids_or_the_pixels_of_the_first(shared):
     else:
         cond = dict(cond_images=muse.base.decode(low))
     high = muse.superres.generate(text_embeds=text, seeds=[1, 2], **cond)
-    stages = muse.stages(text_embeds=text, seeds=1)
-    assert torch.equal(stages[0], muse.base.decode(low))
-    assert torch.equal(stages[1], high)
+    drawn = stages(muse, text_embeds=text, seeds=1)
+    assert torch.equal(drawn[0], muse.base.decode(low))
+    assert torch.equal(drawn[1], high)
 
 
 def test_weights_loaded_later_are_seen():
@@ -106,7 +117,7 @@ def test_weights_loaded_later_are_seen():
     muse.superres.cond_vae.load_state_dict(muse.base.vae.state_dict())
     low = muse.base.generate_ids(text_embeds=text, seeds=[1, 2])
     high = muse.superres.generate(text_embeds=text, seeds=[1, 2], cond_ids=low)
-    assert torch.equal(muse.stages(text_embeds=text, seeds=1)[1], high)
+    assert torch.equal(stages(muse, text_embeds=text, seeds=1)[1], high)
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -127,7 +138,7 @@ def test_a_base_alone_is_saved_too(tmp_path):
 def test_a_base_stopped_early_still_goes_through_the_cascade():
     base, superres = tiny.maskgit(), tiny.superres()
     superres.cond_vae = base.vae
-    images = Muse(base, superres).stages(text_embeds=tiny.text(), callback=lambda step: True)
+    images = stages(Muse(base, superres), text_embeds=tiny.text(), callback=lambda step: True)
     assert [image.shape[-1] for image in images] == [16, 32]
 
 
@@ -135,7 +146,7 @@ def test_a_base_stopped_early_still_goes_through_the_cascade():
 def test_a_better_decoder_draws_the_same_ids(everywhere, tmp_path):
     """Swapped in, it decodes; the stages still pass ids, as those mean what they meant."""
     muse, text = cascade(), tiny.text()
-    before = muse.stages(text_embeds=text, seeds=1)
+    before = stages(muse, text_embeds=text, seeds=1)
     low = muse.base.generate_ids(text_embeds=text, seeds=[1, 2])
     better = muse.base.vae.with_decoder(16, 1)
     old = muse.base.vae.decoder[-1].weight
@@ -145,13 +156,13 @@ def test_a_better_decoder_draws_the_same_ids(everywhere, tmp_path):
         assert muse.superres.swap_vae(better)
         assert muse.superres.cond_vae is better
     assert muse.superres.vae is not better  # whose ids are others
-    after = muse.stages(text_embeds=text, seeds=1)
+    after = stages(muse, text_embeds=text, seeds=1)
     assert torch.equal(after[0], better.decode_from_ids(low.view(2, 4, 4)))
     assert not torch.allclose(after[0], before[0])
     assert torch.equal(after[1], before[1])  # not decoded and encoded again in between
     again = Muse.from_pretrained(muse.save(tmp_path / "muse.safetensors"))
-    stages = again.stages(text_embeds=text, seeds=1)
-    assert all(torch.equal(a, b) for a, b in zip(stages, after, strict=True))
+    drawn = stages(again, text_embeds=text, seeds=1)
+    assert all(torch.equal(a, b) for a, b in zip(drawn, after, strict=True))
     with safe_open(tmp_path / "muse.safetensors", "pt") as file:
         tensors = [file.get_tensor(name) for name in file.keys()]  # noqa: SIM118
     stored = any(torch.equal(old, tensor) for tensor in tensors)
@@ -175,3 +186,28 @@ def test_a_swapped_tokenizer_is_frozen():
     assert not any(p.requires_grad for p in stage.vae.parameters())
     stage.train()
     assert not stage.vae.training
+
+
+def test_the_stages_draw_with_independent_random_numbers():
+    """The high resolution is drawn from p(high | low, text), whatever noise drew the low one.
+
+    With the same noise in both, a token of one untrained stage equals its twin with probability 1
+    at one step each; by chance with 1 / 64.
+    """
+    vae = tiny.vae(codebook_size=64)
+    untrained = dict(num_tokens=64, dim=16, depth=1, dim_head=8, heads=2, text_embed_dim=12)
+    plain = [MaskGitTransformer(seq_len=16, **untrained) for _ in range(2)]
+    for model in plain:
+        torch.nn.init.zeros_(model.to_logits.weight)  # every token equally likely
+    base = MaskGit(vae=vae, transformer=plain[0], image_size=16)
+    superres = MaskGit(
+        vae=vae, transformer=plain[1], image_size=16, cond_vae=vae, cond_image_size=8
+    )
+    text, seeds = tiny.text(100), list(range(100))
+    for steps in (1, 8):
+        low = base.generate_ids(text_embeds=text, seeds=seeds, timesteps=steps)
+        cond = low.view(-1, 4, 4)[:, :2, :2]
+        high = superres.generate_ids(text_embeds=text, seeds=seeds, timesteps=steps, cond_ids=cond)
+        assert (low == high).float().mean() < 0.03  # 1,600 tokens: 4 standard deviations
+    alone = superres.generate_ids(text_embeds=text, seeds=seeds, timesteps=8, cond_ids=cond)
+    assert torch.equal(alone, high)

@@ -1,7 +1,6 @@
 """Policies, limits of the token choice, guidance: against plain loops, theory and diffusers."""
 
 import math
-from dataclasses import replace
 from typing import Any, get_args
 
 import pytest
@@ -14,18 +13,16 @@ from muse_maskgit_pytorch.sampling import (
     ORDERS,
     SCORES,
     Denoiser,
+    Policy,
     SampleState,
-    _likeliest,
     choose_tokens,
-    entropy,
-    halton_order,
     make_plan,
-    margin,
-    rolled_halton,
     sample_tokens,
     step,
 )
-from muse_maskgit_pytorch.structures import Policy
+from muse_maskgit_pytorch.sampling.choose import _most_likely
+from muse_maskgit_pytorch.sampling.policies import entropy, halton_order, margin, rolled_halton
+from muse_maskgit_pytorch.transformer import Context
 from tests import tiny
 
 N = 16
@@ -41,11 +38,10 @@ def blank(batch: int = 2) -> Tensor:
 
 
 def denoiser(text: TextEmbeds, critic=None, guided: bool = False) -> Denoiser:
-    given = tiny.conditioning(text)
-    if guided:
-        keep = torch.cat([given.keep, torch.zeros_like(given.keep)])
-        given = replace(given, text=text.cat(text), keep=keep)
-    contexts = [m and m.encode_context(given) for m in (MODEL, critic)]
+    kept = [tiny.conditioning(text, keep=keep) for keep in ((True, False) if guided else (True,))]
+    contexts = [
+        m and Context.stack([m.encode_context(branch) for branch in kept]) for m in (MODEL, critic)
+    ]
     return Denoiser(MODEL, contexts[0], critic, contexts[1])
 
 
@@ -132,7 +128,7 @@ def plain_sample(text: TextEmbeds, canvas: Tensor, options: SampleOptions, criti
             masked = ids == MASK
             if not masked.any():
                 break
-            logits = MODEL.to_logits(MODEL(ids[None], MODEL.encode_context(given)))[0]
+            logits = MODEL.to_logits(MODEL(ids[None], MODEL.encode_context(given)))[0, 0]
             drawn, scores, likely = ids.clone(), torch.zeros(N), sure.clone()
             for at in masked.nonzero().flatten().tolist():
                 heat = plan.temperature[row, i]
@@ -194,8 +190,9 @@ def test_sampler_equals_the_plain_one(policy, critic):
         min_p=[0.0, 0.05, 0.01],
         seeds=[1, 2, 3],
     )
+    judged = options.replace(policy=policy or ("critic" if critic else None))
     with torch.no_grad():
-        expected = plain_sample(text, canvas, options, critic)
+        expected = plain_sample(text, canvas, judged, critic)
     assert torch.equal(sample_tokens(denoiser(text, critic), canvas, options), expected)
 
 
@@ -295,7 +292,7 @@ def test_whole_numbers_are_limits_too():
 
 def test_rounding_cuts_no_token_at_probability_1():
     probs = torch.tensor([0.0, -40.0]).softmax(-1)  # the first alone rounds to 1
-    kept = _likeliest(probs.expand(2, 1, 2), None, torch.tensor([1.0, 0.99]))
+    kept = _most_likely(probs.expand(2, 1, 2), None, torch.tensor([1.0, 0.99]))
     assert kept.tolist() == [[[True, True]], [[True, False]]]
 
 
@@ -322,17 +319,14 @@ def test_temperature_moves_linearly():
         (dict(guidance_schedule="linear"), [0, 0.25, 0.5, 0.75, 1]),
         (dict(guidance_schedule="constant"), [1] * 5),
         (dict(guidance_schedule="cosine"), [0, 0.146447, 0.5, 0.853553, 1]),
-        (dict(guidance_schedule="interval"), [0, 0, 1, 1, 1]),
-        (dict(guidance_schedule="interval", guidance_start=0, guidance_end=0.5), [1, 1, 1, 0, 0]),
         (dict(guidance_schedule=[0, 0, 0.5, 2, -1]), [0, 0, 0.5, 2, -1]),
         (dict(guidance_schedule=[0, 1]), [0, 0.25, 0.5, 0.75, 1]),  # a table of other steps
     ],
 )
 def test_guidance_schedules(changes, shares):
-    plan = make_plan(OPEN, SampleOptions(timesteps=5, cond_scale=3.0, lowres_scale=2.0, **changes))
+    plan = make_plan(OPEN, SampleOptions(timesteps=5, cond_scale=3.0, **changes))
     shares = torch.tensor(shares, dtype=torch.float32)
     torch.testing.assert_close(plan.cond_scale[0], 1 + 2 * shares)
-    torch.testing.assert_close(plan.lowres_scale[0], 1 + shares)
 
 
 def test_a_searched_schedule_is_two_tables():
@@ -349,17 +343,17 @@ def test_a_searched_schedule_is_two_tables():
 @pytest.mark.parametrize(
     "changes, passes",
     [
-        (dict(guidance_schedule="constant"), [4] * 5),
-        (dict(guidance_schedule="linear"), [2, 4, 4, 4, 4]),
-        (dict(guidance_schedule="interval"), [2, 2, 4, 4, 4]),
-        (dict(guidance_schedule="interval", guidance_start=[0.0, 0.6]), [4] * 5),
-        (dict(guidance_schedule=[0, 0, 1, 0, 1]), [2, 2, 4, 2, 4]),
-        (dict(cond_scale=1.0), [2] * 5),
+        (dict(guidance_schedule="constant"), [2] * 5),
+        (dict(guidance_schedule="linear"), [1, 2, 2, 2, 2]),
+        (dict(guidance_schedule=[0, 0, 1, 0, 1]), [1, 1, 2, 1, 2]),
+        (dict(cond_scale=1.0), [1] * 5),
+        (dict(cond_scale=[1, 1]), [1] * 5),
+        (dict(cond_scale=[1, 3], guidance_schedule="constant"), [2] * 5),
     ],
 )
-def test_steps_without_guidance_spare_the_second_half(changes, passes):
+def test_steps_without_guidance_skip_the_second_branch(changes, passes):
     seen = []
-    hook = MODEL.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    hook = MODEL.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[1].mask)))
     try:
         options = SampleOptions(timesteps=5, seeds=1).replace(**changes)
         sample_tokens(denoiser(tiny.text(), guided=True), blank(), options)
@@ -368,60 +362,18 @@ def test_steps_without_guidance_spare_the_second_half(changes, passes):
     assert seen == passes
 
 
-def test_low_resolution_guidance_follows_its_formula():
-    """The logits of one greedy step: z + lowres_scale (u - z) + cond_scale (c - u)."""
-    made = tiny.superres()
-    model, text, cond = made.transformer, tiny.text(), tiny.ids()
-    canvas = torch.full((2, 64), model.mask_id)
-    with torch.no_grad():
-        c, u, z = (
-            model.encode_context(replace(tiny.conditioning(text, cond, keep), text=text))
-            for keep in (True, False, False)
-        )
-        z.mask[:, 1:] = False
-        c, u, z = (model.to_logits(model(canvas, context)) for context in (c, u, z))
-    expected = (z + 2.5 * (u - z) + 4.0 * (c - u)).argmax(-1)
-
-    def draw(**changes):
-        options = dict(timesteps=1, temperature=0.0, cond_scale=4.0, lowres_scale=2.5)
-        return made.generate_ids(text_embeds=text, cond_ids=cond, **(options | changes))
-
-    assert torch.equal(draw(), expected)
-    assert torch.equal(draw(lowres_scale=1.0), (u + 4 * (c - u)).argmax(-1))
-    assert torch.equal(draw(cond_scale=1.0), (z + 2.5 * (u - z) + (c - u)).argmax(-1))
-    assert not torch.equal(draw(), draw(lowres_scale=1.0))
-
-
-@pytest.mark.parametrize("kind", ["plain", "self_cond", "token_critic"])
-def test_rows_with_and_without_low_resolution_guidance_share_a_batch(kind):
-    critic = dict(token_critic=tiny.critic(seq_len=64)) if kind == "token_critic" else {}
-    model = tiny.transformer(seq_len=64, self_cond=kind == "self_cond")
-    made = tiny.superres(model=model, **critic)
-    text, cond = tiny.text(3), tiny.ids(3)
-    every = dict(lowres_scale=[1.0, 3.0, 0.0], cond_scale=[3.0, 1.0, 2.0], seeds=[1, 2, 3])
-    together = made.generate_ids(text_embeds=text, cond_ids=cond, timesteps=4, **every)
-    for row in range(3):
-        own = {name: values[row] for name, values in every.items()}
-        alone = made.generate_ids(
-            text_embeds=rows_of(text, row), cond_ids=cond[row : row + 1], timesteps=4, **own
-        )
-        assert torch.equal(alone[0], together[row]), row
-
-
 # Bad input, and what a callback sees
 
 
 def test_options_that_do_not_fit_the_model():
     model, text = tiny.maskgit(), tiny.text()
-    with pytest.raises(ValueError, match="top_k 61 is over the codebook's 60 codes"):
+    with pytest.raises(ValueError, match="top_k 61 is larger than the codebook's 60 codes"):
         model.generate_ids(text_embeds=text, timesteps=2, top_k=[3, 61])
     with pytest.raises(ValueError, match="policy 'critic' needs a model with a token critic"):
         model.generate_ids(text_embeds=text, timesteps=2, policy="critic")
-    with pytest.raises(ValueError, match="lowres_scale is given to a model without"):
-        model.generate_ids(text_embeds=text, timesteps=2, lowres_scale=2.0)
     with pytest.raises(ValueError, match="3 negative_texts for 2 texts"):
         model.generate_ids(text_embeds=text, negative_texts=["a", "b", "c"], cond_scale=1.0)
-    with pytest.warns(UserWarning, match="timesteps 20 are more than the 16 tokens"):
+    with pytest.warns(UserWarning, match="timesteps 20 exceed the 16 tokens"):
         ids = model.generate_ids(text_embeds=text, timesteps=20)
     assert (ids < MASK).all()
 
@@ -442,7 +394,7 @@ def test_callback_sees_the_log_probabilities_of_the_draws():
     context = MODEL.encode_context(tiny.conditioning(text))
     before = canvas
     for now in seen:
-        log_probs = MODEL.to_logits(MODEL(before, context)).log_softmax(-1)
+        log_probs = MODEL.to_logits(MODEL(before, context))[0].log_softmax(-1)
         new = (before == MASK) & (now.ids != MASK)
         of_ids = log_probs.gather(-1, now.ids.clamp(max=MASK - 1)[..., None])[..., 0]
         torch.testing.assert_close(now.log_probs[new], of_ids[new])
@@ -482,7 +434,7 @@ def test_confidence_chooses_what_diffusers_chooses(schedule, steps, known, monke
     context, ids = MODEL.encode_context(tiny.conditioning(text)), canvas
     for now, timestep in enumerate(scheduler.timesteps):
         with torch.no_grad():
-            logits = MODEL.to_logits(MODEL(ids, context))
+            [logits] = MODEL.to_logits(MODEL(ids, context))
         ids = scheduler.step(logits, timestep, ids, starting_mask_ratio=1 - known / N).prev_sample
         assert torch.equal(ids, seen[now].ids), now
     assert (ids < MASK).all()

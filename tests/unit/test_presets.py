@@ -9,7 +9,7 @@ import torch
 from muse_maskgit_pytorch import MaskGit, Muse, SampleOptions
 from muse_maskgit_pytorch.checkpoint import load_tree, save_tree
 from muse_maskgit_pytorch.cli.main import main
-from muse_maskgit_pytorch.provenance import read_drawings
+from muse_maskgit_pytorch.provenance import read_records
 from muse_maskgit_pytorch.training.trainer import _leaves
 from tests import tiny
 
@@ -58,7 +58,7 @@ def test_a_preset_is_complete_by_itself(muse: Any):
 def test_an_unknown_preset_names_the_nearest(muse: Any):
     with pytest.raises(ValueError, match=r"'fats', did you mean 'fast'.* default, fast, quality"):
         muse.base.preset("fats")
-    with pytest.raises(ValueError, match=r"unknown preset 'fast'; there is default$"):
+    with pytest.raises(ValueError, match=r"unknown preset 'fast'; the presets are default$"):
         tiny.maskgit().preset("fast")
 
 
@@ -72,7 +72,7 @@ def test_an_unknown_preset_names_the_nearest(muse: Any):
         ({"b": {"noise_schedule": [0.2, 0.8]}}, "preset 'b': noise_schedule must fall"),
         ({"default": {}}, "preset 'default' is the model's sample_options"),
         ({"superres": {}}, "preset 'superres' is the default of a cascade's second stage"),
-        ({"": {}}, "preset '' is no name"),
+        ({"": {}}, "preset '' is not a name"),
     ],
 )
 def test_a_wrong_preset_is_refused_at_once(presets: dict, says: str):
@@ -143,9 +143,9 @@ def test_drawing_by_a_preset(muse: Any):
     assert [image.tobytes() for image in first] != [image.tobytes() for image in default]
 
     sharper = wanted["superres"].replace(temperature=0.0)
-    stages = muse.stages("a", seeds=3, preset="fast", superres_options=sharper)
-    alone = muse.stages("a", seeds=3, base_options=wanted["base"], superres_options=sharper)
-    assert all(map(torch.equal, stages, alone))
+    by_name = muse.request("a", seeds=3, preset="fast", superres_options=sharper)
+    by_hand = dict(base_options=wanted["base"], superres_options=sharper)
+    assert by_name == muse.request("a", seeds=3, **by_hand)
 
 
 def test_a_preset_and_options_of_the_base_exclude_each_other(muse: Any):
@@ -166,18 +166,17 @@ def model(muse: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_generate_takes_a_preset_and_changes_of_it(muse: Any, model: str, tmp_path: Path):
     first, second = tmp_path / "a.png", tmp_path / "b.png"
     assert main(["generate", "a cat", model, "--preset=fast", "--seed=4", f"--out={first}"]) == 0
-    [drawing] = read_drawings(first)
-    wanted = muse.options("fast")
-    assert drawing.options["base"] == wanted["base"].replace(seeds=[4])
-    assert drawing.options["superres"] == wanted["superres"].replace(seeds=[4])
+    [record] = read_records(first)
+    wanted = {n: o.replace(seeds=[4]).with_rows(1) for n, o in muse.options("fast").items()}
+    assert record.request.options == wanted
 
     changes = ["--preset=quality", "--base.top_k=7"]
     assert main(["generate", model, f"--like={first}", *changes, f"--out={second}"]) == 0
-    [drawing] = read_drawings(second)
-    assert drawing.prompts == ("a cat",)
-    wanted = muse.options("quality")
-    assert drawing.options["base"] == wanted["base"].replace(seeds=[4], top_k=7)
-    assert drawing.options["superres"] == wanted["superres"].replace(seeds=[4])
+    [record] = read_records(second)
+    assert record.prompts == ["a cat"]
+    wanted = {n: o.replace(seeds=[4]).with_rows(1) for n, o in muse.options("quality").items()}
+    wanted["base"] = wanted["base"].replace(top_k=[7])
+    assert record.request.options == wanted
 
 
 def test_generate_names_the_nearest_preset(model: str, tmp_path: Path, capsys):

@@ -2,8 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,14 @@ from PIL import Image, PngImagePlugin
 from muse_maskgit_pytorch import Muse, SampleOptions
 from muse_maskgit_pytorch.images import RECORD, image_grid, record_of, save_png
 from muse_maskgit_pytorch.provenance import (
-    Drawing,
+    Record,
+    attach_to_sheet,
     fingerprint,
     from_json,
-    read_drawings,
-    row_wise,
-    stamp_sheet,
+    read_records,
     to_json,
 )
+from muse_maskgit_pytorch.request import Request
 from tests import tiny
 
 PROMPTS = ["a red car", "two cats", '日本語 ❤️ "quoted"']
@@ -64,18 +63,18 @@ def same_pixels(first: list[Image.Image], second: list[Image.Image]) -> bool:
 
 def test_a_png_says_how_it_was_drawn(muse: Any, pictures: list, tmp_path: Path):
     save_png(pictures[2], tmp_path / "a.png")
-    [drawing] = read_drawings(tmp_path / "a.png")
-    assert drawing.rows == (2,)
-    assert drawing.prompts == tuple(PROMPTS)
-    assert drawing.negatives == ("dogs", "", "blue")
-    base, superres = drawing.options["base"], drawing.options["superres"]
-    assert base == SampleOptions(
-        timesteps=[2, 3, 4], cond_scale=[1.0, 2.0, 3.5], seeds=[5, 3, 2**40]
-    )
-    assert (superres.temperature, superres.noise_schedule) == (0.5, "linear")
-    assert drawing.model == muse.fingerprint
-    assert drawing.made_by["torch"] == torch.__version__
-    assert drawing.made_by["device"] == "cpu"
+    [record] = read_records(tmp_path / "a.png")
+    assert record.rows == (2,)
+    assert record.prompts == PROMPTS[2:]
+    assert record.request.prompts == PROMPTS
+    assert record.request.negatives == ["dogs", "", "blue"]
+    base, superres = record.request.options["base"], record.request.options["superres"]
+    wanted = SampleOptions(timesteps=[2, 3, 4], cond_scale=[1.0, 2.0, 3.5], seeds=[5, 3, 2**40])
+    assert base == wanted.with_rows(3)
+    assert (superres.temperature, superres.noise_schedule) == ([0.5] * 3, "linear")
+    assert record.model == muse.fingerprint
+    assert record.made_by["torch"] == torch.__version__
+    assert record.made_by["device"] == "cpu"
 
 
 def test_the_chunk_is_utf8_json_that_any_tool_reads(pictures: list, tmp_path: Path):
@@ -91,12 +90,17 @@ def test_the_chunk_is_utf8_json_that_any_tool_reads(pictures: list, tmp_path: Pa
     assert record["options"]["base"].keys() == every  # later defaults do not change it
 
 
-def test_records_do_not_make_equal_pictures_unequal(muse: Any, pictures: list):
+def test_a_record_belongs_to_the_pixels_that_were_drawn(muse: Any, pictures: list, tmp_path: Path):
     text = muse.base.embed_texts(["a red car"])
     other = muse(text_embeds=text, seeds=1)
-    assert other == muse("a red car", seeds=1)
-    assert record_of(other[0]) is None  # an embedding is no prompt
+    assert same_pixels(other, muse("a red car", seeds=1))
+    assert record_of(other[0]) is None  # an embedding is not a prompt
+    assert record_of(pictures[0].copy()) == record_of(pictures[0])
     assert record_of(pictures[0].crop((0, 0, 8, 8))) is None
+    brighter = pictures[0].point(lambda level: min(255, level + 1))
+    assert record_of(brighter) is None
+    pictures[0].save(tmp_path / "a.png")  # Pillow's way of saving leaves the record out
+    assert record_of(Image.open(tmp_path / "a.png")) is None
 
 
 def test_one_stopped_by_a_callback_has_no_record(muse: Any):
@@ -108,30 +112,15 @@ def test_random_seeds_are_recorded(muse: Any):
     first = muse(["a red car", "a red car"])
     again = from_json(str(record_of(first[0])), "")[0]
     assert same_pixels(muse.like(replace(again, rows=(0, 1))), first)
-    seeds = again.options["base"].seeds
-    assert isinstance(seeds, list)
+    seeds = again.request.seeds
     assert len(set(seeds)) == 2
-    assert again.options["superres"].seeds == seeds
+    assert again.request.options["superres"].seeds == seeds
     assert not same_pixels(muse(["a red car", "a red car"]), first)
 
 
 def test_a_written_record_is_read_as_it_was(muse: Any, pictures: list):
-    drawings = from_json(str(record_of(pictures[1])), "")
-    assert from_json(to_json(drawings), "") == drawings
-
-
-def test_fields_with_a_value_for_each_row():
-    @dataclass
-    class Options:
-        steps: int | Sequence[int]
-        seeds: int | Sequence[int] | None
-        schedule: str | Sequence[float]
-        name: str
-
-    # without the future import of this module's annotations the hints are real types
-    assert row_wise(Options) == {"steps", "seeds"}
-    found = row_wise(SampleOptions)
-    assert {"timesteps", "temperature", "choice_temperature", "cond_scale", "seeds"} <= found
+    records = from_json(str(record_of(pictures[1])), "")
+    assert from_json(to_json(records), "") == records
 
 
 # Again ---------------------------------------------------------------------------------------
@@ -148,13 +137,13 @@ def test_the_same_picture_again(muse: Any, pictures: list, tmp_path: Path):
 def test_all_pictures_of_a_sheet(muse: Any, pictures: list, tmp_path: Path):
     shown = [pictures[2], pictures[0], *muse("a red car", seeds=1), pictures[1]]
     sheet = image_grid(shown, 2, ["a", "b", "c", "d"])
-    stamp_sheet(sheet, shown)
+    attach_to_sheet(sheet, shown)
     save_png(sheet, tmp_path / "sheet.png")
-    assert [d.rows for d in read_drawings(tmp_path / "sheet.png")] == [(2, 0), (0,), (1,)]
+    assert [r.rows for r in read_records(tmp_path / "sheet.png")] == [(2, 0), (0,), (1,)]
     again = muse.like(tmp_path / "sheet.png")
     assert same_pixels(again, shown)
     sheet = image_grid([*shown, Image.new("RGB", (32, 32))], 2)
-    stamp_sheet(sheet, [*shown, Image.new("RGB", (32, 32))])
+    attach_to_sheet(sheet, [*shown, Image.new("RGB", (32, 32))])
     assert record_of(sheet) is None
 
 
@@ -164,37 +153,37 @@ def test_a_picture_of_a_sheet_alone(muse: Any, pictures: list):
     (A decoder's sums depend on the size of the batch in their last bits. That is why the record
     holds the whole batch, and `like` draws it along.)
     """
-    [drawing] = from_json(str(record_of(pictures[0])), "")
-    _, ids = with_ids(muse, drawing)
+    [record] = from_json(str(record_of(pictures[0])), "")
+    _, ids = with_ids(muse, record.request)
     for row, picture in enumerate(pictures):
-        alone = drawing.take([row])
-        assert alone.prompts == (PROMPTS[row],)
+        alone = record.request.take([row])
+        assert alone.prompts == [PROMPTS[row]]
         assert alone.options["base"].timesteps == [[2, 3, 4][row]]
-        assert alone.options["superres"].timesteps == 2  # one for all
-        [again], own_ids = with_ids(muse, alone)
-        assert all(torch.equal(own[0], all_[row]) for own, all_ in zip(own_ids, ids, strict=True))
+        assert alone.options["superres"].timesteps == [2]
+        [again], alone_ids = with_ids(muse, alone)
+        pairs = zip(alone_ids, ids, strict=True)
+        assert all(torch.equal(one[0], every[row]) for one, every in pairs)
         assert abs(levels(again) - levels(picture)).max() <= 1
-    swapped, _ = with_ids(muse, drawing.take([2, 0]))
+    swapped, _ = with_ids(muse, record.request.take([2, 0]))
     assert abs(levels(swapped[0]) - levels(pictures[2])).max() <= 1
     assert abs(levels(swapped[1]) - levels(pictures[0])).max() <= 1
 
 
-def with_ids(muse: Any, drawing: Drawing) -> tuple[list[Image.Image], list[torch.Tensor]]:
+def with_ids(muse: Any, request: Request) -> tuple[list[Image.Image], list[torch.Tensor]]:
     """Pictures, and the last ids of both stages."""
     seen: dict[int, torch.Tensor] = {}
-    images = muse.like(drawing, lambda step: seen.update({step.ids.shape[1]: step.ids}))
-    return images, [seen[16], seen[64]]
+    drawn = muse.draw(request, lambda step: seen.update({step.ids.shape[1]: step.ids}))
+    return muse.pictures(drawn), [seen[16], seen[64]]
 
 
 def levels(image: Image.Image) -> np.ndarray:
     return np.asarray(image).astype(int)
 
 
-def test_values_that_are_not_one_for_each_row():
-    options = {"base": SampleOptions(cond_scale=[1.0, 2.0], seeds=[1, 2, 3])}
-    drawing = Drawing(("a", "b", "c"), None, options, (0, 1, 2))
+def test_values_that_are_not_one_for_each_row(muse: Any):
+    options = SampleOptions(cond_scale=[1.0, 2.0], seeds=[1, 2, 3])
     with pytest.raises(ValueError, match="cond_scale has 2 values for 3 images"):
-        drawing.take([0, 1])
+        muse.request(["a", "b", "c"], base_options=options)
 
 
 def test_a_saved_model_draws_it_again(muse: Any, pictures: list, tmp_path: Path):
@@ -233,16 +222,24 @@ def test_what_the_fingerprint_covers(tmp_path: Path):
     assert fingerprint(settings) != rounded
 
 
-def test_changes_that_torch_does_not_count():
+def test_the_fingerprint_is_computed_once_per_loading_of_weights(monkeypatch: Any):
     model = Muse(tiny.maskgit())
     first = fingerprint(model)
     rounded = fingerprint(model.half().float())
     assert rounded != first
-    weight = model.base.transformer.to_logits.weight
-    before = weight._version, weight.data_ptr()
-    weight.data.mul_(2)
-    assert (weight._version, weight.data_ptr()) == before
-    assert fingerprint(model) != rounded
+    import hashlib
+
+    monkeypatch.setattr(hashlib, "sha256", None)  # not needed any more
+    assert fingerprint(model) == rounded
+
+
+def test_settings_of_the_training_do_not_count():
+    model = tiny.maskgit()
+    other = tiny.maskgit(
+        model.transformer, vae=model.vae, label_smoothing=0.1, critic_target="truth"
+    )
+    assert fingerprint(other) == fingerprint(model)
+    assert fingerprint(tiny.maskgit(model.transformer, vae=model.vae)) == fingerprint(model)
 
 
 def test_another_models_picture(muse: Any, pictures: list, tmp_path: Path):
@@ -304,22 +301,36 @@ def document(**changes: Any) -> dict[str, Any]:
     )
     return {
         "format": "muse_maskgit_pytorch picture",
-        "version": 1,
+        "version": 2,
         "drawings": [{**record, **changes}],
     }
 
 
 def test_the_documents_of_the_next_test_are_good_but_for_one_thing(tmp_path: Path):
-    [drawing] = read_drawings(png_with(document(), tmp_path / "a.png"))
-    assert drawing == Drawing(
-        prompts=("a",),
+    [record] = read_records(png_with(document(), tmp_path / "a.png"))
+    request = Request(
+        prompts=["a"],
         negatives=None,
-        options={"base": SampleOptions(seeds=[1])},
-        rows=(0,),
-        model="0a",
-        made_by={"torch": "2"},
+        options={"base": SampleOptions(seeds=[1]).with_rows(1)},
         image_size=(16, 24),
     )
+    assert record == Record(request, (0,), model="0a", made_by={"torch": "2"})
+
+
+def test_pictures_of_version_1_are_read_and_not_drawn_again(muse: Any, tmp_path: Path):
+    """Both stages drew with the same random numbers then."""
+    old = dict(lowres_scale=1.0, guidance_start=0.5, guidance_end=1.0, seeds=[7], timesteps=5)
+    options = {"base": {**old, "guidance_schedule": "interval"}, "superres": old}
+    drawing = document(options=options, image_size=None) | {"version": 1}
+    path = png_with(drawing, tmp_path / "old.png")
+    [record] = read_records(path)
+    assert record.request.seeds == [7]
+    assert record.request.options["base"].guidance_schedule == [0, 0, 1, 1, 1]
+    with pytest.raises(ValueError, match=r"old.png was drawn by .* 0\.1, in which both stages"):
+        muse.like(path)
+    options["superres"] = {**old, "lowres_scale": 2.0}
+    with pytest.raises(ValueError, match=r"lowres_scale 2\.0 is not supported"):
+        read_records(png_with(document(options=options) | {"version": 1}, path))
 
 
 @pytest.mark.parametrize(
@@ -329,7 +340,8 @@ def test_the_documents_of_the_next_test_are_good_but_for_one_thing(tmp_path: Pat
         ("[" * 100_000, "recursion"),
         ("[]", "not in this package's format"),
         ({"format": "other"}, "not in this package's format"),
-        (document() | {"version": 2}, "format version 2, this package reads 1"),
+        (document() | {"version": 3}, "format version 3, this package reads up to 2"),
+        (document(image_size=None), "image_size must be a list of 2 int"),
         (document() | {"drawings": []}, "lists no pictures"),
         (document() | {"drawings": 5}, "not iterable"),
         ({k: v for k, v in document().items() if k != "drawings"}, "'drawings' is missing"),
@@ -338,10 +350,10 @@ def test_the_documents_of_the_next_test_are_good_but_for_one_thing(tmp_path: Pat
         (document(negative_prompts=["a", "b"]), "negative_prompts must be a list of 1 str"),
         (document(rows=[1]), r"rows \[1\] of 1 prompts"),
         (document(rows=[True]), "rows must be a list of some int"),
-        (document(model="\x1b[2J"), "model is no fingerprint"),
+        (document(model="\x1b[2J"), "model is not a fingerprint"),
         (document(made_by=None), "'NoneType' object"),
         (document(options={}), "options of the base are missing"),
-        (document(options={"base": {}}), "seeds must be a list of 1 int"),
+        (document(options={"base": {}}), "'seeds' is missing"),
         (document(options={"base": {"seeds": [1, 2]}}), "seeds must be a list of 1 int"),
         (document(options={"base": {"seeds": [1], "glow": 1}}), r"unknown options 'base' \['glow'"),
         (document(options={"base": {"seeds": [1], "timesteps": 0}}), "timesteps must be at least"),
@@ -353,7 +365,7 @@ def test_the_documents_of_the_next_test_are_good_but_for_one_thing(tmp_path: Pat
 )
 def test_damaged_records(record: Any, says: str, tmp_path: Path):
     with pytest.raises(ValueError, match=says) as error:
-        read_drawings(png_with(record, tmp_path / "a.png"))
+        read_records(png_with(record, tmp_path / "a.png"))
     assert "a.png: the record of how it was drawn cannot be used" in str(error.value)
     assert "\x1b" not in str(error.value)
 
@@ -368,11 +380,11 @@ def test_pictures_without_a_record(tmp_path: Path):
     Image.new("RGB", (2, 2)).save(tmp_path / "a.jpg")
     for name in ("a.png", "a.jpg"):
         with pytest.raises(ValueError, match=f"{name} does not say how it was drawn"):
-            read_drawings(tmp_path / name)
+            read_records(tmp_path / name)
     (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:40])
     for name in ("absent.png", "b.png"):
         with pytest.raises(ValueError, match=f"cannot read image .*{name}"):
-            read_drawings(tmp_path / name)
+            read_records(tmp_path / name)
 
 
 def test_counts_of_negative_prompts(muse: Any):

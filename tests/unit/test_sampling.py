@@ -1,7 +1,6 @@
 """The sampler against theory and against a plain, slow one."""
 
 import math
-from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -20,23 +19,22 @@ from muse_maskgit_pytorch.sampling import (
     masked_counts,
     sample_tokens,
     step,
+    stream_seed,
 )
+from muse_maskgit_pytorch.sampling.contract import guided_hidden
+from muse_maskgit_pytorch.transformer import Context
 from tests import tiny
 
 N = 16
 
 
 def denoiser(text: TextEmbeds, guided: bool = True, model=None, critic=None) -> Denoiser:
-    """A model's view of these texts; with the text-free half where there is guidance."""
+    """A model's view of these texts; with the text-free branch where there is guidance."""
     model = model or MODEL
-    if guided:
-        kept = tiny.conditioning(text)
-        both = replace(
-            kept, text=text.cat(text), keep=torch.cat([kept.keep, torch.zeros_like(kept.keep)])
-        )
-    else:
-        both = tiny.conditioning(text)
-    contexts = [m and m.encode_context(both) for m in (model, critic)]
+    kept = [tiny.conditioning(text, keep=keep) for keep in ((True, False) if guided else (True,))]
+    contexts = [
+        m and Context.stack([m.encode_context(branch) for branch in kept]) for m in (model, critic)
+    ]
     return Denoiser(model, contexts[0], critic, contexts[1])
 
 
@@ -133,10 +131,7 @@ def test_gumbel_noise_has_its_law():
         (dict(noise_schedule=[0.2, 0.4]), r"noise_schedule must fall .* not \[0.2, 0.4\]"),
         (dict(noise_schedule=[]), "noise_schedule is an empty table"),
         (dict(guidance_schedule=[]), "guidance_schedule is an empty table"),
-        (
-            dict(guidance_schedule="interval", guidance_start=0.9, guidance_end=0.5),
-            "guidance_start 0.9 is after guidance_end 0.5",
-        ),
+        (dict(guidance_schedule="interval"), "guidance_schedule must be one of .* or a table"),
         (dict(noise_schedule="cosin"), "noise_schedule must be one of .* not 'cosin'"),
     ],
 )
@@ -195,13 +190,13 @@ def plain_sample(model, text: TextEmbeds, canvas: Tensor, options: SampleOptions
         ids, mask = canvas[row].clone(), canvas[row] == MASK
         kept = tiny.conditioning(rows_of(text, [row]))
         dropped = tiny.conditioning(rows_of(text, [row]), keep=False)
-        past_c = past_u = torch.zeros(1, N, model.dim)
+        past_c = past_u = torch.zeros(1, 1, N, model.dim)
         for i in range(plan.num_steps):
             if not mask.any():
                 break
             past_c = model(ids[None], model.encode_context(kept), past_c)
             past_u = model(ids[None], model.encode_context(dropped), past_u)
-            c, u = model.to_logits(past_c)[0], model.to_logits(past_u)[0]
+            c, u = model.to_logits(past_c)[0, 0], model.to_logits(past_u)[0, 0]
             logits = u + plan.cond_scale[row, i] * (c - u)
             chances = (logits / plan.temperature[row, i]).softmax(-1)
             scores = torch.full((N,), math.inf)
@@ -277,9 +272,9 @@ def test_scale_zero_is_the_text_free_branch():
 
 def test_guided_step_at_scale_one_is_exactly_the_conditional_branch():
     text, ids, ones = tiny.text(), tiny.ids(), torch.ones(2)
-    guided, _ = denoiser(text).hidden(ids, ones, ones, guided=True)
-    twice = torch.cat([ids, ids])
-    assert torch.equal(guided, MODEL(twice, denoiser(text).context)[:2])
+    guided, branches = guided_hidden(MODEL, denoiser(text).context, ids, ones)
+    assert torch.equal(guided, branches[0])
+    assert not torch.equal(guided, branches[1])
 
 
 def test_guidance_and_text_and_seed_matter():
@@ -342,11 +337,13 @@ def test_critic_is_guided_too():
     text, ids = tiny.text(), tiny.ids()
     model = denoiser(text, critic=CRITIC)
     scale = torch.tensor([3.0, 0.0])
-    with_text = CRITIC.to_logits(CRITIC(ids, CRITIC.encode_context(tiny.conditioning(text))))
-    no_text = CRITIC.encode_context(tiny.conditioning(text, keep=False))
-    without = CRITIC.to_logits(CRITIC(ids, no_text))
-    expected = (without + scale[:, None, None] * (with_text - without)).squeeze(-1)
-    torch.testing.assert_close(model.critic_scores(ids, scale, torch.ones(2), True), expected)
+    with_text, without = (
+        CRITIC.to_logits(CRITIC(ids, CRITIC.encode_context(tiny.conditioning(text, keep=keep))))[0]
+        for keep in (True, False)
+    )
+    expected = without + scale[:, None, None] * (with_text - without)
+    hidden, _ = guided_hidden(CRITIC, model.critic_context, ids, scale)
+    torch.testing.assert_close(CRITIC.to_logits(hidden), expected)
 
 
 def test_callback_can_stop():
@@ -367,21 +364,12 @@ def test_a_full_canvas_comes_back():
     assert torch.equal(sample_tokens(denoiser(tiny.text()), canvas, SampleOptions()), canvas)
 
 
-def first_state(canvas: Tensor) -> SampleState:
-    return SampleState(
-        canvas,
-        canvas == MASK,
-        torch.zeros(len(canvas), dtype=torch.long),
-        *torch.zeros(2, *canvas.shape),
-    )
-
-
 def test_logits_of_masked_positions_are_enough():
     canvas = blank()
     canvas[0, ::3] = 4
     plan = make_plan(canvas == MASK, SampleOptions(timesteps=4, seeds=[1, 2]))
     model = denoiser(tiny.text())
-    fast = slow = first_state(canvas)
+    fast = slow = SampleState.start(canvas, MASK)
     for most in (16, 14, 11, 6):
         assert int(fast.mask.sum(1).max()) <= most
         fast = step(fast, plan, model, num_logits=most)
@@ -391,32 +379,141 @@ def test_logits_of_masked_positions_are_enough():
     assert not fast.mask.any()
 
 
-def test_rows_at_different_steps_share_a_batch():
-    """A prompt admitted while another is half done: each ends as it would alone."""
-    text = tiny.text()
-    options = SampleOptions(timesteps=[6, 4], cond_scale=[2.0, 5.0], seeds=[1, 2])
-    model, canvas = denoiser(text), blank()
-    expected = sample_tokens(model, canvas, options)
-    plan = make_plan(canvas == MASK, options)
+@pytest.mark.parametrize("model", [MODEL, SELF_COND], ids=["plain", "self_cond"])
+def test_rows_at_different_steps_share_a_batch(model):
+    """Prompts admitted while another is half done, of other lengths, steps, guidance and limits.
 
-    alone = denoiser(rows_of(text, [0]))
-    one = make_plan(canvas[:1] == MASK, SampleOptions(timesteps=6, cond_scale=2.0, seeds=[1]))
-    state = first_state(canvas[:1])
+    Each ends as it would alone, also when the batch is taken apart again on the way.
+    """
+    texts = [tiny.text(1, 5), tiny.text(2, 8, seed=1)]
+    options = [
+        SampleOptions(timesteps=6, cond_scale=1.0, top_k=5, seeds=[1]),
+        SampleOptions(timesteps=[4, 8], cond_scale=[2.0, 5.0], top_p=[0.9, 1.0], seeds=[2, 3]),
+    ]
+    canvases = [blank(1), blank(2)]
+    canvases[1][1, ::2] = 7
+    models = [denoiser(texts[0], guided=model.self_cond, model=model)]
+    models += [denoiser(texts[1], model=model)]
+    plans = [make_plan(c == MASK, o) for c, o in zip(canvases, options, strict=True)]
+    states = [SampleState.start(canvas, MASK) for canvas in canvases]
+
+    def alone(i: int) -> Tensor:
+        state = states[i]
+        for _ in range(plans[i].num_steps):
+            state = step(state, plans[i], models[i], guided=i == 1 or model.self_cond)
+        return state.ids
+
+    expected = torch.cat([alone(0), alone(1)])
+    state = states[0]
     for _ in range(3):
-        state = step(state, one, alone)
-    new = first_state(canvas[1:])
-    names = ("ids", "mask", "step", "scores", "log_probs")
-    state = SampleState(*(torch.cat([getattr(s, n) for s in (state, new)]) for n in names))
+        state = step(state, plans[0], models[0], guided=model.self_cond)
+    state, plan, both = state.cat(states[1]), plans[0].cat(plans[1]), models[0].cat(models[1])
     for _ in range(4):
-        state = step(state, plan, model)
-    assert state.step.tolist() == [7, 4]  # the first row was done a step ago, and stayed
-    assert torch.equal(state.ids, expected)
+        state = step(state, plan, both)
+    assert state.step.tolist() == [7, 4, 4]  # the first row was done a step ago, and stayed
+    assert torch.equal(state.ids[:2], expected[:2])
+    last = slice(2, 3)
+    state, plan, both = state.rows(last), plan.rows(last), both.rows(last)
+    for _ in range(4):
+        state = step(state, plan, both)
+    assert torch.equal(state.ids, expected[last])
+
+
+def test_plans_of_two_policies_are_not_joined():
+    mask = torch.ones(1, N, dtype=torch.bool)
+    plans = [make_plan(mask, SampleOptions(policy=policy)) for policy in ("halton", "margin")]
+    with pytest.raises(ValueError, match="'halton' and 'margin' cannot share a batch"):
+        plans[0].cat(plans[1])
+
+
+def test_another_step_can_be_plugged_in():
+    calls = []
+
+    def counted(*args, **how):
+        calls.append(how)
+        return step(*args, **how)
+
+    options = SampleOptions(timesteps=3, seeds=[1, 2])
+    model = denoiser(tiny.text())
+    ids = sample_tokens(model, blank(), options, step=counted)
+    assert torch.equal(ids, sample_tokens(model, blank(), options))
+    assert [call["num_logits"] for call in calls] == [16, 13, 8]
+
+
+def test_streams_of_a_seed_are_independent():
+    mask = torch.ones(1, 4096, dtype=torch.bool)
+    options = SampleOptions(timesteps=1, seeds=[5])
+    first, second = (make_plan(mask, options, stream=s).uniform[0, 0] for s in ("", "superres"))
+    assert abs(float(torch.corrcoef(torch.stack([first, second]))[0, 1])) < 0.05
+    assert len({stream_seed(5, f"window {i}") for i in range(1000)}) == 1000
+    assert stream_seed(5, "superres") == stream_seed(5 + 2**32, "superres")  # 32 bits count
+    assert stream_seed(5, "superres") == 2569320129  # pictures must outlive versions
+
+
+class UVit:
+    """diffusers' aMUSEd transformer behind the sampler's contract: what an adapter must do."""
+
+    self_cond = False
+
+    def __init__(self, net, side: int):
+        self.net, self.side = net, side
+        self.mask_id = net.config.vocab_size - 1
+        self.num_tokens = net.config.codebook_size
+
+    def __call__(self, ids, context):
+        text, pooled, micro = (t.flatten(0, 1) for t in context.tensors)
+        branches = len(context.tensors[0])
+        rows = ids.repeat(branches, 1).view(-1, self.side, self.side)
+        logits = self.net(rows, text, pooled, micro).flatten(2).transpose(1, 2)
+        return logits.unflatten(0, (branches, -1))
+
+    def to_logits(self, hidden):
+        return hidden
+
+
+class UVitContext:
+    def __init__(self, *tensors):
+        self.tensors = tensors
+
+    def rows(self, rows):
+        return UVitContext(*(t[:, rows] for t in self.tensors))
+
+    def branches(self, count):
+        return UVitContext(*(t[:count] for t in self.tensors))
+
+    def cat(self, other):
+        pairs = zip(self.tensors, other.tensors, strict=True)
+        return UVitContext(*(torch.cat(pair, dim=1) for pair in pairs))
+
+
+def test_a_foreign_transformer_is_sampled():
+    """Every policy, guidance, and rows that do not depend on one another."""
+    from diffusers import UVit2DModel
+
+    net = UVit2DModel(
+        hidden_size=16, encoder_hidden_size=12, num_hidden_layers=1, num_attention_heads=2,
+        in_channels=16, block_out_channels=16, codebook_size=30, vocab_size=32, sample_size=4,
+        intermediate_size=16, cond_embed_dim=12, micro_cond_encode_dim=4,
+        micro_cond_embed_dim=20, block_num_heads=2, use_bias=False,
+    ).eval()  # fmt: skip
+    network = UVit(net, side=4)
+    context = UVitContext(
+        torch.randn(2, 2, 5, 12), torch.randn(2, 2, 12), torch.rand(1, 1, 5).expand(2, 2, 5)
+    )
+    canvas = torch.full((2, N), network.mask_id)
+    for policy in ("confidence", "margin", "halton", "random"):
+        options = SampleOptions(timesteps=4, cond_scale=[2.0, 3.0], policy=policy, seeds=[1, 2])
+        ids = sample_tokens(Denoiser(network, context), canvas, options)
+        assert ((ids >= 0) & (ids < 30)).all()
+        last = Denoiser(network, context).rows(slice(1, 2))
+        alone = sample_tokens(last, canvas[1:], options.with_rows(2).take([1]))
+        assert torch.equal(alone[0], ids[1])
 
 
 def test_a_finished_row_stays():
     text, canvas = tiny.text(), blank()
     plan = make_plan(canvas == MASK, SampleOptions(timesteps=2, seeds=[1, 2]))
-    state = first_state(canvas)
+    state = SampleState.start(canvas, MASK)
     for _ in range(2):
         state = step(state, plan, denoiser(text))
     again = step(state, plan, denoiser(text, critic=CRITIC))
@@ -428,6 +525,21 @@ def test_a_tiny_temperature_takes_the_likeliest_too():
     for temperature in (1e-3, 1e-30, 1e-38, 1e-45):
         ids, _ = choose_tokens(logits, torch.tensor([temperature]), torch.tensor([[0.7]]))
         assert ids.item() == 1
+
+
+def test_values_of_rows_may_be_lists_tuples_arrays_or_tensors():
+    """And a list of ones is no guidance, so it costs none."""
+    wanted = SampleOptions(timesteps=[4, 2], cond_scale=[1.0, 2.0], noise_schedule=[0.5, 0.25])
+    for kind in (tuple, np.array, torch.tensor):
+        made = SampleOptions(
+            timesteps=kind([4, 2]), cond_scale=kind([1.0, 2.0]), noise_schedule=kind([0.5, 0.25])
+        )
+        assert made == wanted
+        assert made.guided
+    assert SampleOptions(temperature=np.float32(0.5), timesteps=np.int64(3)).timesteps == 3
+    assert not SampleOptions(cond_scale=[1, 1]).guided
+    plan = make_plan(torch.ones(2, N, dtype=torch.bool), wanted)
+    assert (plan.num_masked[1, 2:] == 0).all()
 
 
 def test_seeds_are_whole_numbers():

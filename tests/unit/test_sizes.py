@@ -5,7 +5,7 @@ import torch
 
 from muse_maskgit_pytorch import Muse
 from muse_maskgit_pytorch.images import save_png
-from muse_maskgit_pytorch.provenance import read_drawings
+from muse_maskgit_pytorch.provenance import read_records
 from muse_maskgit_pytorch.transformer import TokenEmbedding
 from tests import tiny
 
@@ -65,31 +65,31 @@ def test_both_stages_of_a_cascade_grow_alike(t5, tmp_path):
         model=tiny.transformer(seq_len=64, **text), sample_options=dict(timesteps=3)
     )
     muse = Muse(base, superres)
-    low, high = muse.stages("a red car", seeds=1, image_size=(32, 48))
-    assert low.shape == (1, 3, 16, 24)
-    assert high.shape == (1, 3, 32, 48)
+    drawn = muse.draw(muse.request("a red car", seeds=1, image_size=(32, 48)))
+    assert drawn.base_images.shape == (1, 3, 16, 24)
+    assert drawn.images.shape == (1, 3, 32, 48)
     [image] = muse("a red car", seeds=1, image_size=(32, 48))
     assert image.size == (48, 32)
     save_png(image, tmp_path / "a.png")
-    assert read_drawings(tmp_path / "a.png")[0].image_size == (32, 48)
+    assert read_records(tmp_path / "a.png")[0].request.image_size == (32, 48)
     assert muse.like(tmp_path / "a.png") == [image]
 
 
 def test_sizes_that_are_no_whole_tokens():
     model, superres = tiny.maskgit(), tiny.superres()
-    assert model.pixels() == (16, 16)
-    assert model.grid((8, 12)) == (2, 3)
-    assert superres.grid(48) == (12, 12)
-    assert superres.cond_grid((48, 16)) == (6, 2)
-    with pytest.raises(ValueError, match=r"18 is no positive multiple of 4.*nearest is 16"):
+    assert model.geometry.pixels() == (16, 16)
+    assert model.geometry.grid((8, 12)) == (2, 3)
+    assert superres.geometry.grid(48) == (12, 12)
+    assert superres.geometry.cond_grid((48, 16)) == (6, 2)
+    with pytest.raises(ValueError, match=r"18 is not a positive multiple of 4.*nearest size is 16"):
         model.generate(text_embeds=tiny.text(), image_size=18)
     # 12 pixels are 3 tokens, but their half, 6, would be 1.5
-    with pytest.raises(ValueError, match="12 is no positive multiple of 8"):
-        superres.pixels((16, 12))
-    with pytest.raises(ValueError, match="no positive multiple"):
-        model.pixels(0)
+    with pytest.raises(ValueError, match="12 is not a positive multiple of 8"):
+        superres.geometry.pixels((16, 12))
+    with pytest.raises(ValueError, match="not a positive multiple"):
+        model.geometry.pixels(0)
     with pytest.raises(ValueError, match=r"a number or \(height, width\)"):
-        model.pixels((4, 4, 4))
+        model.geometry.pixels((4, 4, 4))
     with pytest.raises(ValueError, match=r"canvas is \(2, 16\), must be \(2, 24\)"):
         model.generate(
             text_embeds=tiny.text(), image_size=(16, 24), canvas=torch.zeros(2, 16).long()

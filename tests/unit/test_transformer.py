@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from muse_maskgit_pytorch import Conditioning, SelfCritic, TextEmbeds, TokenCritic
+from muse_maskgit_pytorch.checkpoint import save_tree
 from muse_maskgit_pytorch.layers import Block, CrossAttention, SelfAttention, attend
-from muse_maskgit_pytorch.transformer import MaskGitTransformer
+from muse_maskgit_pytorch.transformer import Context, MaskGitTransformer
 from tests import tiny
 from tests.shapes import unchecked
 
@@ -24,13 +25,12 @@ def _no_grad():
 
 def superres(**changes: Any) -> Any:
     """8 x 8 tokens that read 4 x 4 tokens of 30 codes."""
-    made = tiny.transformer(seq_len=64, **changes)
-    made.add_cond_encoder(30, 16)
-    return tiny.randomise(made)
+    return tiny.transformer(seq_len=64, cond_num_tokens=30, cond_seq_len=16, **changes)
 
 
 def run(model, ids: Tensor, conditioning: Conditioning, *self_cond: Tensor) -> Tensor:
-    return model.to_logits(model(ids, model.encode_context(conditioning), *self_cond))
+    [hidden] = model(ids, model.encode_context(conditioning), *self_cond)
+    return model.to_logits(hidden)
 
 
 # Attention
@@ -103,7 +103,7 @@ def plain_forward(model, ids: Tensor, conditioning: Conditioning) -> Tensor:
         low = embed(model.cond_encoder.embed, conditioning.cond_ids)
         for block in model.cond_encoder.blocks:
             low = plain_block(block, low, None, None)
-        seen = torch.cat([seen, model.text_norm(low)], 1)
+        seen = torch.cat([seen, model.cond_norm(low)], 1)
         mask = torch.cat([mask, torch.ones(low.shape[:2], dtype=torch.bool)], 1)
     x = embed(model.embed, ids)
     for block in model.blocks:
@@ -133,9 +133,28 @@ def test_rows_of_a_context():
     model, ids = tiny.transformer(), tiny.ids(3)
     context = model.encode_context(tiny.conditioning(tiny.text(3)))
     full = model(ids, context)
-    torch.testing.assert_close(model(ids[1:], context.rows(slice(1, None))), full[1:])
+    torch.testing.assert_close(model(ids[1:], context.rows(slice(1, None))), full[:, 1:])
     some = torch.tensor([2, 0])
-    torch.testing.assert_close(model(ids[some], context.rows(some)), full[some])
+    torch.testing.assert_close(model(ids[some], context.rows(some)), full[:, some])
+
+
+def test_branches_and_rows_joined_are_as_before():
+    model, ids = tiny.transformer(), tiny.ids(3)
+    short, long = tiny.text(1, 3), tiny.text(2, 7, seed=1)
+    seen, empty = (
+        model.encode_context(tiny.conditioning(long, keep=keep)) for keep in (True, False)
+    )
+    guided = Context.stack([seen, empty])
+    hidden = model(ids[:2], guided)
+    torch.testing.assert_close(hidden[:1], model(ids[:2], seen))
+    torch.testing.assert_close(hidden[1:], model(ids[:2], empty))
+    assert torch.equal(model(ids[:2], guided.branches(1)), model(ids[:2], seen))
+    # one row without guidance after two with it: its second branch repeats the first
+    alone = model.encode_context(tiny.conditioning(short))
+    joined = model(ids, guided.cat(alone))
+    torch.testing.assert_close(joined[:, :2], hidden)
+    torch.testing.assert_close(joined[:, 2:], model(ids[2:], alone).expand(2, -1, -1, -1))
+    torch.testing.assert_close(model(ids[2:], guided.cat(alone).rows(slice(2, 3))), joined[:, 2:])
 
 
 # Guidance
@@ -163,7 +182,8 @@ def test_without_text_cross_attention_is_a_constant():
     model = tiny.transformer()
     context = model.encode_context(tiny.conditioning(tiny.text(), keep=False))
     for block, keys_values in zip(model.blocks, context.keys_values, strict=True):
-        out = block.cross(torch.randn(2, 16, 16), keys_values, context.mask)
+        keys_values = tuple(t[0] for t in keys_values)
+        out = block.cross(torch.randn(2, 16, 16), keys_values, context.mask[0])
         value = block.cross.to_out(block.cross.null_kv[1].flatten())
         torch.testing.assert_close(out, value.expand_as(out))
 
@@ -241,8 +261,8 @@ def test_self_cond_changes_the_output():
     model, ids = tiny.transformer(self_cond=True), tiny.ids()
     conditioning = tiny.conditioning(tiny.text())
     first = run(model, ids, conditioning)
-    assert torch.equal(run(model, ids, conditioning, torch.zeros(2, 16, 16)), first)
-    assert not torch.allclose(run(model, ids, conditioning, torch.randn(2, 16, 16)), first)
+    assert torch.equal(run(model, ids, conditioning, torch.zeros(1, 2, 16, 16)), first)
+    assert not torch.allclose(run(model, ids, conditioning, torch.randn(1, 2, 16, 16)), first)
 
 
 # Critics
@@ -274,8 +294,7 @@ def fresh(**changes) -> MaskGitTransformer:
 
 
 def test_output_projections_start_at_zero():
-    model = fresh()
-    model.add_cond_encoder(30, 16)
+    model = fresh(cond_num_tokens=30, cond_seq_len=16)
     outputs = [p for n, p in model.named_parameters() if n.endswith("to_out.weight")]
     assert len(outputs) == 2 * 3 + 1 * 2
     assert all((p == 0).all() for p in outputs)
@@ -284,8 +303,7 @@ def test_output_projections_start_at_zero():
 
 @pytest.mark.parametrize("self_cond", [False, True])
 def test_every_parameter_learns(self_cond):
-    model = fresh(self_cond=self_cond)
-    model.add_cond_encoder(30, 16)
+    model = fresh(self_cond=self_cond, cond_num_tokens=30, cond_seq_len=16)
     before = {name: p.clone() for name, p in model.named_parameters()}
     conditioning = replace(
         tiny.conditioning(tiny.text(), tiny.ids(codes=30)), keep=torch.tensor([True, False])
@@ -297,7 +315,7 @@ def test_every_parameter_learns(self_cond):
             ids = tiny.ids(codes=31)
             context = model.encode_context(conditioning)
             past = (model(ids, context).detach(),) if self_cond else ()
-            logits = model.to_logits(model(ids, context, *past))
+            [logits] = model.to_logits(model(ids, context, *past))
             optimizer.zero_grad()
             F.cross_entropy(logits.flatten(0, 1), tiny.ids(codes=30).flatten()).backward()
             optimizer.step()
@@ -315,7 +333,9 @@ def test_every_parameter_learns(self_cond):
         (dict(depth=-1), "depth must be at least 1, not -1"),
         (dict(heads=0), "heads must be at least 1"),
         (dict(max_text_len=0), "max_text_len must be at least 1"),
-        (dict(seq_len=20), "seq_len 20 is no square.*16 or 25"),
+        (dict(seq_len=20), "seq_len 20 is not a perfect square.*16 or 25"),
+        (dict(cond_seq_len=4), "cond_num_tokens and cond_seq_len belong together"),
+        (dict(cond_seq_len=0, cond_num_tokens=3), "cond_seq_len must be at least 1"),
         (dict(cond_depth=-1), "cond_depth.*-1"),
         (dict(text_embed_dim=-4), "text_embed_dim.*-4"),
     ],
@@ -351,8 +371,28 @@ def test_wrong_number_of_tokens():
             model(tiny.ids(num_tokens=number), context)
 
 
-def test_cond_encoder_of_another_geometry():
-    model = superres()
-    model.add_cond_encoder(30, 16)  # the same again
+def test_low_resolution_is_added_without_changing_the_model():
+    plain = tiny.transformer(seq_len=64)
+    made = plain.with_low_resolution(30, 16)
+    assert plain.cond_encoder is None
+    assert plain._init_args["cond_seq_len"] is None
+    assert made._init_args["cond_seq_len"] == 16
+    shared = dict(plain.named_parameters())
+    assert all(p is shared[n] for n, p in made.named_parameters() if not n.startswith("cond_"))
+    assert made.with_low_resolution(30, 16) is made
     with pytest.raises(ValueError, match=r"16 low-resolution tokens of 30 codes, not 4 of 30"):
-        model.add_cond_encoder(30, 4)
+        made.with_low_resolution(30, 4)
+
+
+def test_files_from_before_the_second_norm_draw_what_they_drew(tmp_path):
+    """One norm served both sources, and the size of the encoder was not among the arguments."""
+    model = superres()
+    model.cond_norm.weight.copy_(model.text_norm.weight)
+    conditioning = tiny.conditioning(tiny.text(), tiny.ids(codes=30))
+    expected = run(model, tiny.ids(num_tokens=64), conditioning)
+    state = {k: v for k, v in model.state_dict().items() if k != "cond_norm.weight"}
+    config = {k: v for k, v in model.config.items() if k not in ("cond_num_tokens", "cond_seq_len")}
+    path = tmp_path / "old.safetensors"
+    save_tree(path, {"config": config, "state": state}, kind="MaskGitTransformer")
+    again = MaskGitTransformer.from_pretrained(path)
+    assert torch.equal(run(again, tiny.ids(num_tokens=64), conditioning), expected)

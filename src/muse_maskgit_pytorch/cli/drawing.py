@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from jsonargparse import Namespace
 from tqdm.auto import tqdm
 
-from ..checkpoint import CheckpointError, find_file, load_tree
-from ..maskgit import MaskGit
+from ..loading import open_model
 from ..muse import Muse
-from ..provenance import Drawing
-from ..structures import SampleOptions, SampleStep
+from ..request import Request
+from ..sampling import SampleOptions, per_row
+from ..structures import SampleStep
 from .parser import Parser, stated
 
 
@@ -75,97 +74,46 @@ def check_options(config: Namespace, endings: dict[str, str]) -> None:
         raise ValueError(f"--batch_size must be at least 1, not {config.batch_size}")
 
 
-def open_model(config: Namespace) -> Muse:
+def open_drawing_model(config: Namespace) -> Muse:
     """The model of ``--model`` on ``--device``.
 
     Raises:
-        CheckpointError: as `load_model`.
-        ValueError: a device that cannot be used, options of a stage that the model has not.
+        CheckpointError: as `open_model`.
+        ValueError: a device that cannot be used, options of a stage that the model does not have.
     """
-    model = load_model(config.model)
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        model = model.to(device)
-    except (RuntimeError, AssertionError) as error:  # both, depending on how torch was built
-        raise ValueError(f"--device {device!r} cannot be used: {error}") from error
+    model = open_model(config.model, config.device)
     if model.superres is None and stated(config.superres):
         raise ValueError(f"--superres options given, but {config.model!r} has no such stage")
     return model
 
 
-def load_model(name: str) -> Muse:
-    """A whole model, or a base stage alone as one.
+def new_requests(prompts: Sequence[str], config: Namespace, model: Muse) -> list[Request]:
+    """What the command line asks for, in batches; a prompt may be empty.
 
     Raises:
-        CheckpointError: not to be found, or another kind of file.
+        ValueError: no such preset; negative prompts, seeds or options whose number differs from
+            the number of pictures.
     """
-    path = find_file(name)
-    kind = load_tree(path)[1]
-    if kind == "Muse":
-        return Muse.from_pretrained(path)
-    if kind != "MaskGit":
-        raise CheckpointError(f"{path} holds a {kind}: give a Muse or a base MaskGit")
-    stage = MaskGit.from_pretrained(path)
-    if stage.cond_image_size is not None:
-        raise CheckpointError(
-            f"{path} is a super-resolution stage alone: join it with a base by `muse bundle`"
-        )
-    return Muse(stage)
-
-
-def stages(model: Muse) -> dict[str, MaskGit]:
-    both = {"base": model.base, "superres": model.superres}
-    return {name: stage for name, stage in both.items() if stage is not None}
-
-
-def pixels(config: Namespace, model: Muse) -> tuple[int, int]:
-    """Height and width of the pictures."""
-    return list(stages(model).values())[-1].pixels(config.image_size)
-
-
-def new_drawings(prompts: Sequence[str], config: Namespace, model: Muse) -> list[Drawing]:
-    """What the command line asks for, in batches.
-
-    Raises:
-        ValueError: as `per_picture`; no such preset; options of another number of pictures.
-    """
-    negatives, seeds = per_picture(config, len(prompts))
-    seeded = {} if seeds is None else {"seeds": seeds}
-    whole = Drawing(
-        prompts=tuple(prompts),
-        negatives=None if negatives is None else tuple(negatives),
-        options={
-            name: options.replace(**stated(config[name]), **seeded)
-            for name, options in model.options(config.preset).items()
-        },
-        rows=tuple(range(len(prompts))),
-        model=model.fingerprint,
-        image_size=pixels(config, model),
+    options = {
+        name: usual.replace(**stated(config[name]))
+        for name, usual in model.options(config.preset).items()
+    }
+    whole = model.request(
+        prompts,
+        negative_texts=config.negative,
+        seeds=config.seed,
+        base_options=options["base"],
+        superres_options=options.get("superres"),
+        image_size=config.image_size,
+        canvases={},
     )
-    size = config.batch_size
-    return [whole.take(whole.rows[at : at + size]) for at in range(0, len(prompts), size)]
+    every, size = range(len(whole)), config.batch_size
+    return [whole.take(every[at : at + size]) for at in range(0, len(whole), size)]
 
 
-def per_picture(config: Namespace, count: int) -> tuple[list[str] | None, list[int] | None]:
-    """Negative prompts and seeds for each picture, None where the command line has none.
-
-    Raises:
-        ValueError: of another number of pictures.
-    """
-    negatives, seeds = config.negative, config.seed
-    if isinstance(negatives, str):
-        negatives = [negatives]
-    if negatives is not None and len(negatives) == 1:
-        negatives = negatives * count
-    if isinstance(seeds, int):
-        seeds = list(range(seeds, seeds + count))
-    for name, values in {"negative": negatives, "seed": seeds}.items():
-        if values is not None and len(values) != count:
-            raise ValueError(
-                f"--{name} has {len(values)} values for {count} pictures: give one for all, or "
-                "one each"
-            )
-    return negatives, seeds
+def num_steps(request: Request) -> int:
+    """Sampling steps of all stages together."""
+    return sum(max(per_row(o.timesteps, len(request), "")) for o in request.options.values())
 
 
 def each_files(folder: str, labels: Sequence[str]) -> list[Path]:
@@ -176,20 +124,15 @@ def each_files(folder: str, labels: Sequence[str]) -> list[Path]:
 
 
 @contextmanager
-def progress(
-    timesteps: Iterable[int | Sequence[int]] | None,
-) -> Iterator[Callable[[SampleStep], None]]:
+def progress(steps: int | None) -> Iterator[Callable[[SampleStep], None]]:
     """A bar over the sampling steps, as a callback that moves it.
 
     Args:
-        timesteps: of every run of the sampler, one number or one for each row; None: unknown.
+        steps: of all runs of the sampler; None if unknown.
     """
-    total = None
-    if timesteps is not None:
-        total = sum(steps if isinstance(steps, int) else max(steps) for steps in timesteps)
     look = dict(desc="sampling", unit="step", dynamic_ncols=True)
     # shown from the first step on: warnings and refusals before it keep a line of their own
-    with tqdm(total=total, delay=1e-3, **look) as bar:
+    with tqdm(total=steps, delay=1e-3, **look) as bar:
 
         def advance(step: SampleStep) -> None:
             bar.update()

@@ -11,6 +11,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,17 @@ from PIL import Image, ImageOps
 
 from .. import editing
 from ..images import image_grid, read_image, record_of, save_png
-from ..provenance import Drawing, from_json
-from .drawing import add_options, check_options, each_files, new_drawings, open_model, progress
+from ..provenance import Record, from_json
+from ..request import Request
+from .drawing import (
+    add_options,
+    check_options,
+    each_files,
+    new_requests,
+    num_steps,
+    open_drawing_model,
+    progress,
+)
 from .parser import Parser
 
 RESULTS = 64  # more on one sheet would be too small to look at
@@ -93,7 +103,7 @@ def outpaint(argv: list[str]) -> None:
     if config.aspect is not None:
         config.aspect = ratio(config.aspect)
     results = draw(config, editing.outpaint, read_picture(config), steps=None)
-    added = record(results[0]).edit or {}
+    added = record(results[0]).request.edit or {}
     masked = Image.new("RGB", results[0].size, GREY)
     left, top = added["left"], added["top"]
     right, bottom = masked.width - added["right"], masked.height - added["bottom"]
@@ -135,9 +145,10 @@ def free(argv: list[str]) -> None:
         by_iteration = editing.free(*args, **kwargs)
         return [image for images in zip(*by_iteration, strict=True) for image in images]
 
-    def steps(part: Drawing) -> list:
-        finish = [part.options[name].timesteps for name in part.options if name != "base"]
-        return [max(config.at, default=0), *finish * len(config.at)]
+    def steps(request: Request) -> int:
+        rest = {name: given for name, given in request.options.items() if name != "base"}
+        finish = num_steps(replace(request, options=rest))
+        return max(config.at, default=0) + finish * len(config.at)
 
     results = draw(config, picture_by_picture, picture, steps)
     write(config, results, fit(picture, results[0]))
@@ -266,16 +277,11 @@ def ratio(aspect: str | float) -> float:
         ) from error
 
 
-def steps_of(part: Drawing) -> list:
-    """The sampling steps of each stage."""
-    return [options.timesteps for options in part.options.values()]
-
-
 def draw(
     config: Namespace,
     edit: Callable[..., list[Image.Image]],
     picture: Image.Image,
-    steps: Callable[[Drawing], list] | None = steps_of,
+    steps: Callable[[Request], int] | None = num_steps,
     **arguments: Any,
 ) -> list[Image.Image]:
     """All results of an edit, whose arguments are options of the same names.
@@ -284,26 +290,26 @@ def draw(
         config: of `edit_parser`.
         edit: a function of `editing`.
         picture: to be edited.
-        steps: of the samplings of a batch; None: unknown.
-        **arguments: of the edit, which are no options.
+        steps: sampling steps of a batch; None if unknown.
+        **arguments: of the edit, which are not options.
     """
     arguments |= {
         name: config[name] for name in inspect.signature(edit).parameters if name in config
     }
     prompts = [prompt for prompt in config.prompts or [""] for _ in range(config.count)]
-    model = open_model(config)
-    parts = new_drawings(prompts, config, model)
+    model = open_drawing_model(config)
+    requests = new_requests(prompts, config, model)
     images: list[Image.Image] = []
-    total = None if steps is None else [number for part in parts for number in steps(part)]
+    total = None if steps is None else sum(map(steps, requests))
     with progress(total) as bar, warnings.catch_warnings():
-        for part in parts:
+        for request in requests:
             images += edit(
                 model,
                 picture,
-                part.prompts,
-                negative_texts=part.negatives,
-                base_options=part.options["base"],
-                superres_options=part.options.get("superres"),
+                request.prompts,
+                negative_texts=request.negatives,
+                base_options=request.options["base"],
+                superres_options=request.options.get("superres"),
                 image_size=config.image_size,
                 callback=bar,
                 **arguments,
@@ -312,7 +318,7 @@ def draw(
     return images
 
 
-def record(result: Image.Image) -> Drawing:
+def record(result: Image.Image) -> Record:
     return from_json(record_of(result) or "", "the result")[0]
 
 
@@ -337,10 +343,8 @@ def write(config: Namespace, results: list[Image.Image], *given: Image.Image) ->
     if len(results) > 1:
         captions = ["given", "masked"][: len(given)]
         for result, name in zip(results, names, strict=True):
-            drawing = record(result)
-            [row], seeds = drawing.rows, drawing.options["base"].seeds
-            assert isinstance(seeds, list)
-            captions.append(f"seed {seeds[row]}{name}")
+            drawn = record(result)
+            captions.append(f"seed {drawn.request.seeds[drawn.rows[0]]}{name}")
         images = [*given, *results]
         out = image_grid(images, math.ceil(math.sqrt(len(images))), captions)
     save_png(out, config.out)

@@ -9,6 +9,7 @@ import json
 import math
 import sys
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -17,23 +18,24 @@ import torch
 from jsonargparse import Namespace
 from PIL import Image
 
+from ..conditioning import one_each
 from ..foreign import load_tokenizer
 from ..images import image_grid, read_record, save_gif, save_png
+from ..loading import open_model
 from ..maskgit import MaskGit
 from ..muse import Muse
-from ..provenance import Drawing, made_by, plain, read_drawings, row_wise, stamp_sheet
-from ..structures import SampleOptions, SampleStep
+from ..provenance import Record, attach_to_sheet, made_on, plain, read_records
+from ..request import Request
+from ..sampling import ROW_WISE, row_seeds
+from ..structures import SampleStep
 from .drawing import (
     add_options,
     check_options,
     each_files,
-    load_model,
-    new_drawings,
-    open_model,
-    per_picture,
-    pixels,
+    new_requests,
+    num_steps,
+    open_drawing_model,
     progress,
-    stages,
 )
 from .film import Film
 from .parser import Parser, stated
@@ -71,31 +73,31 @@ def generate(argv: list[str]) -> None:
     if not (prompts or config.like) or not all(prompt.strip() for prompt in prompts):
         raise ValueError('give at least one prompt, and no empty one: muse generate "a red heart"')
     check_options(config, {"out": ".png", "gif": ".gif"})
-    like = read_drawings(config.like) if config.like else []
-    model = open_model(config)
-    for drawing in like:
-        drawing.check_model(model.fingerprint, config.like)
-    drawings = (
-        _again(like, prompts, config, model) if like else new_drawings(prompts, config, model)
-    )
-    captions = [drawing.prompts[row] for drawing in drawings for row in drawing.rows]
+    like = read_records(config.like) if config.like else []
+    model = open_drawing_model(config)
+    for record in like:
+        record.check(model.fingerprint, config.like)
+    if like:
+        jobs = _again(like, prompts, config, model)
+    else:
+        jobs = [(request, range(len(request))) for request in new_requests(prompts, config, model)]
+    captions = [(request.prompts or [])[row] for request, rows in jobs for row in rows]
     if config.gif and len(captions) > GIF_PICTURES:
         raise ValueError(f"--gif shows up to {GIF_PICTURES} pictures, not {len(captions)}")
 
     images: list[Image.Image] = []
     films: list[list[Image.Image]] = []  # the frames of each picture
-    with progress([o.timesteps for drawing in drawings for o in drawing.options.values()]) as bar:
-        for drawing in drawings:
-            film = None
-            if config.gif:
-                film = Film(list(stages(model).values()), drawing.rows, drawing.image_size)
+    with progress(sum(num_steps(request) for request, _ in jobs)) as bar:
+        for request, rows in jobs:
+            film = Film(model, rows, request.image_size) if config.gif else None
 
             def callback(step: SampleStep, film: Film | None = film) -> None:
                 bar(step)
                 if film is not None:
                     film.add(step)
 
-            images += model.like(drawing, callback)
+            batch = model.pictures(model.draw(request, callback))
+            images += [batch[row] for row in rows]
             films += film.strips() if film else []
     if config.each:
         for image, file in zip(images, each_files(config.each, captions), strict=True):
@@ -120,33 +122,32 @@ def inspect_parser() -> Parser:
 def inspect(argv: list[str]) -> None:
     config = inspect_parser().read(argv)
     for path in config.pictures:
-        drawings = read_drawings(path)
+        records = read_records(path)
         if config.json:
             print(json.dumps(json.loads(read_record(path) or ""), ensure_ascii=False, indent=2))
             continue
         print(path)
-        for drawing in drawings:
-            made = ", ".join(f"{name} {value}" for name, value in drawing.made_by.items())
-            print(plain(f"model {drawing.model} ({made})"))
-            for row in drawing.rows:
-                for name, value in _facts(drawing.take([row])).items():
+        for record in records:
+            made = ", ".join(f"{name} {value}" for name, value in record.made_by.items())
+            print(plain(f"model {record.model} ({made})"))
+            for row in record.rows:
+                for name, value in _facts(record.request.take([row])).items():
                     print(plain(f"  {name:<9} {value}"))
-            if drawing.edit:
-                edit = " ".join(f"{name}={value}" for name, value in drawing.edit.items())
+            if record.request.edit:
+                edit = " ".join(f"{name}={value}" for name, value in record.request.edit.items())
                 print(plain(f"  {'edit':<9} {edit}"))
 
 
-def _facts(drawing: Drawing) -> dict[str, str]:
-    """What decides one picture, for people."""
-    facts = {"prompt": drawing.prompts[0]}
-    if drawing.negatives and drawing.negatives[0]:
-        facts["negative"] = drawing.negatives[0]
-    per_row = row_wise(SampleOptions)
-    for stage, options in drawing.options.items():
+def _facts(request: Request) -> dict[str, str]:
+    """What decides the one picture of a request, for people."""
+    facts = {"prompt": (request.prompts or [""])[0]}
+    if request.negatives and request.negatives[0]:
+        facts["negative"] = request.negatives[0]
+    for stage, options in request.options.items():
         values = vars(options).items()
-        alone = {n: v[0] if n in per_row and isinstance(v, list) else v for n, v in values}
-        seed = alone.pop("seeds")
-        facts[stage] = " ".join(f"{n}={v}" for n, v in {"seed": seed, **alone}.items())
+        single = {n: v[0] if n in ROW_WISE and isinstance(v, list) else v for n, v in values}
+        seed = single.pop("seeds")
+        facts[stage] = " ".join(f"{n}={v}" for n, v in {"seed": seed, **single}.items())
     return facts
 
 
@@ -175,12 +176,12 @@ def bundle_parser() -> Parser:
 
 def bundle(argv: list[str]) -> None:
     config = bundle_parser().read(argv)
-    model = load_model(config.base)
+    model = open_model(config.base)
     if config.superres:
         model = Muse(model.base, MaskGit.from_pretrained(config.superres))
     for name in config.vae:
         vae = load_tokenizer(name)
-        swapped = [stage.swap_vae(vae) for stage in stages(model).values()]
+        swapped = [stage.swap_vae(vae) for stage in model.stages.values()]
         if not any(swapped):
             raise ValueError(
                 f"--vae {name}: its encoder and codebook are of no tokenizer in this model, whose "
@@ -209,46 +210,48 @@ def _lines(name: str) -> list[str]:
 
 
 def _again(
-    like: list[Drawing], prompts: list[str], config: Namespace, model: Muse
-) -> list[Drawing]:
+    like: list[Record], prompts: list[str], config: Namespace, model: Muse
+) -> list[tuple[Request, Sequence[int]]]:
     """What a PNG says, as it was; or what the command line makes of it, without the batch."""
-    count = sum(len(drawing.rows) for drawing in like)
-    negatives, seeds = per_picture(config, count)
+    count = sum(len(record.rows) for record in like)
     if prompts and len(prompts) != count:
         raise ValueError(f"{len(prompts)} prompts for the {count} pictures of {config.like}")
-    here = made_by(model.device)
-    changes = {name: stated(config[name]) for name in stages(model)}
-    if config.preset is not None:  # all of it but the seeds takes the place of what was
+    negatives = one_each(config.negative, count)
+    seeds = None if config.seed is None else row_seeds(config.seed, count)
+    changes = {name: stated(config[name]) for name in model.stages}
+    if config.preset is not None:  # everything but the seeds takes the place of what was
         for name, options in model.options(config.preset).items():
             preset = {key: value for key, value in vars(options).items() if key != "seeds"}
             changes[name] = preset | changes[name]
     given = prompts, negatives is not None, seeds is not None, config.image_size
     if not (any(given) or any(changes.values())):
+        here = made_on(model.device)
         for name in ("device", "torch"):
-            others = {drawing.made_by.get(name, "unknown") for drawing in like} - {here[name]}
+            others = {record.made_by.get(name, "unknown") for record in like} - {here[name]}
             if others:
                 warnings.warn(
                     f"{config.like} was drawn with {name} {', '.join(sorted(others))}, this is "
                     f"{here[name]}: single pixels may differ",
                     stacklevel=2,
                 )
-        return like
-    changed, done = [], 0
-    for drawing in like:
-        now = slice(done, done := done + len(drawing.rows))
-        drawing = drawing.take(drawing.rows)
+        return [(record.request, record.rows) for record in like]
+    size = list(model.sizes(config.image_size).values())[-1] if config.image_size else None
+    jobs, done = [], 0
+    for record in like:
+        now = slice(done, done := done + len(record.rows))
+        old = record.request.take(record.rows)
         seeded = {} if seeds is None else {"seeds": seeds[now]}
-        options = {n: old.replace(**changes[n], **seeded) for n, old in drawing.options.items()}
-        changed.append(
-            replace(
-                drawing,
-                prompts=tuple(prompts[now]) or drawing.prompts,
-                negatives=drawing.negatives if negatives is None else tuple(negatives[now]),
-                options=options,
-                image_size=pixels(config, model) if config.image_size else drawing.image_size,
-            )
+        options = {n: o.replace(**changes[n], **seeded) for n, o in old.options.items()}
+        rows = range(len(old))
+        request = replace(
+            old,
+            prompts=prompts[now] or old.prompts,
+            negatives=old.negatives if negatives is None else negatives[now],
+            options={name: changed.with_rows(len(rows)) for name, changed in options.items()},
+            image_size=size or old.image_size,
         )
-    return changed
+        jobs.append((request, rows))
+    return jobs
 
 
 def _sheet(images: list[Image.Image], captions: list[str]) -> Image.Image:
@@ -256,5 +259,5 @@ def _sheet(images: list[Image.Image], captions: list[str]) -> Image.Image:
     if len(images) == 1:
         return images[0]
     sheet = image_grid(images, math.ceil(math.sqrt(len(images))), captions)
-    stamp_sheet(sheet, images)
+    attach_to_sheet(sheet, images)
     return sheet

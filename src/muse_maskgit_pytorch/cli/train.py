@@ -10,7 +10,7 @@ from jsonargparse import Namespace
 from ..checkpoint import find_file, load_tree
 from ..foreign import load_tokenizer
 from ..maskgit import MaskGit
-from ..structures import SampleOptions
+from ..sampling import SampleOptions
 from ..training.maskgit_trainer import MaskGitTrainer
 from ..training.vae_trainer import VQGanVAETrainer
 from ..transformer import MaskGitTransformer, TokenCritic

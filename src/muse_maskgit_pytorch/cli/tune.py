@@ -26,9 +26,10 @@ from ..evaluation.tuning import (
     write_preset,
 )
 from ..features import LITE, FeatureNet
-from ..maskgit import MaskGit, check_preset
+from ..maskgit import MaskGit
 from ..muse import Muse
-from ..structures import Policy, SampleOptions
+from ..presets import check_preset
+from ..sampling import Policy, SampleOptions
 from .evaluate import pick_device
 from .parser import Parser
 

@@ -23,10 +23,11 @@ from tqdm.auto import tqdm
 
 from ..checkpoint import find_file, load_tree, save_tree
 from ..features import FeatureNet
-from ..maskgit import MaskGit, check_preset
+from ..maskgit import MaskGit
+from ..presets import check_preset
 from ..provenance import fingerprint
-from ..sampling import ORDERS
-from ..structures import Policy, SampleOptions, TextEmbeds
+from ..sampling import ORDERS, Policy, SampleOptions
+from ..structures import TextEmbeds
 from ..transformer import MaskGitTransformer
 from .generator import NEIGHBOUR, Judge
 
@@ -43,13 +44,9 @@ GUIDANCE: tuple[Changes, ...] = (
         for scale in (1.5, 2.0, 3.0, 4.5)
     ),
     *(
-        {
-            "cond_scale": scale,
-            "guidance_schedule": "interval",
-            "guidance_start": start,
-            "guidance_end": end,
-        }
-        for start, end in ((1 / 3, 1.0), (0.6, 1.0), (0.2, 0.7))
+        {"cond_scale": scale, "guidance_schedule": list(shares)}
+        # none in the first third, in the first half, at both ends
+        for shares in ([0, 0, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1], [0, 1, 1, 1, 0, 0])
         for scale in (1.5, 2.0, 3.0)
     ),
 )
@@ -153,7 +150,7 @@ class Trials:
         self._text = stage.embed_texts(judge.captions)
         self._cond: Tensor | None = None
         if stage.cond_image_size is not None:
-            self._cond = F.interpolate(images, stage.cond_pixels(), mode="area")
+            self._cond = F.interpolate(images, stage.geometry.cond_pixels(), mode="area")
         self._setup = {
             "model": fingerprint(stage),
             "captions": hashlib.sha256(json.dumps(judge.captions).encode()).hexdigest()[:16],
@@ -177,7 +174,8 @@ class Trials:
 
         def count(network: MaskGitTransformer, arguments: tuple[Any, ...]) -> None:
             nonlocal rows
-            rows += len(arguments[0])
+            ids, context = arguments[:2]
+            rows += len(ids) * len(context.mask)  # all branches of the guidance
 
         networks = [self._stage.transformer, self._stage.critic]  # a self-critic calls the first
         counted = [n for n in networks if isinstance(n, MaskGitTransformer)]
@@ -285,11 +283,8 @@ def effective(options: SampleOptions) -> SampleOptions:
     idle = ["seeds"]
     if options.policy in ORDERS:
         idle.append("choice_temperature")
-    guided = options.cond_scale != 1 or options.lowres_scale != 1
-    if not guided:
+    if not options.guided:
         idle.append("guidance_schedule")
-    if not guided or options.guidance_schedule != "interval":
-        idle += ["guidance_start", "guidance_end"]
     return options.replace(**{name: getattr(SampleOptions, name) for name in idle})
 
 

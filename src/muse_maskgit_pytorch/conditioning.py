@@ -1,0 +1,187 @@
+"""What a stage is conditioned on: captions and low-resolution images -> `Conditioning`.
+
+One place for the text encoder, the empty prompt, long texts, guidance dropout, negative prompts
+and the low resolution.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from .geometry import Geometry, ImageSize
+from .images import resize
+from .structures import Conditioning, TextEmbeds
+from .text import LongTexts, get_text_encoder
+from .vqgan_vae import ImageTokenizer
+
+
+@dataclass(frozen=True)
+class Conditioner:
+    """Makes the conditioning of one stage.
+
+    Attributes:
+        text_encoder: its Hugging Face name or path.
+        max_text_len: of the text encoder.
+        geometry: of the stage.
+        cond_vae: tokenizer of the low-resolution images; None for a base.
+        device: of the results.
+    """
+
+    text_encoder: str
+    max_text_len: int
+    geometry: Geometry
+    cond_vae: ImageTokenizer | None
+    device: torch.device
+
+    def embed_texts(
+        self,
+        texts: Sequence[str] | str | None,
+        text_embeds: TextEmbeds | Float[Tensor, "B L E"] | None = None,
+        *,
+        allow_empty: bool = False,
+        long: LongTexts = "windows",
+    ) -> TextEmbeds:
+        """Captions, or embeddings made elsewhere, as `TextEmbeds` on the device.
+
+        An empty caption, where allowed, is no text at all, as after the training's dropout.
+        Captions longer than the encoder reads are read in windows, or cut off, as in training,
+        with a warning (`TextEncoder.encode`).
+
+        Raises:
+            ValueError: both or neither given, no texts, or an empty one unless ``allow_empty``.
+        """
+        if (texts is None) == (text_embeds is None):
+            raise ValueError("give either texts or text_embeds")
+        if text_embeds is not None:
+            text = TextEmbeds.of(text_embeds).to(self.device)
+            return TextEmbeds(text.embeds.float(), text.mask)
+        texts = check_texts(texts, allow_empty)
+        encoder = get_text_encoder(self.text_encoder, self.max_text_len)
+        text = encoder.encode(texts, self.device, long)
+        seen = torch.tensor([bool(text.strip()) for text in texts], device=self.device)
+        return TextEmbeds(text.embeds, text.mask & seen[:, None])
+
+    def encode_cond(
+        self,
+        cond_images: Float[Tensor, "B 3 Hc Wc"] | None,
+        cond_ids: Int[Tensor, "B ..."] | None,
+        images: Float[Tensor, "B 3 H W"] | None = None,
+        image_size: ImageSize | None = None,
+    ) -> Int[Tensor, "B M"] | None:
+        """Low-resolution ids: given, or of low-resolution images, or of ``images`` scaled down.
+
+        Raises:
+            ValueError: low resolution missing or unexpected, or of another size.
+        """
+        low = self.geometry.cond_image_size
+        if self.cond_vae is None:
+            if cond_images is not None or cond_ids is not None:
+                raise ValueError("cond_images or cond_ids given to a model without cond_image_size")
+            return None
+        size = self.geometry.cond_pixels(image_size)
+        if cond_ids is not None:
+            cond_ids, wanted = cond_ids.flatten(1), math.prod(self.geometry.cond_grid(image_size))
+            if cond_ids.shape[1] != wanted:
+                raise ValueError(
+                    f"{cond_ids.shape[1]} cond_ids per image, cond_image_size {low} has {wanted}"
+                )
+            return check_ids(cond_ids.to(self.device), self.cond_vae, "cond_ids")
+        if cond_images is None:
+            if images is None:
+                raise ValueError(
+                    f"super-resolution needs cond_images of {size[0]} x {size[1]} pixels, or "
+                    "cond_ids"
+                )
+            cond_images = resize(images, size)
+        if cond_images.shape[-2:] != size:
+            raise ValueError(
+                f"cond_images are {tuple(cond_images.shape[-2:])} pixels, but must be {size} "
+                f"(cond_image_size {low}): scale them"
+            )
+        return self.cond_vae.encode_to_ids(cond_images.to(self.device)).flatten(1)
+
+    def dropped(
+        self, text: TextEmbeds, cond: Int[Tensor, "B M"] | None, drop_prob: float
+    ) -> Conditioning:
+        """For training: the text removed from a share of the rows (paper 2.7)."""
+        batch = len(text.mask)
+        return Conditioning(text, cond, torch.rand(batch, device=self.device) >= drop_prob)
+
+    def branches(
+        self,
+        text: TextEmbeds,
+        cond: Int[Tensor, "B M"] | None = None,
+        negatives: Sequence[str] | None = None,
+        image_size: ImageSize | None = None,
+        guided: bool = True,
+    ) -> list[Conditioning]:
+        """For sampling: with the text and, where there is guidance, with the negative one or none.
+
+        Args:
+            text: of B images.
+            cond: their low-resolution ids.
+            negatives: B negative prompts; empty ones stand for no text. If None, no text at all.
+            image_size: if not the trained square.
+            guided: whether the second branch is needed.
+        """
+        grid = self.geometry.grid(image_size)
+        cond_grid = None if cond is None else self.geometry.cond_grid(image_size)
+        seen = torch.ones(len(text.mask), dtype=torch.bool, device=self.device)
+        made = [Conditioning(text, cond, seen, grid, cond_grid)]
+        if guided:
+            if negatives is not None:
+                text = self.embed_texts(negatives, allow_empty=True)
+            keep = seen if negatives is not None else ~seen  # an empty one masks itself
+            made.append(Conditioning(text, cond, keep, grid, cond_grid))
+        return made
+
+
+def check_texts(texts: Sequence[str] | str | None, allow_empty: bool = False) -> list[str]:
+    """A list of captions, from one or several.
+
+    Raises:
+        ValueError: none, what is not a string, or an empty one unless ``allow_empty``.
+    """
+    texts = [texts] if isinstance(texts, str) else list(texts or ())
+    if not texts:
+        raise ValueError("texts is empty: give at least one caption")
+    wrong = next((t for t in texts if not isinstance(t, str)), None)
+    if wrong is not None:
+        raise ValueError(f"texts must be strings, not {type(wrong).__name__}")
+    empty = [i for i, text in enumerate(texts, 1) if not text.strip()]
+    if empty and not allow_empty:
+        raise ValueError(f"text {empty[0]} of {len(texts)} is empty: write what to draw")
+    return texts
+
+
+def check_ids(ids: Tensor, vae: ImageTokenizer, name: str) -> Tensor:
+    """Refuse ids outside the codebook, which would end in an index error, on a GPU in a crash."""
+    # not on a GPU, which would have to wait for the answer in every step
+    if ids.device.type == "cpu" and not bool(((ids >= 0) & (ids < vae.codebook_size)).all()):
+        raise ValueError(
+            f"{name} range from {ids.min()} to {ids.max()}, "
+            f"the codebook has {vae.codebook_size} codes"
+        )
+    return ids
+
+
+def one_each(negative_texts: Sequence[str] | str | None, batch: int) -> list[str] | None:
+    """One negative prompt for each image, from one for all or one each.
+
+    Raises:
+        ValueError: another number of them.
+    """
+    if negative_texts is None:
+        return None
+    given = [negative_texts] if isinstance(negative_texts, str) else list(negative_texts)
+    if len(given) not in (1, batch):
+        raise ValueError(
+            f"{len(given)} negative_texts for {batch} texts: give one for all, or one each"
+        )
+    return given * (batch if len(given) == 1 else 1)

@@ -1,0 +1,117 @@
+"""Sizes: what a stage's pixels are in tokens, at its own and at the low resolution."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+
+from .transformer import MaskGitTransformer
+from .vqgan_vae import ImageTokenizer
+
+ImageSize = int | tuple[int, int]  # side of a square, or height and width, in pixels
+Size = tuple[int, int]  # height and width
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The trained sizes of a stage, and how others follow from them.
+
+    Attributes:
+        image_size: side of the trained images, in pixels.
+        factor: pixels per token.
+        cond_image_size: side of the low-resolution images; None for a base.
+        cond_factor: their pixels per token.
+    """
+
+    image_size: int
+    factor: int
+    cond_image_size: int | None = None
+    cond_factor: int = 1
+
+    @classmethod
+    def of(
+        cls,
+        vae: ImageTokenizer,
+        image_size: int,
+        cond_vae: ImageTokenizer | None = None,
+        cond_image_size: int | None = None,
+    ) -> Geometry:
+        """Check the sizes against the tokenizers.
+
+        Raises:
+            ValueError: a size that is not a multiple of its tokenizer's factor, a low resolution
+                that is not lower.
+        """
+        vae.fmap_size(image_size)
+        if cond_image_size is None:
+            return cls(image_size, vae.factor)
+        if not 0 < cond_image_size < image_size:
+            raise ValueError(
+                f"cond_image_size {cond_image_size} must be smaller than image_size {image_size}"
+            )
+        low = cond_vae or vae
+        low.fmap_size(cond_image_size)
+        return cls(image_size, vae.factor, cond_image_size, low.factor)
+
+    def check(self, name: str, model: MaskGitTransformer, vae: ImageTokenizer) -> None:
+        """Refuse a transformer that was made for other tokens.
+
+        Raises:
+            ValueError: naming both numbers.
+        """
+        if model.num_tokens != vae.codebook_size:
+            raise ValueError(
+                f"{name} has num_tokens {model.num_tokens}, the tokenizer codebook_size "
+                f"{vae.codebook_size}: they must be equal"
+            )
+        seq_len = math.prod(self.grid())
+        if model.seq_len != seq_len:
+            raise ValueError(
+                f"{name} has seq_len {model.seq_len}, but image_size {self.image_size} with the "
+                f"tokenizer's factor {self.factor} gives {seq_len} tokens: set seq_len={seq_len}"
+            )
+
+    def pixels(self, image_size: ImageSize | None = None) -> Size:
+        """Height and width of an image: as trained, or of ``image_size``, checked.
+
+        Raises:
+            ValueError: a side that is not a multiple of the tokenizer's factor or, for
+                super-resolution, whose low-resolution side is not a multiple of that of its own.
+        """
+        if image_size is None:
+            return self.image_size, self.image_size
+        sides = (image_size,) * 2 if isinstance(image_size, int) else tuple(image_size)
+        if len(sides) != 2:
+            raise ValueError(f"image_size must be a number or (height, width), not {image_size}")
+        step = self.factor
+        if self.cond_image_size is not None:
+            # the smallest step that is whole tokens at both resolutions
+            low = Fraction(self.cond_image_size, self.image_size)
+            factor = self.cond_factor
+            step = math.lcm(step, low.denominator * factor // math.gcd(low.numerator, factor))
+        for side in sides:
+            if side < 1 or side % step:
+                near = max(1, round(side / step)) * step
+                raise ValueError(
+                    f"image_size {image_size}: {side} is not a positive multiple of {step}, so it "
+                    f"does not divide into whole tokens; the nearest size is {near}"
+                )
+        return sides[0], sides[1]
+
+    def grid(self, image_size: ImageSize | None = None) -> Size:
+        """Height and width of an image in tokens; see `pixels`."""
+        height, width = self.pixels(image_size)
+        return height // self.factor, width // self.factor
+
+    def cond_pixels(self, image_size: ImageSize | None = None) -> Size:
+        """Height and width of the low-resolution image that belongs to an image."""
+        assert self.cond_image_size is not None
+        height, width = self.pixels(image_size)
+        size, low = self.image_size, self.cond_image_size
+        return height * low // size, width * low // size
+
+    def cond_grid(self, image_size: ImageSize | None = None) -> Size:
+        """Height and width of the low-resolution image in tokens."""
+        height, width = self.cond_pixels(image_size)
+        return height // self.cond_factor, width // self.cond_factor

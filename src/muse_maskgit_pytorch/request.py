@@ -1,0 +1,147 @@
+"""`Request`: one call of a model, complete; `Drawn`: what came of it.
+
+Everything that draws (calling the model, edits, the command line) builds a Request, and the record
+of a picture is a Request plus the fingerprint of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from .conditioning import check_texts, one_each
+from .geometry import Size
+from .sampling import SampleOptions, stream_seed
+from .structures import TextEmbeds
+
+
+@dataclass(frozen=True)
+class Request:
+    """All that decides the pictures of one call, one row for each. `Muse.request` makes it.
+
+    Attributes:
+        prompts: what to draw; None if embeddings were given.
+        negatives: what to stay away from, "" for nothing; None if nowhere given.
+        options: of each stage ("base", "superres"); a list with one value per row in every field
+            that may differ from row to row, seeds included.
+        image_size: height and width of the pictures, in pixels.
+        text_embeds: what the text encoder made of the prompts, in their place.
+        canvases: token ids that are given, by stage, as in `MaskGit.generate`.
+        edit: of an edited picture, "kind" (the function of `editing`, or "words"), its settings,
+            and digests of the pixels it was made from.
+    """
+
+    prompts: list[str] | None
+    negatives: list[str] | None
+    options: dict[str, SampleOptions]
+    image_size: Size
+    text_embeds: TextEmbeds | None = None
+    canvases: dict[str, Int[Tensor, "B N"]] = field(default_factory=dict)
+    edit: dict[str, Any] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        texts: Sequence[str] | str | None,
+        text_embeds: TextEmbeds | Float[Tensor, "B L E"] | None,
+        negative_texts: Sequence[str] | str | None,
+        seeds: int | Sequence[int] | None,
+        options: Mapping[str, SampleOptions],
+        image_size: Size,
+        canvases: Mapping[str, Int[Tensor, "B N"]] | None = None,
+        edit: dict[str, Any] | None = None,
+    ) -> Request:
+        """Complete a call: the one place where its arguments are checked and given rows.
+
+        Args:
+            texts: B prompts, a string being one, or
+            text_embeds: their embeddings.
+            negative_texts: one for all, or one each.
+            seeds: one each, or s for s, s + 1, ...; if None, those of the options or, without
+                any, random ones, the same for all stages.
+            options: of each stage.
+            image_size: height and width.
+            canvases: of each stage; with them, a text may be empty.
+            edit: see the attribute.
+
+        Raises:
+            ValueError: counts that differ, no texts, seeds that are not integers.
+        """
+        if (texts is None) == (text_embeds is None):
+            raise ValueError("give either texts or text_embeds")
+        prompts = None if texts is None else check_texts(texts, allow_empty=canvases is not None)
+        text_embeds = None if text_embeds is None else TextEmbeds.of(text_embeds)
+        batch = len(prompts if prompts is not None else text_embeds.mask)  # type: ignore[union-attr]
+        chosen = SampleOptions(seeds=seeds).with_rows(batch).seeds
+        return cls(
+            prompts=prompts,
+            negatives=one_each(negative_texts, batch),
+            options={
+                stage: (
+                    given.replace(seeds=chosen)
+                    if seeds is not None or given.seeds is None
+                    else given
+                ).with_rows(batch)
+                for stage, given in options.items()
+            },
+            image_size=image_size,
+            text_embeds=text_embeds,
+            canvases=dict(canvases or {}),
+            edit=edit,
+        )
+
+    def __len__(self) -> int:
+        return len(next(iter(self.options.values())).seeds)  # type: ignore[arg-type]
+
+    @property
+    def seeds(self) -> list[int]:
+        """Those of the base."""
+        seeds = self.options["base"].seeds
+        assert isinstance(seeds, list)
+        return seeds
+
+    def in_stream(self, stream: str) -> Request:
+        """The same, drawn with another of the seeds' streams of random numbers (`stream_seed`)."""
+        options = {
+            name: given.replace(seeds=[stream_seed(seed, stream) for seed in given.seeds])  # type: ignore[union-attr]
+            for name, given in self.options.items()
+        }
+        return replace(self, options=options)
+
+    def take(self, rows: Sequence[int]) -> Request:
+        """Some of the rows as a call of their own; of prompts, not of embeddings or canvases."""
+        assert self.prompts is not None
+        assert not self.canvases
+        return replace(
+            self,
+            prompts=[self.prompts[row] for row in rows],
+            negatives=self.negatives and [self.negatives[row] for row in rows],
+            options={stage: options.take(rows) for stage, options in self.options.items()},
+        )
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The pictures of a `Request`.
+
+    Attributes:
+        images: of the last stage, RGB in [0, 1].
+        request: what was drawn.
+        base_images: of the base; the same where that is the last stage.
+        stopped: whether a callback ended it early.
+    """
+
+    images: Float[Tensor, "B 3 H W"]
+    request: Request
+    base_images: Float[Tensor, "B 3 h w"]
+    stopped: bool = False
+
+    @property
+    def has_record(self) -> bool:
+        """Whether the request says all that decided the pictures."""
+        whole = self.request.edit is not None or not self.request.canvases
+        return whole and self.request.prompts is not None and not self.stopped

@@ -1,0 +1,41 @@
+"""The sampler: what it asks of a model, options, plan, policies, token choice, step and loop."""
+
+from .choose import choose_tokens
+from .contract import Context, Denoiser, Network
+from .loop import Callback, SampleState, Step, sample_tokens, step
+from .options import (
+    ROW_WISE,
+    GuidanceSchedule,
+    Policy,
+    SampleOptions,
+    per_row,
+    row_seeds,
+    upgraded,
+)
+from .plan import SamplePlan, make_plan, masked_counts, stream_seed
+from .policies import ORDERS, SCORES
+
+__all__ = [
+    "ORDERS",
+    "ROW_WISE",
+    "SCORES",
+    "Callback",
+    "Context",
+    "Denoiser",
+    "GuidanceSchedule",
+    "Network",
+    "Policy",
+    "SampleOptions",
+    "SamplePlan",
+    "SampleState",
+    "Step",
+    "choose_tokens",
+    "make_plan",
+    "masked_counts",
+    "per_row",
+    "row_seeds",
+    "sample_tokens",
+    "step",
+    "stream_seed",
+    "upgraded",
+]

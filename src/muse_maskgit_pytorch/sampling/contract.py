@@ -1,0 +1,111 @@
+"""What the sampler asks of a model: ids in, hidden states out, and a context that can be joined.
+
+Anything that follows these two protocols can be sampled: our transformers, another project's
+behind a few lines, a compiled or quantised one. A context holds whatever does not change over the
+steps, one row per image, for each branch of the guidance: the first branch sees the text, the
+second one none or the negative prompt.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, Self
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+class Context(Protocol):
+    """What a network attends to: G branches of B rows."""
+
+    def rows(self, rows: slice | Tensor) -> Self:
+        """The same for some of the rows."""
+        ...
+
+    def branches(self, count: int) -> Self:
+        """The first ``count`` branches alone."""
+        ...
+
+    def cat(self, other: Self) -> Self:
+        """Another context's rows after these.
+
+        The shorter text is padded. A context with fewer branches repeats its first one, which
+        changes nothing for rows without guidance.
+        """
+        ...
+
+
+class Network(Protocol):
+    """A masked transformer, as the sampler sees it.
+
+    Attributes:
+        mask_id: the id that stands for "unknown" in the input.
+        num_tokens: codebook size V.
+        self_cond: whether it reads its previous pass's output as a third argument (None at first).
+    """
+
+    mask_id: int
+    num_tokens: int
+    self_cond: bool
+
+    def __call__(
+        self, ids: Int[Tensor, "B N"], context: Any, *self_cond: Any
+    ) -> Float[Tensor, "G B N D"]:
+        """Hidden states of all branches of the context, for the same ids."""
+        ...
+
+    def to_logits(self, hidden: Float[Tensor, "*s D"]) -> Float[Tensor, "*s V"]:
+        """Must be linear (affine), since guidance is applied before it; else return logits above
+        and leave them as they are here.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """A network with its context, and a critic with its own, if any.
+
+    A critic is a network whose ``to_logits`` gives one score, high where a token looks real.
+    """
+
+    network: Any  # a Network; nn.Module's attributes cannot be typed
+    context: Any
+    critic: Any = None
+    critic_context: Any = None
+
+    def rows(self, rows: slice | Tensor) -> Denoiser:
+        critic_context = self.critic and self.critic_context.rows(rows)
+        return replace(self, context=self.context.rows(rows), critic_context=critic_context)
+
+    def cat(self, other: Denoiser) -> Denoiser:
+        assert self.network is other.network
+        assert self.critic is other.critic
+        critic_context = self.critic and self.critic_context.cat(other.critic_context)
+        return replace(self, context=self.context.cat(other.context), critic_context=critic_context)
+
+
+def guided_hidden(
+    network: Any,
+    context: Any,
+    ids: Int[Tensor, "B N"],
+    scale: Float[Tensor, " B"] | None,
+    *self_cond: Any,
+) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "G B N D"]]:
+    """``u + scale * (c - u)`` on hidden states: a linear head makes it the same on logits.
+
+    Args:
+        network: a `Network`.
+        context: its context; both branches if there is a scale.
+        ids: tokens, ``mask_id`` where unknown.
+        scale: guidance of each row; None skips the second branch.
+        *self_cond: the previous pass's output, if the network reads it.
+
+    Returns:
+        guided hidden states, exactly those of the first branch at scale 1; and every branch's.
+    """
+    hidden = network(ids, context.branches(1 if scale is None else 2), *self_cond)
+    if scale is None:
+        return hidden[0], hidden
+    conditional, unconditional = hidden
+    return torch.lerp(unconditional, conditional, scale[:, None, None].to(hidden.dtype)), hidden
