@@ -70,12 +70,21 @@ def packaged_copy(name: str) -> Path | None:
 
 
 def _from_hub_or_package(load, name: str):
-    """Call ``load`` with the packaged copy of ``name`` where there is one, else with the name."""
+    """Call ``load`` with the packaged copy of ``name`` where there is one, else with the name.
+
+    The name may come out of somebody's model file, so code that a model brings along never runs:
+    transformers would otherwise ask on standard input.
+    """
     try:
-        return load(str(packaged_copy(name) or name))
+        return load(str(packaged_copy(name) or name), trust_remote_code=False)
     except (OSError, ValueError) as error:
         if isinstance(error, TextEncoderError):
             raise
+        if "trust_remote_code" in str(error):
+            raise TextEncoderError(
+                f"the text encoder {name!r} wants to run code of its own, which is refused: use "
+                "one that transformers supports itself"
+            ) from error
         package = PACKAGED.get(name, (None,))[0]
         remedy = f", or pip install {package.replace('_', '-')}" if package else ""
         raise TextEncoderError(
