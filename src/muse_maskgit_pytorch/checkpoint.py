@@ -9,11 +9,9 @@ that a saved model can be rebuilt without a config.
 from __future__ import annotations
 
 import functools
-import hashlib
 import inspect
 import json
 import os
-import shutil
 from collections.abc import Callable
 from importlib import import_module, resources
 from pathlib import Path
@@ -23,6 +21,8 @@ import safetensors
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from .files import digest_state, replacing
 
 FORMAT = "muse_maskgit_pytorch"
 VERSION = 1
@@ -45,15 +45,13 @@ def save_tree(path: str | os.PathLike, tree: dict[str, Any], kind: str) -> Path:
         tree: nested dicts (string or integer keys), lists, tuples, numbers, strings, tensors.
         kind: what the file holds, checked when it is loaded.
     """
-    path = Path(path)
     tensors: dict[str, Tensor] = {}
-    digests: dict[tuple, str] = {}
+    digests: dict[str, str] = {}
 
     def skeleton(node: Any, name: str) -> Any:
         if isinstance(node, Tensor):
             tensor = node.detach().cpu().contiguous()
-            raw = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
-            digest = (tensor.dtype, tensor.shape, hashlib.sha256(raw).digest())
+            digest = digest_state({"": tensor})
             if digest not in digests:
                 while name in tensors:  # {"a": {"b": ...}, "a.b": ...} make the same name
                     name += "_"
@@ -73,22 +71,12 @@ def save_tree(path: str | os.PathLike, tree: dict[str, Any], kind: str) -> Path:
         "kind": kind,
         "tree": json.dumps(skeleton(tree, "")),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    written = temporary / path.name
-    try:
-        # A folder, since save_file writes under names of its own, which a killed process leaves.
-        temporary.mkdir(exist_ok=True)
-        save_file(tensors, written, metadata=header)
-        with open(written, "rb") as file:
-            os.fsync(file.fileno())
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata=header)
         umask = os.umask(0)
         os.umask(umask)
-        written.chmod(0o666 & ~umask)  # save_file makes it readable for the owner alone
-        os.replace(written, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return path
+        temporary.chmod(0o666 & ~umask)  # save_file makes it readable for the owner alone
+    return Path(path)
 
 
 def load_tree(path: str | os.PathLike, kind: str | None = None) -> tuple[dict[str, Any], str]:

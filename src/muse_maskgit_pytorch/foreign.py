@@ -44,6 +44,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .checkpoint import FORMAT, CheckpointError, _build, _classes, find_file, load_tree
+from .devices import exact
 from .vqgan_vae import ImageTokenizer, Upsample
 
 Family = Literal["diffusers", "taming", "maskgit"]
@@ -243,13 +244,13 @@ class ForeignVQGAN(ImageTokenizer):
 
     @torch.no_grad()
     def encode_to_ids(self, images: Float[Tensor, "B 3 H W"]) -> Int[Tensor, "B h w"]:
-        """Pixels in [0, 1] -> token ids in [0, V); in the weights' precision, never autocast.
+        """Pixels in [0, 1] -> token ids in [0, V); in the weights' precision (`exact`).
 
         Raises:
             ValueError: not RGB, or a side not divisible by the factor.
         """
         self.check_images(images)
-        with torch.autocast(images.device.type, enabled=False):
+        with exact(images.device):
             z = self.quant_conv(self.encoder(images * 2 - 1 if self.signed else images)).float()
             rows = z.permute(0, 2, 3, 1).flatten(0, 2)
             codes = self._codes.float()

@@ -10,7 +10,6 @@ cross-attention that reads them knows no positions of its own, so any number of 
 from __future__ import annotations
 
 import functools
-import hashlib
 import math
 import re
 import string
@@ -24,6 +23,7 @@ from typing import Literal, get_args
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from .files import digest_file
 from .structures import TextEmbeds
 
 LongTexts = Literal["cut", "windows"]
@@ -62,8 +62,7 @@ def packaged_copy(name: str) -> Path | None:
     if spec is None or spec.origin is None:
         return None
     path = Path(spec.origin).parent / folder
-    with open(path / "model.safetensors", "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = digest_file(path / "model.safetensors")
     if found != sha256:
         raise TextEncoderError(f"{path}/model.safetensors has sha256 {found}, expected {sha256}")
     return path

@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .checkpoint import Saveable
+from .devices import exact
 from .quantizer import Quantizer, QuantizerName
 from .structures import QuantizerOutput
 
@@ -312,11 +313,11 @@ class VQGanVAE(ImageTokenizer):
 
     @torch.no_grad()
     def encode_to_ids(self, images: Float[Tensor, "B 3 H W"]) -> Int[Tensor, "B h w"]:
-        """Pixels in [0, 1] -> token ids in [0, V); in the weights' precision, never autocast.
+        """Pixels in [0, 1] -> token ids in [0, V); in the weights' precision (`exact`).
 
-        In bfloat16 some 2 % of the ids would be others than those of the same image in float32.
+        Under autocast to bfloat16 some 2 % of the ids would differ from those in float32.
         """
-        with torch.autocast(images.device.type, enabled=False):
+        with exact(images.device):
             return self.encode(images).ids
 
     @torch.no_grad()

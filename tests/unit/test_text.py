@@ -373,7 +373,7 @@ def test_a_saved_transformer_is_rebuilt_without_its_text_encoder(t5: str, tmp_pa
 
 
 def test_code_that_a_model_brings_along_never_runs(t5, tmp_path, monkeypatch):
-    """transformers asks on standard input, and a "y" there would run it."""
+    """Transformers asks on standard input, and a "y" there would run it."""
     folder = tmp_path / "model"
     shutil.copytree(t5, folder)
     mark = hub.bring_code(folder)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..checkpoint import CheckpointError, find_file, load_tree
 from ..data.folder import ImageFolder
+from ..devices import pick_device
 from ..evaluation.tuning import (
     SCORES,
     Figures,
@@ -29,7 +30,6 @@ from ..features import LITE, FeatureNet
 from ..maskgit import MaskGit, check_preset
 from ..muse import Muse
 from ..structures import Policy, SampleOptions
-from .evaluate import pick_device
 from .parser import Parser
 
 Stage = Literal["base", "superres"]
