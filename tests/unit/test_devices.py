@@ -41,7 +41,8 @@ def settings(request) -> Iterator[list[str]]:
 @new_settings
 def test_encoding_is_exact_under_every_setting(settings: list[str], tmp_path: Path):
     hub.make_vqmodel(tmp_path)
-    for tokenizer in (tiny.vae(), load_tokenizer(tmp_path)):
+    tokenizers: list[Any] = [tiny.vae(), load_tokenizer(tmp_path)]
+    for tokenizer in tokenizers:
         seen = []
         tokenizer.encoder.register_forward_hook(
             lambda *_, seen=seen: seen.append((precisions(), torch.is_autocast_enabled("cpu")))

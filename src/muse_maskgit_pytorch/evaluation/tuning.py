@@ -248,7 +248,7 @@ def make_trials(
         if value < 1:
             raise ValueError(f"{name} must be at least 1, not {value}")
     everything = images if gallery is None else torch.cat([images, gallery])
-    setup = {"network": network.name, "gallery": _digest(everything)}
+    setup = {"network": network.name, "gallery": digest_pixels(everything)}
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0))
     halves = []
     for part, turns in ((order[0::2], range(seeds)), (order[1::2], range(seeds, 2 * seeds))):
