@@ -287,6 +287,28 @@ def test_other_weights_make_other_ids(kind):
     assert not vae.same_ids(twin)
 
 
+def test_values_are_compared_once_for_each_loading(monkeypatch: pytest.MonkeyPatch):
+    vae, twin = tiny.vae(), tiny.vae()
+    twin.load_state_dict(vae.state_dict())
+    compared, equal = [], torch.equal
+    monkeypatch.setattr(torch, "equal", lambda *pair: compared.append(1) or equal(*pair))
+    assert vae.same_ids(twin)
+    assert len(compared) > 1
+    compared.clear()
+    assert vae.same_ids(twin)
+    assert not compared
+    twin.half().float()  # rounded, perhaps at the same addresses
+    assert not vae.same_ids(twin)
+    twin.load_state_dict(vae.state_dict())
+    assert vae.same_ids(twin)
+    compared.clear()
+    twin.load_state_dict(vae.state_dict())
+    assert vae.same_ids(twin)
+    assert compared
+    vae.encoder[0] = nn.Conv2d(3, 8, 3, padding=1)
+    assert not vae.same_ids(twin)
+
+
 @pytest.mark.parametrize(
     "one, other",
     [

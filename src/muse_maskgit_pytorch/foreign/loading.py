@@ -32,6 +32,7 @@ WEIGHTS = (
 )
 
 
+@torch.inference_mode(False)
 def load_tokenizer(
     name: str | PathLike, device: torch.device | str | None = None
 ) -> ImageTokenizer:
@@ -137,9 +138,10 @@ def _load_own(path: Path, part: str | None) -> ImageTokenizer:
     node: dict[str, Any] = {"kind": kind, "config": tree["config"]}
     for step in steps:
         node = node["config"][step]
-    tokenizer = _build(known[node["kind"]], node["config"])
     prefix = "".join(f"{step}." for step in steps)
     state = {k.removeprefix(prefix): v for k, v in tree["state"].items() if k.startswith(prefix)}
+    cls = known[node["kind"]]
+    tokenizer = _build(cls, cls._upgraded(node["config"], state))
     tokenizer._load_state(state, path)
     return tokenizer
 
