@@ -311,9 +311,9 @@ def weights_key(weights: nn.Module | dict[str, Tensor]) -> Hashable:
     Args:
         weights: a module, or some of its state.
     """
-    state, loads = weights, ()
+    loads: tuple[int, ...] = ()
+    state = weights.state_dict() if isinstance(weights, nn.Module) else weights
     if isinstance(weights, nn.Module):
-        state = weights.state_dict()
         loads = tuple(m._loaded for m in weights.modules() if isinstance(m, Saveable))
     return loads, tuple(
         (name, t.data_ptr(), None if t.is_inference() else t._version, t.dtype, t.device)

@@ -360,7 +360,11 @@ class Whole(Saveable):
 
 
 def test_files_of_earlier_releases_are_upgraded(tmp_path: Path):
-    config = {"part": {"kind": "Part", "config": {"width": 3}}, "length": 5, "colour": None}
+    config: dict[str, Any] = {
+        "part": {"kind": "Part", "config": {"width": 3}},
+        "length": 5,
+        "colour": None,
+    }
     tree = {"config": config, "state": {"part.old": torch.ones(3)}}
     path = save_tree(tmp_path / "a.safetensors", tree, "Whole")
     again = Whole.from_pretrained(path)
@@ -370,7 +374,7 @@ def test_files_of_earlier_releases_are_upgraded(tmp_path: Path):
     new = Whole(Part(3)).load(path)
     assert torch.equal(new.part.new, torch.ones(3))
 
-    tree["config"]["colour"] = "red"
+    config["colour"] = "red"
     save_tree(path, tree, "Whole")
     with pytest.raises(CheckpointError, match=r"has colour 'red', which .* no longer supports"):
         Whole.from_pretrained(path)
