@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from muse_maskgit_pytorch import Muse, SampleOptions, VQGanVAETrainer, save_png
+from muse_maskgit_pytorch import testing as tiny
 from muse_maskgit_pytorch.images import to_pil
 from muse_maskgit_pytorch.sampling import make_plan
-from tests import tiny
 
 DEVICE = "cuda"
 pytestmark = [

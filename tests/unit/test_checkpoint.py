@@ -21,8 +21,8 @@ from muse_maskgit_pytorch import (
     load_tokenizer,
 )
 from muse_maskgit_pytorch import checkpoint as module
+from muse_maskgit_pytorch import testing as tiny
 from muse_maskgit_pytorch.checkpoint import Saveable, load_tree, save_tree, weights_key
-from tests import tiny
 
 
 def equal(a, b) -> bool:

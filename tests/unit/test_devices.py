@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from muse_maskgit_pytorch import testing as tiny
 from muse_maskgit_pytorch.devices import exact, pick_device
 from muse_maskgit_pytorch.foreign import load_tokenizer
-from tests import hub, tiny
+from tests import hub
 
 backends: Any = torch.backends
 new_settings = pytest.mark.skipif(

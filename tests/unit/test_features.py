@@ -15,6 +15,7 @@ from skimage import data
 from torch import Tensor
 
 from muse_maskgit_pytorch import features
+from muse_maskgit_pytorch import testing as tiny
 from muse_maskgit_pytorch.features import (
     LITE,
     FeatureNet,
@@ -24,7 +25,7 @@ from muse_maskgit_pytorch.features import (
 )
 from muse_maskgit_pytorch.images import to_tensor
 from muse_maskgit_pytorch.training.perceptual import PerceptualLoss
-from tests import hub, tiny
+from tests import hub
 
 SMALL = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
 VIT = dict(**SMALL, image_size=32, patch_size=8)

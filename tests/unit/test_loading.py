@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from muse_maskgit_pytorch import CheckpointError, Muse, open_model
+from muse_maskgit_pytorch import testing as tiny
 from muse_maskgit_pytorch.loading import open_stage
-from tests import tiny
 
 
 def test_what_each_kind_of_file_gives(tmp_path: Path):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from muse_maskgit_pytorch import MaskGit, SampleOptions, TextEmbeds
-from tests import tiny
+from muse_maskgit_pytorch import testing as tiny
 from tests.shapes import unchecked
 
 

@@ -10,6 +10,7 @@ from scipy import stats
 from torch import Tensor
 
 from muse_maskgit_pytorch import SampleOptions, TextEmbeds
+from muse_maskgit_pytorch import testing as tiny
 from muse_maskgit_pytorch.sampling import (
     ORDERS,
     SCORES,
@@ -26,7 +27,6 @@ from muse_maskgit_pytorch.sampling import (
     step,
 )
 from muse_maskgit_pytorch.structures import Policy
-from tests import tiny
 
 N = 16
 torch.manual_seed(0)

@@ -13,6 +13,7 @@ import torch
 from PIL import Image, PngImagePlugin
 
 from muse_maskgit_pytorch import Muse, SampleOptions
+from muse_maskgit_pytorch import testing as tiny
 from muse_maskgit_pytorch.images import RECORD, image_grid, record_of, save_png
 from muse_maskgit_pytorch.provenance import (
     Drawing,
@@ -23,7 +24,6 @@ from muse_maskgit_pytorch.provenance import (
     stamp_sheet,
     to_json,
 )
-from tests import tiny
 
 PROMPTS = ["a red car", "two cats", '日本語 ❤️ "quoted"']
 

@@ -12,6 +12,7 @@ from scipy import stats
 from torch import Tensor
 
 from muse_maskgit_pytorch import SampleOptions, TextEmbeds
+from muse_maskgit_pytorch import testing as tiny
 from muse_maskgit_pytorch.sampling import (
     Denoiser,
     SampleState,
@@ -21,7 +22,6 @@ from muse_maskgit_pytorch.sampling import (
     sample_tokens,
     step,
 )
-from tests import tiny
 
 N = 16
 

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from muse_maskgit_pytorch import Conditioning, SelfCritic, TextEmbeds, TokenCritic
+from muse_maskgit_pytorch import testing as tiny
 from muse_maskgit_pytorch.layers import Block, CrossAttention, SelfAttention, attend
 from muse_maskgit_pytorch.transformer import MaskGitTransformer
-from tests import tiny
 from tests.shapes import unchecked
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from muse_maskgit_pytorch import VQGanVAE
+from muse_maskgit_pytorch import testing as tiny
 from muse_maskgit_pytorch.vqgan_vae import ResBlock
-from tests import tiny
 from tests.shapes import unchecked
 
 KINDS = {"vq": 48, "simvq": 48, "lfq": 64, "bsq": 64, "fsq": 60}

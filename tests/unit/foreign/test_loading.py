@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from muse_maskgit_pytorch import CheckpointError, MaskGit, Muse, VQGanVAE
+from muse_maskgit_pytorch import testing as tiny
 from muse_maskgit_pytorch.foreign import ForeignVQGAN, load_tokenizer
-from tests import hub, tiny
+from tests import hub
 from tests.vqgans import (
     images,
     lightning,
