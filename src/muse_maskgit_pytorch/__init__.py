@@ -1,8 +1,8 @@
 """The complete Muse: text-to-image generation by masked generative transformers, in PyTorch.
 
 Reading order: structures, vqgan_vae, quantizer, text, masking, layers, transformer, sampling,
-maskgit, muse. Around them: editing, words, checkpoint, images, provenance, features, foreign, data,
-training, evaluation, cli.
+maskgit, muse. Around them: loading, editing, words, files, devices, checkpoint, images, provenance,
+features, foreign, data, training, evaluation, cli.
 
 Public names are loaded on first use, so that importing the package is fast.
 """
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .features import FeatureNet
     from .foreign import ForeignVQGAN, load_tokenizer
     from .images import save_png
+    from .loading import open_model
     from .maskgit import MaskGit
     from .muse import Muse
     from .sampling import SampleOptions
@@ -55,6 +56,7 @@ _HOMES = {
     "VQGanVAETrainer": "training.vae_trainer",
     "evaluate_tokenizer": "evaluation.tokenizer",
     "load_tokenizer": "foreign",
+    "open_model": "loading",
     "save_png": "images",
 }
 __all__ = sorted(_HOMES)

@@ -9,24 +9,26 @@ that a saved model can be rebuilt without a config.
 from __future__ import annotations
 
 import functools
-import hashlib
 import inspect
+import itertools
 import json
 import os
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from importlib import import_module, resources
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import safetensors
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .files import digest_state, replacing
+
 FORMAT = "muse_maskgit_pytorch"
 VERSION = 1
 SHIPPED = resources.files(FORMAT) / "pretrained"
+_LOADINGS = itertools.count()
 # Kinds that a saved model may hold although the model's own module does not import theirs.
 ELSEWHERE = {"ForeignVQGAN": ".foreign"}
 
@@ -45,15 +47,13 @@ def save_tree(path: str | os.PathLike, tree: dict[str, Any], kind: str) -> Path:
         tree: nested dicts (string or integer keys), lists, tuples, numbers, strings, tensors.
         kind: what the file holds, checked when it is loaded.
     """
-    path = Path(path)
     tensors: dict[str, Tensor] = {}
-    digests: dict[tuple, str] = {}
+    digests: dict[str, str] = {}
 
     def skeleton(node: Any, name: str) -> Any:
         if isinstance(node, Tensor):
             tensor = node.detach().cpu().contiguous()
-            raw = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
-            digest = (tensor.dtype, tensor.shape, hashlib.sha256(raw).digest())
+            digest = digest_state({"": tensor})
             if digest not in digests:
                 while name in tensors:  # {"a": {"b": ...}, "a.b": ...} make the same name
                     name += "_"
@@ -73,26 +73,19 @@ def save_tree(path: str | os.PathLike, tree: dict[str, Any], kind: str) -> Path:
         "kind": kind,
         "tree": json.dumps(skeleton(tree, "")),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    written = temporary / path.name
-    try:
-        # A folder, since save_file writes under names of its own, which a killed process leaves.
-        temporary.mkdir(exist_ok=True)
-        save_file(tensors, written, metadata=header)
-        with open(written, "rb") as file:
-            os.fsync(file.fileno())
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata=header)
         umask = os.umask(0)
         os.umask(umask)
-        written.chmod(0o666 & ~umask)  # save_file makes it readable for the owner alone
-        os.replace(written, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return path
+        temporary.chmod(0o666 & ~umask)  # save_file makes it readable for the owner alone
+    return Path(path)
 
 
+@torch.inference_mode(False)
 def load_tree(path: str | os.PathLike, kind: str | None = None) -> tuple[dict[str, Any], str]:
     """Read a file of `save_tree`; return the tree (tensors on the CPU) and its kind.
+
+    The tensors are ordinary ones even inside `torch.inference_mode`: they can be trained.
 
     Raises:
         CheckpointError: missing, damaged, not ours, of a newer version, or not of ``kind``.
@@ -137,9 +130,15 @@ def load_tree(path: str | os.PathLike, kind: str | None = None) -> tuple[dict[st
 
 
 class Saveable(nn.Module):
-    """A module that remembers its constructor's arguments and can be saved and rebuilt."""
+    """A module that remembers its constructor's arguments and can be saved and rebuilt.
+
+    Files of earlier releases are brought up to date by `_upgraded` (the arguments), `_retired`
+    (arguments that no longer exist) and `_upgrade` (the weights).
+    """
 
     _init_args: dict[str, Any]
+    _retired: ClassVar[dict[str, Any]] = {}  # argument -> the value that may be left out
+    _loaded: int  # which loading or move of weights was the last, of all in this process
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -153,6 +152,7 @@ class Saveable(nn.Module):
                 bound.apply_defaults()  # a later version's defaults must not change this model
                 given = {k: v for k, v in bound.arguments.items() if k != "self"}
                 object.__setattr__(self, "_init_args", given)
+                object.__setattr__(self, "_loaded", next(_LOADINGS))
             init(self, *args, **kwargs)
 
         type.__setattr__(cls, "__init__", remembering_init)
@@ -166,6 +166,32 @@ class Saveable(nn.Module):
             else value
             for name, value in self._init_args.items()
         }
+
+    @classmethod
+    def _upgraded(cls, config: dict[str, Any], state: dict[str, Tensor]) -> dict[str, Any]:
+        """The constructor's arguments that an earlier release's file means.
+
+        Args:
+            config: as saved, with those of the parts inside.
+            state: the weights that belong to them.
+        """
+        return config
+
+    def _upgrade(self, state: dict[str, Tensor], prefix: str) -> None:
+        """Add or rename, in place, the weights of this module in an earlier release's file.
+
+        Args:
+            state: the whole file's.
+            prefix: what this module's names begin with in it.
+        """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._loaded = next(_LOADINGS)
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._loaded = next(_LOADINGS)  # torch calls this for every module inside, too
+        super()._load_from_state_dict(*args, **kwargs)
 
     @property
     def device(self) -> torch.device:
@@ -187,6 +213,7 @@ class Saveable(nn.Module):
         tree = {"config": self.config, "state": state}
         return save_tree(path, tree, kind=type(self).__name__)
 
+    @torch.inference_mode(False)
     def load(self, path: str | os.PathLike) -> Self:
         """Load weights into this module, from ``save``'s file or a ``.pt`` state dict.
 
@@ -210,13 +237,6 @@ class Saveable(nn.Module):
         self._load_state(state, path)
         return self
 
-    def _upgrade(self, state: dict[str, Tensor], prefix: str) -> None:
-        pass
-
-    @classmethod
-    def _upgraded(cls, config, state):
-        return config
-
     def _load_state(self, state: dict[str, Tensor], path: Any) -> None:
         for name, module in self.named_modules():
             if isinstance(module, Saveable):
@@ -238,6 +258,7 @@ class Saveable(nn.Module):
         self.load_state_dict(state)
 
     @classmethod
+    @torch.inference_mode(False)
     def from_pretrained(cls, name: str | os.PathLike) -> Self:
         """Rebuild a saved model, in eval mode, on the CPU.
 
@@ -265,10 +286,39 @@ def _build(cls: type[Saveable], config: dict[str, Any]) -> Any:
             return _build(known[argument["kind"]], argument["config"])
         return argument
 
+    for name, dropped in cls._retired.items():
+        if name in config and config[name] != dropped:
+            raise CheckpointError(
+                f"the saved {cls.__name__} has {name} {config[name]!r}, which this release no "
+                f"longer supports (only {dropped!r}): use the release that saved it"
+            )
+    kept = {name: argument for name, argument in config.items() if name not in cls._retired}
     try:
-        return cls(**{name: value(argument) for name, argument in config.items()})
+        return cls(**{name: value(argument) for name, argument in kept.items()})
     except TypeError as error:
         raise CheckpointError(f"the saved {cls.__name__} has other arguments: {error}") from error
+
+
+def weights_key(weights: nn.Module | dict[str, Tensor]) -> Hashable:
+    """What changes whenever weights do: compared instead of the values, which takes far longer.
+
+    Torch counts the changes of a tensor in place, but not those through ``tensor.data``, and what
+    ``half().float()`` makes may stand where the old weights stood, as may those of another model
+    that is made after one was deleted: every `Saveable` therefore has the number of its last
+    loading or move. Tensors made in `torch.inference_mode` count nothing: their changes in place
+    are not seen.
+
+    Args:
+        weights: a module, or some of its state.
+    """
+    loads: tuple[int, ...] = ()
+    state = weights.state_dict() if isinstance(weights, nn.Module) else weights
+    if isinstance(weights, nn.Module):
+        loads = tuple(m._loaded for m in weights.modules() if isinstance(m, Saveable))
+    return loads, tuple(
+        (name, t.data_ptr(), None if t.is_inference() else t._version, t.dtype, t.device)
+        for name, t in state.items()
+    )
 
 
 def _classes(base: type = Saveable) -> dict[str, type]:

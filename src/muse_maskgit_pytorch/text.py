@@ -10,7 +10,6 @@ cross-attention that reads them knows no positions of its own, so any number of 
 from __future__ import annotations
 
 import functools
-import hashlib
 import math
 import re
 import string
@@ -24,6 +23,7 @@ from typing import Literal, get_args
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from .files import digest_file
 from .structures import TextEmbeds
 
 LongTexts = Literal["cut", "windows"]
@@ -62,20 +62,28 @@ def packaged_copy(name: str) -> Path | None:
     if spec is None or spec.origin is None:
         return None
     path = Path(spec.origin).parent / folder
-    with open(path / "model.safetensors", "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = digest_file(path / "model.safetensors")
     if found != sha256:
         raise TextEncoderError(f"{path}/model.safetensors has sha256 {found}, expected {sha256}")
     return path
 
 
 def _from_hub_or_package(load, name: str):
-    """Call ``load`` with the packaged copy of ``name`` where there is one, else with the name."""
+    """Call ``load`` with the packaged copy of ``name`` where there is one, else with the name.
+
+    The name may come out of somebody's model file, so code that a model brings along never runs:
+    transformers would otherwise ask on standard input.
+    """
     try:
-        return load(str(packaged_copy(name) or name))
+        return load(str(packaged_copy(name) or name), trust_remote_code=False)
     except (OSError, ValueError) as error:
         if isinstance(error, TextEncoderError):
             raise
+        if "trust_remote_code" in str(error):
+            raise TextEncoderError(
+                f"the text encoder {name!r} wants to run code of its own, which is refused: use "
+                "one that transformers supports itself"
+            ) from error
         package = PACKAGED.get(name, (None,))[0]
         remedy = f", or pip install {package.replace('_', '-')}" if package else ""
         raise TextEncoderError(

@@ -9,6 +9,8 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = "muse_maskgit_pytorch"
 MODULES = [
     "structures",
+    "files",
+    "devices",
     "images",
     "checkpoint",
     "masking",
@@ -23,6 +25,7 @@ MODULES = [
     "sampling",
     "maskgit",
     "muse",
+    "loading",
 ]
 FRAMEWORKS = {"accelerate", "diffusers", "datasets", "fastapi", "gradio", "torchvision"}
 

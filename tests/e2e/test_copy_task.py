@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from muse_maskgit_pytorch import MaskGit, MaskGitTransformer
-from tests import tiny
+from muse_maskgit_pytorch import testing as tiny
 
 CODES, LOW, HIGH = 12, 3, 6  # codes, side of the low- and of the high-resolution grid
 

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from muse_maskgit_pytorch import SampleOptions
+from muse_maskgit_pytorch import testing as tiny
 from muse_maskgit_pytorch.masking import mask_ratio
 from muse_maskgit_pytorch.sampling import (
     Denoiser,
@@ -17,7 +18,6 @@ from muse_maskgit_pytorch.sampling import (
 )
 from muse_maskgit_pytorch.sampling.policies import halton_order, rolled_halton
 from muse_maskgit_pytorch.transformer import Context
-from tests import tiny
 
 named = st.sampled_from(["cosine", "arccos", "linear", "square"])
 shares = st.lists(st.floats(0, 1, width=16), min_size=1, max_size=9)

@@ -6,16 +6,23 @@ import pickle  # noqa: TID251  (to make the file that must be refused)
 import stat
 import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from muse_maskgit_pytorch import CheckpointError, MaskGit, MaskGitTransformer, Muse, VQGanVAE
+from muse_maskgit_pytorch import (
+    CheckpointError,
+    MaskGit,
+    MaskGitTransformer,
+    Muse,
+    VQGanVAE,
+    load_tokenizer,
+)
 from muse_maskgit_pytorch import checkpoint as module
-from muse_maskgit_pytorch.checkpoint import load_tree, save_tree
-from tests import tiny
+from muse_maskgit_pytorch import testing as tiny
+from muse_maskgit_pytorch.checkpoint import Saveable, load_tree, save_tree, weights_key
 
 
 def equal(a, b) -> bool:
@@ -322,3 +329,100 @@ def test_equal_tensors_come_back_as_tensors_of_their_own(tmp_path: Path):
     tree, _ = load_tree(tmp_path / "x.safetensors")
     tree["a"] += 1
     assert tree["b"].tolist() == [0, 0, 0]
+
+
+# Files of earlier releases -----------------------------------------------------------------------
+
+
+class Part(Saveable):
+    def __init__(self, width: int = 2):
+        super().__init__()
+        self.new = torch.nn.Parameter(torch.zeros(width))
+
+    def _upgrade(self, state, prefix):
+        if f"{prefix}old" in state:
+            state[f"{prefix}new"] = state.pop(f"{prefix}old")
+
+
+class Whole(Saveable):
+    _retired: ClassVar = {"colour": None}
+
+    def __init__(self, part: Part, size: int = 1):
+        super().__init__()
+        self.part, self.size = part, size
+
+    @classmethod
+    def _upgraded(cls, config, state):
+        config = dict(config)
+        if "length" in config:
+            config["size"] = config.pop("length") * len(state["part.old"])
+        return config
+
+
+def test_files_of_earlier_releases_are_upgraded(tmp_path: Path):
+    config: dict[str, Any] = {
+        "part": {"kind": "Part", "config": {"width": 3}},
+        "length": 5,
+        "colour": None,
+    }
+    tree = {"config": config, "state": {"part.old": torch.ones(3)}}
+    path = save_tree(tmp_path / "a.safetensors", tree, "Whole")
+    again = Whole.from_pretrained(path)
+    assert torch.equal(again.part.new, torch.ones(3))
+    assert again.size == 15
+    assert again.config == {"part": {"kind": "Part", "config": {"width": 3}}, "size": 15}
+    new = Whole(Part(3)).load(path)
+    assert torch.equal(new.part.new, torch.ones(3))
+
+    config["colour"] = "red"
+    save_tree(path, tree, "Whole")
+    with pytest.raises(CheckpointError, match=r"has colour 'red', which .* no longer supports"):
+        Whole.from_pretrained(path)
+
+
+def test_a_model_loaded_in_inference_mode_draws_and_trains(tmp_path: Path):
+    path = tiny.maskgit().save(tmp_path / "a.safetensors")
+    other = tiny.maskgit()
+    with torch.inference_mode():
+        models = [MaskGit.from_pretrained(path), other.load(path)]
+        models[0].vae = load_tokenizer(path)
+    for model in models:
+        model.generate_ids(text_embeds=tiny.text(), seeds=1, timesteps=2)
+        optimizer = torch.optim.SGD(model.transformer.parameters(), lr=0.1)
+        model(tiny.images(), text_embeds=tiny.text()).backward()
+        optimizer.step()
+
+
+@torch.no_grad()
+def test_the_key_of_weights_changes_with_them(tmp_path: Path):
+    model = tiny.maskgit()
+    path = model.save(tmp_path / "a.safetensors")
+    weight = model.transformer.state_dict(keep_vars=True)
+
+    def swap():
+        model.vae.encoder[0].bias = torch.nn.Parameter(torch.zeros_like(model.vae.encoder[0].bias))
+
+    seen = {weights_key(model)}
+    assert weights_key(model) in seen
+    for change in (
+        lambda: next(iter(weight.values())).add_(1),
+        lambda: model.load_state_dict(model.state_dict()),
+        lambda: model.load(path),
+        lambda: model.vae.load_state_dict(model.vae.state_dict()),
+        lambda: model.half().float(),
+        lambda: model.transformer.half().float(),
+        swap,
+    ):
+        change()
+        assert weights_key(model) not in seen
+        seen.add(weights_key(model))
+    with torch.inference_mode():  # its tensors do not count their changes
+        vae = tiny.vae()
+        before = weights_key(vae)
+        vae.load_state_dict(vae.state_dict())
+        assert weights_key(vae) != before
+
+    keys = set()
+    for _ in range(20):  # the memory of the last one is used again
+        keys.add(weights_key(tiny.vae()))
+    assert len(keys) == 20

@@ -30,6 +30,7 @@ from muse_maskgit_pytorch import (
     VQGanVAE,
     VQGanVAETrainer,
 )
+from muse_maskgit_pytorch import testing as tiny
 from muse_maskgit_pytorch.checkpoint import SHIPPED, load_tree
 from muse_maskgit_pytorch.cli import drawing
 from muse_maskgit_pytorch.cli import generate as generating
@@ -40,7 +41,7 @@ from muse_maskgit_pytorch.cli.parser import nearest
 from muse_maskgit_pytorch.images import save_png, set_record, to_tensor
 from muse_maskgit_pytorch.provenance import read_records, to_json
 from muse_maskgit_pytorch.training.trainer import Trainer
-from tests import hub, tiny
+from tests import hub
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 COLOURS = ("red", "green", "blue", "black")

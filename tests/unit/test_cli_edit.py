@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from muse_maskgit_pytorch import Muse, editing
+from muse_maskgit_pytorch import testing as tiny
 from muse_maskgit_pytorch.cli import drawing, edit
 from muse_maskgit_pytorch.cli.main import main
 from muse_maskgit_pytorch.images import (
@@ -20,7 +21,6 @@ from muse_maskgit_pytorch.images import (
     to_tensor,
 )
 from muse_maskgit_pytorch.provenance import read_records
-from tests import tiny
 
 SIZE = (32, 32)
 LOWER = (0, 16, 32, 32)  # a box, and what `crop` takes

@@ -8,12 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
+from muse_maskgit_pytorch import testing as tiny
 from muse_maskgit_pytorch.cli.evaluate import table
 from muse_maskgit_pytorch.cli.main import main
 from muse_maskgit_pytorch.data import ImageFolder
 from muse_maskgit_pytorch.evaluation import Metric, evaluate_tokenizer
 from muse_maskgit_pytorch.images import image_grid
-from tests import tiny
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,10 @@ import torch
 from PIL import Image
 
 from muse_maskgit_pytorch import Muse, editing
+from muse_maskgit_pytorch import testing as tiny
 from muse_maskgit_pytorch.editing.pixels import fitted_mask, windows
 from muse_maskgit_pytorch.images import record_of, resize, save_png, to_pil, to_tensor
 from muse_maskgit_pytorch.provenance import read_records
-from tests import tiny
 
 HALF = editing.box((32, 32), 0, 16, 32, 32)
 

@@ -12,11 +12,11 @@ from skimage.metrics import structural_similarity
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
 
+from muse_maskgit_pytorch import testing as tiny
 from muse_maskgit_pytorch.evaluation import Metric, evaluate_tokenizer
 from muse_maskgit_pytorch.evaluation import metrics as m
 from muse_maskgit_pytorch.features import LITE, FeatureNet, lpips_distance
 from muse_maskgit_pytorch.vqgan_vae import ImageTokenizer
-from tests import tiny
 
 
 def pair(height: int, width: int, noise: float = 0.1) -> tuple[Tensor, Tensor]:

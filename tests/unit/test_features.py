@@ -1,6 +1,8 @@
 """Frozen image networks: what comes out is what the network itself says, and it never changes."""
 
+import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from skimage import data
 from torch import Tensor
 
 from muse_maskgit_pytorch import features
+from muse_maskgit_pytorch import testing as tiny
 from muse_maskgit_pytorch.features import (
     LITE,
     FeatureNet,
@@ -22,7 +25,7 @@ from muse_maskgit_pytorch.features import (
 )
 from muse_maskgit_pytorch.images import to_tensor
 from muse_maskgit_pytorch.training.perceptual import PerceptualLoss
-from tests import tiny
+from tests import hub
 
 SMALL = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
 VIT = dict(**SMALL, image_size=32, patch_size=8)
@@ -349,3 +352,16 @@ def test_perceptual_loss_of_a_kind_that_cannot_be(resnet: str, tmp_path: Path):
     with pytest.raises(ValueError, match="perceptual_kind=lpips"):
         PerceptualLoss(bare)
     assert isinstance(PerceptualLoss(bare, kind="lpips").net, HubNet)
+
+
+def test_code_that_a_network_brings_along_never_runs(resnet, tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    shutil.copytree(resnet, folder)
+    mark = hub.bring_code(folder)
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    monkeypatch.setattr(
+        "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules")
+    )
+    with pytest.raises(FeatureNetError, match=r"model' wants to run code of its own, .*refused"):
+        FeatureNet(str(folder))
+    assert not mark.exists()

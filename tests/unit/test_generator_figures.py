@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from muse_maskgit_pytorch import testing as tiny
 from muse_maskgit_pytorch.evaluation import metrics
 from muse_maskgit_pytorch.evaluation.generator import Judge
 from muse_maskgit_pytorch.features import FeatureNet
-from tests import shapes, tiny
+from tests import shapes
 
 COUNT = 8
 

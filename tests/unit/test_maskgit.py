@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from muse_maskgit_pytorch import MaskGit, SampleOptions, TextEmbeds
+from muse_maskgit_pytorch import testing as tiny
 from muse_maskgit_pytorch.images import resize
-from tests import tiny
 from tests.shapes import unchecked
 
 

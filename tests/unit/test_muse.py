@@ -8,7 +8,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from muse_maskgit_pytorch import MaskGit, MaskGitTransformer, Muse, SampleOptions
-from tests import tiny
+from muse_maskgit_pytorch import testing as tiny
 
 
 def cascade(shared: bool = True, **text: Any) -> Any:

@@ -9,6 +9,7 @@ from scipy import stats
 from torch import Tensor
 
 from muse_maskgit_pytorch import SampleOptions, TextEmbeds
+from muse_maskgit_pytorch import testing as tiny
 from muse_maskgit_pytorch.sampling import (
     ORDERS,
     SCORES,
@@ -23,7 +24,6 @@ from muse_maskgit_pytorch.sampling import (
 from muse_maskgit_pytorch.sampling.choose import _most_likely
 from muse_maskgit_pytorch.sampling.policies import entropy, halton_order, margin, rolled_halton
 from muse_maskgit_pytorch.transformer import Context
-from tests import tiny
 
 N = 16
 torch.manual_seed(0)

@@ -11,6 +11,7 @@ from scipy import stats
 from torch import Tensor
 
 from muse_maskgit_pytorch import SampleOptions, TextEmbeds
+from muse_maskgit_pytorch import testing as tiny
 from muse_maskgit_pytorch.sampling import (
     Denoiser,
     SampleState,
@@ -23,7 +24,6 @@ from muse_maskgit_pytorch.sampling import (
 )
 from muse_maskgit_pytorch.sampling.contract import guided_hidden
 from muse_maskgit_pytorch.transformer import Context
-from tests import tiny
 
 N = 16
 

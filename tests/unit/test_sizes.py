@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from muse_maskgit_pytorch import Muse
+from muse_maskgit_pytorch import testing as tiny
 from muse_maskgit_pytorch.images import save_png
 from muse_maskgit_pytorch.provenance import read_records
 from muse_maskgit_pytorch.transformer import TokenEmbedding
-from tests import tiny
 
 
 def test_positions_are_read_between_their_entries():

@@ -1,5 +1,6 @@
 """Text encoders: T5, BERT and CLIP in the hub's format, and what happens without them."""
 
+import io
 import shutil
 import warnings
 from importlib.util import find_spec
@@ -369,3 +370,19 @@ def test_a_saved_transformer_is_rebuilt_without_its_text_encoder(t5: str, tmp_pa
     embed_dim.cache_clear()
     again = MaskGitTransformer.from_pretrained(tmp_path / "model.safetensors")
     assert again.text_embed_dim == model.text_embed_dim == 16
+
+
+def test_code_that_a_model_brings_along_never_runs(t5, tmp_path, monkeypatch):
+    """Transformers asks on standard input, and a "y" there would run it."""
+    folder = tmp_path / "model"
+    shutil.copytree(t5, folder)
+    mark = hub.bring_code(folder)
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    monkeypatch.setattr(
+        "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules")
+    )
+    with pytest.raises(TextEncoderError, match=r"model' wants to run code of its own, .*refused"):
+        TextEncoder(str(folder))
+    with pytest.raises(TextEncoderError, match="wants to run code of its own"):
+        embed_dim(str(folder))
+    assert not mark.exists()

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from muse_maskgit_pytorch import Conditioning, SelfCritic, TextEmbeds, TokenCritic
+from muse_maskgit_pytorch import testing as tiny
 from muse_maskgit_pytorch.checkpoint import save_tree
 from muse_maskgit_pytorch.layers import Block, CrossAttention, SelfAttention, attend
 from muse_maskgit_pytorch.transformer import Context, MaskGitTransformer
-from tests import tiny
 from tests.shapes import unchecked
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from muse_maskgit_pytorch import FeatureNet, MaskGit, Muse, SampleOptions
+from muse_maskgit_pytorch import testing as tiny
 from muse_maskgit_pytorch.checkpoint import CheckpointError, load_tree
 from muse_maskgit_pytorch.cli.main import main
 from muse_maskgit_pytorch.evaluation import tuning
@@ -26,7 +27,6 @@ from muse_maskgit_pytorch.evaluation.tuning import (
     start_of,
     write_preset,
 )
-from tests import tiny
 
 AXES = {
     "policy": ({"policy": "confidence"}, {"policy": "halton"}),

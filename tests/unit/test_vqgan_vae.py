@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from muse_maskgit_pytorch import VQGanVAE
+from muse_maskgit_pytorch import testing as tiny
 from muse_maskgit_pytorch.vqgan_vae import ResBlock
-from tests import tiny
 from tests.shapes import unchecked
 
 KINDS = {"vq": 48, "simvq": 48, "lfq": 64, "bsq": 64, "fsq": 60}
@@ -284,6 +284,28 @@ def test_other_weights_make_other_ids(kind):
         twin.decoder[-1].bias.add_(1)
         assert vae.same_ids(twin)
         twin.encoder[0].bias.add_(1e-3)
+    assert not vae.same_ids(twin)
+
+
+def test_values_are_compared_once_for_each_loading(monkeypatch: pytest.MonkeyPatch):
+    vae, twin = tiny.vae(), tiny.vae()
+    twin.load_state_dict(vae.state_dict())
+    compared, equal = [], torch.equal
+    monkeypatch.setattr(torch, "equal", lambda *pair: compared.append(1) or equal(*pair))
+    assert vae.same_ids(twin)
+    assert len(compared) > 1
+    compared.clear()
+    assert vae.same_ids(twin)
+    assert not compared
+    twin.half().float()  # rounded, perhaps at the same addresses
+    assert not vae.same_ids(twin)
+    twin.load_state_dict(vae.state_dict())
+    assert vae.same_ids(twin)
+    compared.clear()
+    twin.load_state_dict(vae.state_dict())
+    assert vae.same_ids(twin)
+    assert compared
+    vae.encoder[0] = nn.Conv2d(3, 8, 3, padding=1)
     assert not vae.same_ids(twin)
 
 

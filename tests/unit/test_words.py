@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from muse_maskgit_pytorch import MaskGit, Muse, SampleOptions
+from muse_maskgit_pytorch import testing as tiny
 from muse_maskgit_pytorch.images import record_of
 from muse_maskgit_pytorch.layers import CrossAttention
 from muse_maskgit_pytorch.sampling import SampleState
@@ -20,7 +21,6 @@ from muse_maskgit_pytorch.words import (
     emphasise,
     replace_words,
 )
-from tests import tiny
 
 BASE = SampleOptions(timesteps=6, cond_scale=2.5, choice_temperature=1.0)
 SUPERRES = SampleOptions(timesteps=3, cond_scale=1.5, choice_temperature=1.0)

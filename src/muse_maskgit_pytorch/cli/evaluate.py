@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,8 +10,10 @@ import torch
 from PIL import Image
 
 from ..data.folder import ImageFolder
+from ..devices import pick_device
 from ..evaluation import Metric, evaluate_tokenizer
 from ..features import LITE, FeatureNet, FeatureNetError
+from ..files import replacing
 from ..foreign import load_tokenizer
 from ..images import image_grid
 from ..vqgan_vae import ImageTokenizer
@@ -65,12 +64,12 @@ def eval_vae(argv: list[str]) -> None:
     if config.out:
         settings = {key: config[key] for key in ("vae", "folder", "image_size", "features")}
         result = {**settings, "metrics": {name: asdict(m) for name, m in figures.items()}}
-        with _new_file(config.out) as path:
+        with replacing(config.out) as path:
             path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     if config.picture:
         count = min(SHEET, config.limit or SHEET, len(dataset))
         images = torch.stack([dataset[row]["image"] for row in range(count)])
-        with _new_file(config.picture) as path:
+        with replacing(config.picture) as path:
             _sheet(vae, images).save(path, format="PNG")
 
 
@@ -94,27 +93,6 @@ def _features(name: str) -> FeatureNet | None:
         ) from error
 
 
-def pick_device(name: str | None) -> torch.device:
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError) as error:  # both, depending on how torch was built
-        raise ValueError(f"--device {name!r} cannot be used: {error}") from error
-
-
 def _sheet(vae: ImageTokenizer, images: torch.Tensor) -> Image.Image:
     recon = vae.decode_from_ids(vae.encode_to_ids(images.to(vae.device))).cpu()
     return image_grid(torch.cat([images, recon]), columns=len(images))
-
-
-@contextmanager
-def _new_file(name: str) -> Iterator[Path]:
-    """A temporary path that takes the name once it is written."""
-    path = Path(name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

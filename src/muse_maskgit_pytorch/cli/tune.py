@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ..checkpoint import CheckpointError, find_file, load_tree
+from ..checkpoint import find_file
 from ..data.folder import ImageFolder
+from ..devices import pick_device
 from ..evaluation.tuning import (
     SCORES,
     Figures,
@@ -26,14 +26,10 @@ from ..evaluation.tuning import (
     write_preset,
 )
 from ..features import LITE, FeatureNet
-from ..maskgit import MaskGit
-from ..muse import Muse
+from ..loading import Stage, open_stage
 from ..presets import check_preset
 from ..sampling import Policy, SampleOptions
-from .evaluate import pick_device
 from .parser import Parser
-
-Stage = Literal["base", "superres"]
 
 
 def tune_parser() -> Parser:
@@ -115,7 +111,7 @@ def tune(argv: list[str]) -> None:
         check_preset(config.preset)
     model = find_file(config.model)
     _check_out(config.out, model)
-    stage = read_stage(model, config.stage)
+    stage = open_stage(model, config.stage)
     start = start_of(stage, config.preset, config.timesteps)
     axes = make_axes(stage, config.policies)
     results = Results(config.results)
@@ -155,23 +151,6 @@ def tune(argv: list[str]) -> None:
         )
     if config.out:
         print(write_preset(model, config.out, config.preset, effective(found), config.stage))
-
-
-def read_stage(path: Path, stage: Stage) -> MaskGit:
-    """A stage of a cascade's file, or the one that a file holds.
-
-    Raises:
-        CheckpointError: another kind of file, or a cascade without that stage.
-    """
-    kind = load_tree(path)[1]
-    if kind == "MaskGit":
-        return MaskGit.from_pretrained(path)
-    if kind != "Muse":
-        raise CheckpointError(f"{path} holds a {kind}: give a Muse or a MaskGit")
-    found = getattr(Muse.from_pretrained(path), stage)
-    if found is None:
-        raise CheckpointError(f"{path} has no stage {stage!r}: leave out --stage")
-    return found
 
 
 def table(figures: list[Figures]) -> str:

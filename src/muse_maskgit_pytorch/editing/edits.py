@@ -8,7 +8,6 @@ both sizes and masked at both; the low resolution is drawn first, the high one f
 
 from __future__ import annotations
 
-import hashlib
 import math
 import warnings
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from jaxtyping import Bool, Float, Int
 from PIL import Image
 from torch import Tensor
 
+from ..files import digest_pixels
 from ..geometry import ImageSize
 from ..images import resize
 from ..muse import Muse
@@ -421,8 +421,7 @@ def _shuffled(count: int, seed: int) -> Int[Tensor, " n"]:
 
 def _digest(tensor: Tensor) -> str:
     """A short name of a picture's or a mask's pixels, as 8-bit numbers."""
-    pixels = (tensor.float() * 255).round().to(torch.uint8).cpu().contiguous()
-    return hashlib.sha256(pixels.numpy().tobytes()).hexdigest()[:16]
+    return digest_pixels((tensor.float() * 255).round().to(torch.uint8))
 
 
 def _whole(numbers: Any) -> bool:

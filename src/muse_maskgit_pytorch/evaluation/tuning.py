@@ -7,7 +7,6 @@ and keeps what is better; the second, never seen by the search, shows what that 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from tqdm.auto import tqdm
 
 from ..checkpoint import find_file, load_tree, save_tree
 from ..features import FeatureNet
+from ..files import digest_pixels, digest_text, replacing
 from ..maskgit import MaskGit
 from ..presets import check_preset
 from ..provenance import fingerprint
@@ -106,13 +106,8 @@ class Results:
                 json.dumps({**json.loads(key), "figures": value})
                 for key, value in self._lines.items()
             ]
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-            try:
+            with replacing(self.path) as temporary:
                 temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-                os.replace(temporary, self.path)
-            finally:
-                temporary.unlink(missing_ok=True)
         return figures
 
 
@@ -153,8 +148,8 @@ class Trials:
             self._cond = F.interpolate(images, stage.geometry.cond_pixels(), mode="area")
         self._setup = {
             "model": fingerprint(stage),
-            "captions": hashlib.sha256(json.dumps(judge.captions).encode()).hexdigest()[:16],
-            "images": _digest(images),
+            "captions": digest_text(json.dumps(judge.captions)),
+            "images": digest_pixels(images),
             "turns": self._turns,
             "device": stage.device.type,
             "bf16": bf16,
@@ -251,7 +246,7 @@ def make_trials(
         if value < 1:
             raise ValueError(f"{name} must be at least 1, not {value}")
     everything = images if gallery is None else torch.cat([images, gallery])
-    setup = {"network": network.name, "gallery": _digest(everything)}
+    setup = {"network": network.name, "gallery": digest_pixels(everything)}
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0))
     halves = []
     for part, turns in ((order[0::2], range(seeds)), (order[1::2], range(seeds, 2 * seeds))):
@@ -267,10 +262,6 @@ def make_trials(
         )
         halves.append(Trials(stage, judge, images[rows], turns, results, batch_size, bf16, setup))
     return halves[0], halves[1]
-
-
-def _digest(images: Tensor) -> str:
-    return hashlib.sha256(images.contiguous().cpu().numpy().data).hexdigest()[:16]
 
 
 def settings(options: SampleOptions) -> Changes:

@@ -1,0 +1,77 @@
+"""Files written whole or not at all, and digests of tensors and files."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary path to write to; it takes the name ``path`` once the block is done.
+
+    Whoever reads ``path`` sees the old file or the new one, never half of one: the new one is on
+    the disk before it takes the name, and an error in the block leaves the old one.
+
+    Args:
+        path: where to; its folder is made. The temporary path has the same name and ending.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A folder, since some libraries write next to the path they are given.
+    folder = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        folder.mkdir(exist_ok=True)
+        temporary = folder / path.name
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def digest_state(state: Mapping[str, Tensor], prefix: str = "") -> str:
+    """SHA-256 of names, types, shapes and values, whatever the order and the device.
+
+    Args:
+        state: names and tensors.
+        prefix: text that the digest begins with, for what is not in the tensors.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    digest = hashlib.sha256(prefix.encode())
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(_raw(tensor))
+    return digest.hexdigest()
+
+
+def digest_pixels(images: Tensor) -> str:
+    """A short name of the values of images or masks: 16 hexadecimal digits of their SHA-256."""
+    return hashlib.sha256(_raw(images)).hexdigest()[:16]
+
+
+def digest_text(text: str) -> str:
+    """A short name of a text: 16 hexadecimal digits of its SHA-256."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def digest_file(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file's content, 64 hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _raw(tensor: Tensor) -> memoryview:
+    # flattened first, since a scalar cannot be viewed as bytes
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data

@@ -1,0 +1,52 @@
+"""Files are replaced whole or not at all; a digest sees names, types, shapes and values."""
+
+import hashlib
+import os
+
+import pytest
+import torch
+
+from muse_maskgit_pytorch.files import digest_file, digest_pixels, digest_state, replacing
+
+
+def write_half(path):
+    with replacing(path) as temporary:
+        temporary.write_text("half")
+        raise KeyboardInterrupt
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "new" / "a.txt"
+    for text in ("old", "new"):
+        with replacing(path) as temporary:
+            temporary.write_text(text)
+            assert temporary.suffix == ".txt"
+            assert not path.exists() or path.read_text() == "old"
+    with pytest.raises(KeyboardInterrupt):
+        write_half(path)
+    assert path.read_text() == "new"
+    assert os.listdir(path.parent) == ["a.txt"]
+
+
+def test_what_a_digest_sees():
+    state = {"a": torch.arange(6.0), "b": torch.tensor(1)}
+    same = {"b": torch.tensor(1), "a": torch.arange(12.0)[:6]}
+    assert digest_state(same) == digest_state(state)
+    others = [
+        {"c": state["a"], "b": state["b"]},
+        state | {"a": state["a"].view(2, 3)},
+        state | {"a": state["a"].view(torch.int32)},
+        state | {"a": state["a"] + 1e-6},
+        {"a": state["a"]},
+    ]
+    names = {digest_state(other) for other in [*others, state]} | {digest_state(state, "x")}
+    assert len(names) == len(others) + 2
+    images = torch.rand(2, 3, 4, 4)
+    raw = images.numpy().tobytes()
+    assert digest_pixels(images) == hashlib.sha256(raw).hexdigest()[:16]
+    assert digest_pixels(images.mT.contiguous().mT) == digest_pixels(images)
+
+
+def test_the_digest_of_a_file(tmp_path):
+    (tmp_path / "a").write_bytes(b"abc")
+    assert digest_file(tmp_path / "a") == hashlib.sha256(b"abc").hexdigest()
