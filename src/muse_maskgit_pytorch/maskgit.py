@@ -271,7 +271,7 @@ class MaskGit(Saveable):
                     f"super-resolution needs cond_images of {size[0]} x {size[1]} pixels, or "
                     "cond_ids"
                 )
-            cond_images = F.interpolate(images, size, mode="area")
+            cond_images = resize(images, size)
         if cond_images.shape[-2:] != size:
             raise ValueError(
                 f"cond_images are {tuple(cond_images.shape[-2:])} pixels, but must be {size} "

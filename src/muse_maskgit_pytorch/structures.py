@@ -129,6 +129,7 @@ class Batch:
     images: Float[Tensor, "B 3 H W"] | None = None
     texts: list[str] | None = None
     ids: Int[Tensor, "B N"] | None = None
+    cond_images: Float[Tensor, "B 3 Hc Wc"] | None = None
     cond_ids: Int[Tensor, "B M"] | None = None
     text_embeds: TextEmbeds | None = None
 

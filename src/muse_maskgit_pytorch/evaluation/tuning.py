@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 
 from ..checkpoint import find_file, load_tree, save_tree
 from ..features import FeatureNet
+from ..images import resize
 from ..maskgit import MaskGit, check_preset
 from ..provenance import fingerprint
 from ..sampling import ORDERS
@@ -153,7 +154,7 @@ class Trials:
         self._text = stage.embed_texts(judge.captions)
         self._cond: Tensor | None = None
         if stage.cond_image_size is not None:
-            self._cond = F.interpolate(images, stage.cond_pixels(), mode="area")
+            self._cond = resize(images, stage.cond_pixels())
         self._setup = {
             "model": fingerprint(stage),
             "captions": hashlib.sha256(json.dumps(judge.captions).encode()).hexdigest()[:16],
