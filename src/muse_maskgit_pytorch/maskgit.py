@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .checkpoint import Saveable
+from .images import resize
 from .masking import draw_mask, mask_ratio, mask_tokens
 from .sampling import Denoiser, choose_tokens, sample_tokens
 from .structures import Conditioning, LossTerms, SampleOptions, SampleStep, Schedule, TextEmbeds

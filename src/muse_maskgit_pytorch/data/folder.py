@@ -127,8 +127,6 @@ class ImageFolder(ImageDataset):
         ValueError: as `Folder`, or image_size is not positive.
     """
 
-    source: Folder
-
     def __init__(
         self,
         folder: str | PathLike[str],
@@ -140,6 +138,7 @@ class ImageFolder(ImageDataset):
         self.folder, self.image_size = Path(folder), image_size
         view = View(image_size)  # complains before anything is read
         source = Folder(folder, captions, verify and not cache)
+        self._texts = source.texts
         super().__init__(source, view, captions, cache=cache)
         self.broken += source.broken
 
@@ -149,8 +148,7 @@ class ImageFolder(ImageDataset):
 
     @property
     def texts(self) -> list[str] | None:
-        texts = self.source.texts
-        return None if texts is None else [texts[row] for row in self._rows]
+        return None if self._texts is None else [self._texts[row] for row in self._rows]
 
 
 def open_source(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import random
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from jaxtyping import Float
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -50,7 +50,7 @@ class View:
             raise ValueError(f"crop_scale must rise within (0, 1], not {self.crop_scale}")
 
     @property
-    def random(self) -> bool:
+    def is_random(self) -> bool:
         return self.crop == "random" or self.flip
 
     def prepare(self, image: Image.Image) -> Image.Image:
@@ -79,10 +79,11 @@ class View:
         Returns:
             float32 in [0,1].
         """
-        if position is None or not self.random:
+        if position is None or not self.is_random:
             return to_tensor(image, self.size)
-        draw = random.Random(f"{self.seed} {position}").random
-        share, across, down, coin = draw(), draw(), draw(), draw()
+        generator = torch.Generator("cpu").manual_seed(self.seed * 1_000_003 + position)
+        draws = torch.rand(4, generator=generator, dtype=torch.float64, device="cpu")
+        share, across, down, coin = draws.tolist()
         if self.crop == "random":
             low, high = self.crop_scale
             side = max(1, round(min(image.size) * (low + (high - low) * share)))

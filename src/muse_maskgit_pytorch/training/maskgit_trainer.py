@@ -68,7 +68,9 @@ class MaskGitTrainer(Trainer):
         self.name = "superres" if maskgit.cond_image_size else "base"
         self.maskgit, self.part, self.cache_tokens = maskgit, part, cache_tokens
         if cond_folder is not None and maskgit.cond_image_size is None:
-            raise ValueError("cond_folder is given to a model without cond_image_size: leave it out")
+            raise ValueError(
+                "cond_folder is given, but the model has no cond_image_size: leave it out"
+            )
         source = open_source(data, folder, captions=True, cond_folder=cond_folder)
         self.dataset = ImageDataset(source, maskgit.image_size, True, maskgit.cond_image_size)
         maskgit.transformer.requires_grad_(part != "critic")

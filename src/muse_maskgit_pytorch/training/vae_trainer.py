@@ -161,7 +161,7 @@ class VQGanVAETrainer(Trainer):
         self.perceptual_weight, self.decoder_only = perceptual_weight, decoder_only
         self.view = View(image_size, crop, crop_scale, flip, self.seed)
         # random crops need other pixels than the centre crops: `make_datasets` caches those
-        cached = cache_images and not self.view.random
+        cached = cache_images and not self.view.is_random
         self.dataset = ImageDataset(open_source(data, folder), image_size, cache=cached)
         self.perceptual: nn.Module | None = None
         if perceptual_weight > 0:
@@ -176,7 +176,7 @@ class VQGanVAETrainer(Trainer):
 
     def make_datasets(self) -> tuple[Dataset, Dataset | None]:
         train, valid = split(self.dataset, self.valid_fraction)
-        if self.view.random:
+        if self.view.is_random:
             train = train.viewed(self.view, self.cache_images)
         return train, valid if len(valid) else None
 
