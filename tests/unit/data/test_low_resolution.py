@@ -79,7 +79,7 @@ def test_low_resolution_images_can_be_given(photos: Path, tmp_path: Path, stage:
     for name, other in zip(PHOTOS, reversed(PHOTOS), strict=True):
         photo(other).resize((SMALL, SMALL)).save(small / f"{name}.png")
     expected = base_ids(stage, small)
-    given = dict(folder=str(photos), cond_folder=str(small), cache_tokens=cached)
+    given: dict[str, Any] = dict(folder=str(photos), cond_folder=str(small), cache_tokens=cached)
     assert torch.equal(trained_ids(stage, tmp_path / "r", **given).long(), expected)
 
     class Pairs:

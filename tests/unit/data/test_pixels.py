@@ -1,18 +1,22 @@
 """Random crops and flips: drawn from the seed and the position of the sample."""
 
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from muse_maskgit_pytorch import VQGanVAETrainer
 from muse_maskgit_pytorch.data import ImageDataset, Item
 from muse_maskgit_pytorch.data.order import EndlessBatches, Sample
 from muse_maskgit_pytorch.data.pixels import View
+from tests import tiny
 
 SIZE = 8
 
@@ -105,3 +109,41 @@ def test_scales_are_checked(scale: tuple[float, float]):
         View(SIZE, "random", scale)
     with pytest.raises(ValueError, match="crop must be"):
         View(SIZE, "middle")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_the_trainer_crops_the_training_images_alone_and_resumes_exactly(
+    tmp_path: Path, cached: bool
+):
+    weights = tiny.vae().state_dict()
+
+    def trainer(name: str, steps: int, **changes: Any) -> VQGanVAETrainer:
+        vae = tiny.vae()
+        vae.load_state_dict(weights)
+        settings: dict[str, Any] = dict(
+            image_size=SIZE, crop="random", flip=True, cache_images=cached, perceptual_weight=0,
+            gan_weight=0, batch_size=2, warmup_steps=0, lr_schedule="constant", sample_every=0,
+            valid_fraction=0.4, num_train_steps=steps, results_folder=str(tmp_path / name),
+        )  # fmt: skip
+        return VQGanVAETrainer(vae, data=Ramps(), **(settings | changes))
+
+    whole = trainer("whole", 4)
+    train, valid = whole.make_datasets()
+    plain = ImageDataset(Ramps(), SIZE)[0]["image"]
+    assert valid is not None
+    for view in (valid, whole.dataset):
+        assert torch.equal(view[Sample(0, 3)]["image"][:2], plain[:2])
+    assert not torch.equal(train[Sample(0, 3)]["image"][:2], plain[:2])
+
+    whole.train()
+    trainer("parts", 2).train()
+    trainer("parts", 4, resume=True).train()
+    first, second = (load_file(tmp_path / n / "vae.safetensors") for n in ("whole", "parts"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    other = load_file(trained(trainer("centre", 4, crop="center", flip=False)))
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def trained(trainer: VQGanVAETrainer) -> Path:
+    trainer.train()
+    return trainer.results_folder / "vae.safetensors"

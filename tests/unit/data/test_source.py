@@ -55,7 +55,11 @@ PLAIN: dict[str, Any] = dict(image_size=16, perceptual_weight=0, gan_weight=0)
 
 def test_both_trainers_train_from_a_source_as_from_a_folder(folder: Path, tmp_path: Path):
     vae = tiny.vae().state_dict()
-    for name, data in (("data", {"data": pictures()}), ("folder", {"folder": str(folder)})):
+    ways: dict[str, dict[str, Any]] = {
+        "data": {"data": pictures()},
+        "folder": {"folder": str(folder)},
+    }
+    for name, data in ways.items():
         model = tiny.vae()
         model.load_state_dict(vae)
         results = str(tmp_path / name)
@@ -66,7 +70,8 @@ def test_both_trainers_train_from_a_source_as_from_a_folder(folder: Path, tmp_pa
 
 
 def test_exactly_one_of_folder_and_data(folder: Path):
-    for both in ({}, {"folder": str(folder), "data": pictures()}):
+    cases: list[dict[str, Any]] = [{}, {"folder": str(folder), "data": pictures()}]
+    for both in cases:
         with pytest.raises(ValueError, match="either folder or data"):
             VQGanVAETrainer(tiny.vae(), **PLAIN, **both)
 
@@ -103,7 +108,9 @@ def test_low_resolution_images_are_matched_by_name(folder: Path, tmp_path: Path)
     for i in range(6):
         noise(100 + i, 8).save(small / f"picture {i}.bmp")
     source = WithCondImages(Folder(folder), Folder(small))
-    assert source.item(3).cond_image.tobytes() == noise(103, 8).tobytes()
+    low = source.item(3).cond_image
+    assert low is not None
+    assert low.tobytes() == noise(103, 8).tobytes()
     noise(0, 8).save(small / "picture 2.png")
     with pytest.raises(ValueError, match="more than one low-resolution image for picture 2"):
         WithCondImages(Folder(folder), Folder(small))
