@@ -163,9 +163,10 @@ def open_source(
         ValueError: both or neither are given, or as `Folder` and `WithCondImages`.
     """
     if (data is None) == (folder is None):
+        given = "neither folder nor data is" if data is None else "both folder and data are"
         raise ValueError(
-            f"give either folder or data, not {'neither' if data is None else 'both'}: a folder of "
-            "images, or a source of your own (muse_maskgit_pytorch.data.Source)"
+            f"{given} given: name a folder of images, or give a source of your own "
+            "(muse_maskgit_pytorch.data.Source)"
         )
     source = Folder(folder, captions) if data is None else data  # type: ignore[arg-type]
     return source if cond_folder is None else WithCondImages(source, Folder(cond_folder))

@@ -35,7 +35,8 @@ class Ramps:
 
 
 def dataset(cache: bool = False, **changes: Any) -> ImageDataset:
-    return ImageDataset(Ramps(), View(SIZE, **({"crop": "random"} | changes)), cache=cache)
+    arguments: dict[str, Any] = {"crop": "random", **changes}
+    return ImageDataset(Ramps(), View(SIZE, **arguments), cache=cache)
 
 
 def stream(data: ImageDataset, count: int, *, batch=2, start=0, rank=0, world=1, workers=0):
