@@ -72,7 +72,7 @@ def test_both_trainers_train_from_a_source_as_from_a_folder(folder: Path, tmp_pa
 def test_exactly_one_of_folder_and_data(folder: Path):
     cases: list[dict[str, Any]] = [{}, {"folder": str(folder), "data": pictures()}]
     for both in cases:
-        with pytest.raises(ValueError, match="folder (and|nor) data"):
+        with pytest.raises(ValueError, match=r"folder (and|nor) data"):
             VQGanVAETrainer(tiny.vae(), **PLAIN, **both)
 
 
