@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from PIL import Image, ImageDraw, ImageFile, ImageFont, ImageOps, PngImagePlugin
 from torch import Tensor
@@ -48,7 +49,7 @@ def read_image(path: str | PathLike[str]) -> Image.Image:
     try:
         with Image.open(path) as image:
             image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
+            return to_rgb(ImageOps.exif_transpose(image))
     except Image.DecompressionBombError as error:
         raise ValueError(
             f"image {str(path)!r} is too large: {error}; scale it down, or raise "
@@ -85,23 +86,57 @@ def to_tensor(image: Image.Image, image_size: int | None = None) -> Float[Tensor
     Raises:
         ValueError: image_size is not positive.
     """
-    image = _to_rgb(image)
+    image = to_rgb(image)
     if image_size is not None:
-        if image_size < 1:
-            raise ValueError(f"image_size must be at least 1 pixel, got {image_size}")
-        # Cropping first gives the same picture and keeps a 1 x 10,000 image from growing huge.
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        image = image.crop((left, top, left + side, top + side))
-        image = image.resize((image_size, image_size), Image.Resampling.BICUBIC)
+        image = center_square(image, image_size)
     pixels = torch.from_numpy(np.array(image))
     return pixels.permute(2, 0, 1).contiguous().float() / 255
 
 
+def center_square(image: Image.Image, size: int) -> Image.Image:
+    """The largest square in the middle of an image, scaled to ``size`` pixels a side.
+
+    Raises:
+        ValueError: size is not positive.
+    """
+    if size < 1:
+        raise ValueError(f"image_size must be at least 1 pixel, got {size}")
+    # Cropping first gives the same picture and keeps a 1 x 10,000 image from growing huge.
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    image = image.crop((left, top, left + side, top + side))
+    return image.resize((size, size), Image.Resampling.BICUBIC)
+
+
 def resize(images: Float[Tensor, "B 3 H W"], size: tuple[int, int]) -> Float[Tensor, "B 3 h w"]:
-    if tuple(images.shape[-2:]) == tuple(size):
-        return images
-    return torch.nn.functional.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
+    """Scale tensors as files are scaled: the one way to a low-resolution image.
+
+    A stage that reads low-resolution images must see those that the stage below was trained on,
+    and these are files scaled by Pillow (`to_tensor`). So this does what Pillow does: antialiased
+    bicubic, first along the width, then along the height, rounded to 8 bits before, between and
+    after. Of reduced photographs about 1 value in 10,000 differs from Pillow's, by 1 / 255.
+    Pillow still reads the files: on a CPU it is nine times as fast for a large photograph.
+
+    Args:
+        images: in [0,1], on any device; values outside are clamped.
+        size: height and width in pixels.
+
+    Returns:
+        float32 in [0,1], multiples of 1/255. No gradient passes the rounding.
+
+    Raises:
+        ValueError: another shape, or a size that is not positive.
+    """
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images must be (B,3,H,W), got {tuple(images.shape)}")
+    if min(size) < 1:
+        raise ValueError(f"size must be at least 1 pixel, got {size}")
+    pixels = (images.detach().float().clamp(0, 1) * 255).round()  # as `to_pil`
+    for step in ((pixels.shape[-2], size[1]), size):
+        if pixels.shape[-2:] != step:
+            pixels = F.interpolate(pixels, step, mode="bicubic", antialias=True)
+            pixels = (pixels.clamp(0, 255) + 0.5).floor()  # halves up, as Pillow
+    return pixels / 255
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
@@ -259,7 +294,7 @@ def image_grid(
     return sheet
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     """Convert any mode to RGB on white; Pillow's own `convert` would clip 16 bits to 255."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image

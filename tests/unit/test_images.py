@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import GifImagePlugin, Image, ImageFile, PngImagePlugin
+from skimage import data
 
 from muse_maskgit_pytorch.images import (
     RECORD,
@@ -14,6 +15,7 @@ from muse_maskgit_pytorch.images import (
     read_image,
     read_record,
     record_of,
+    resize,
     save_gif,
     save_png,
     set_record,
@@ -383,3 +385,28 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, photo: Image.Image, 
         save_png(photo, path)
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["a.png"]
+
+
+# The one low resolution --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["astronaut", "coffee", "chelsea"])
+@pytest.mark.parametrize("size", [64, 256])
+def test_tensors_are_scaled_as_files(name: str, size: int):
+    photo = Image.fromarray(getattr(data, name)()).crop((0, 0, 300, 300))
+    expected = to_tensor(photo, size)
+    scaled = resize(to_tensor(photo)[None], (size, size))[0]
+    difference = ((scaled - expected) * 255).abs()
+    assert difference.max() <= 1.001
+    assert (difference > 0.5).float().mean() < 3e-4
+    assert torch.equal(scaled, (scaled * 255).round() / 255)  # as a file would be read
+
+
+def test_scaling_keeps_what_fits_and_clamps(photo: Image.Image):
+    whole = to_tensor(photo)[None]
+    assert torch.equal(resize(whole, (24, 40)), whole)
+    edge = torch.cat([torch.full((1, 3, 8, 8), -0.5), torch.full((1, 3, 8, 8), 1.5)], -1)
+    assert set(resize(edge, (4, 9)).unique().tolist()) >= {0.0, 1.0}
+    assert resize(edge, (4, 9)).shape == (1, 3, 4, 9)
+    with pytest.raises(ValueError, match="size must be"):
+        resize(whole, (0, 8))

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from muse_maskgit_pytorch import MaskGit, SampleOptions, TextEmbeds

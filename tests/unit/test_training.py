@@ -10,7 +10,6 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,6 @@ from muse_maskgit_pytorch.training.perceptual import PerceptualLoss
 from muse_maskgit_pytorch.training.trainer import (
     MAX_RESTARTS,
     Diverged,
-    EndlessBatches,
     Guard,
     Trainer,
 )
@@ -485,39 +483,6 @@ def test_a_tokenizer_in_use_can_be_trained_too(images: Path, tmp_path: Path):
     vae_trainer(images, tmp_path / "whole", vae).train()
     moved = {k.split(".")[0] for k, v in vae.state_dict().items() if (v != before[k]).any()}
     assert moved == {"encoder", "quantizer", "decoder"}
-
-
-# Data order --------------------------------------------------------------------------------------
-
-
-def order(
-    size: int, batch: int, count: int, *, seed=0, start=0, rank=0, world=1
-) -> list[list[int]]:
-    return list(islice(EndlessBatches(size, batch, seed, start, rank, world), count))
-
-
-def test_each_epoch_has_every_image_once():
-    flat = [i for batch in order(10, 4, 25) for i in batch]
-    epochs = [flat[start : start + 10] for start in range(0, 100, 10)]
-    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == 10
-
-
-def test_order_depends_on_the_seed_and_the_position_alone():
-    assert order(10, 4, 20) == order(10, 4, 20)
-    assert order(10, 4, 20)[7:] == order(10, 4, 13, start=7)
-    assert order(10, 4, 20) != order(10, 4, 20, seed=1)
-    assert order(3, 8, 2)[0].count(0) in (2, 3)  # a batch larger than the set
-
-
-@pytest.mark.parametrize("world", [2, 3])
-def test_processes_share_each_epoch(world: int):
-    shares = [order(24, 2, 24 // (2 * world), rank=rank, world=world) for rank in range(world)]
-    flat = [i for share in shares for batch in share for i in batch]
-    assert sorted(flat) == list(range(24))
-    whole = order(24, 2 * world, 24 // (2 * world))
-    together = [[i for share in shares for i in share[k]] for k in range(len(whole))]
-    assert together == whole
 
 
 # The loop ----------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ def vae_parser() -> Parser:
     parser = Parser("muse train vae", "Train an image tokenizer on a folder of images.")
     parser.add_argument("--init_from", type=str | None, help="saved tokenizer to start from")
     parser.add_section(VQGanVAE, "vae")
-    parser.add_section(VQGanVAETrainer, "trainer", skip={"vae"})
+    parser.add_section(VQGanVAETrainer, "trainer", skip={"vae", "data"})
     return parser
 
 
@@ -56,7 +56,7 @@ def decoder_parser() -> Parser:
         default=4,
         help="its residual blocks per resolution; null: as now",
     )
-    parser.add_section(VQGanVAETrainer, "trainer", skip={"vae", "decoder_only"})
+    parser.add_section(VQGanVAETrainer, "trainer", skip={"vae", "data", "decoder_only"})
     return parser
 
 
@@ -105,7 +105,7 @@ def maskgit_parser(superres: bool) -> Parser:
             help="side of the low-resolution images",
         )
     parser.add_optional(SampleOptions, "maskgit.sample_options")
-    parser.add_section(MaskGitTrainer, "trainer", skip={"maskgit"})
+    parser.add_section(MaskGitTrainer, "trainer", skip={"maskgit", "data"})
     return parser
 
 

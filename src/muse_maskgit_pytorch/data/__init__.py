@@ -1,5 +1,7 @@
 """Where training images and their captions come from."""
 
-from .folder import ImageFolder, split
+from .dataset import ImageDataset, split
+from .folder import Folder, ImageFolder
+from .source import Item, Source
 
-__all__ = ["ImageFolder", "split"]
+__all__ = ["Folder", "ImageDataset", "ImageFolder", "Item", "Source", "split"]

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from ..maskgit import MaskGit
 from ..structures import Batch, TextEmbeds
-from .folder import ImageFolder
+from .dataset import ImageDataset
 
 
 class TokenCache(Dataset):
@@ -26,14 +26,15 @@ class TokenCache(Dataset):
 
     Args:
         maskgit: whose tokenizers and text encoder to use.
-        dataset: images with captions, of the model's image size.
+        dataset: images with captions, of the model's image size; for super-resolution with their
+            low-resolution images (``cond_size``), which are else made from the images' tensors.
         batch_size: images encoded at a time.
 
     Memory: 4 bytes a token and 2 bytes a text feature; 64 tokens and 12 words of a
     384-wide encoder are about 10 KB an image.
     """
 
-    def __init__(self, maskgit: MaskGit, dataset: ImageFolder, batch_size: int = 64):
+    def __init__(self, maskgit: MaskGit, dataset: ImageDataset, batch_size: int = 64):
         ids: list[Tensor] = []
         cond_ids: list[Tensor] = []
         self.embeds: list[Tensor] = []
@@ -41,7 +42,7 @@ class TokenCache(Dataset):
         for batch in tqdm(loader, desc="encoding the data set", unit="batch"):
             images = batch["image"].to(maskgit.device)
             ids.append(maskgit.vae.encode_to_ids(images).flatten(1).int().cpu())
-            cond = maskgit.encode_cond(None, None, images)
+            cond = maskgit.encode_cond(batch.get("cond_image"), None, images)
             if cond is not None:
                 cond_ids.append(cond.int().cpu())
             text = maskgit.embed_texts(batch["text"], long="cut")
@@ -59,8 +60,8 @@ class TokenCache(Dataset):
     def __getitems__(self, rows: Sequence[int]) -> Batch:
         rows = list(rows)
         embeds = [self.embeds[row].float() for row in rows]
-        lengths = torch.tensor([len(e) for e in embeds])
-        mask = torch.arange(int(lengths.max())) < lengths[:, None]
+        lengths = torch.tensor([len(e) for e in embeds], device="cpu")
+        mask = torch.arange(int(lengths.max()), device="cpu") < lengths[:, None]
         padded = torch.nn.utils.rnn.pad_sequence(embeds, batch_first=True)
         return Batch(
             ids=self.ids[rows].long(),

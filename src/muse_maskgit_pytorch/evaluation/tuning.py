@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -23,6 +22,7 @@ from tqdm.auto import tqdm
 from ..checkpoint import find_file, load_tree, save_tree
 from ..features import FeatureNet
 from ..files import digest_pixels, digest_text, replacing
+from ..images import resize
 from ..maskgit import MaskGit
 from ..presets import check_preset
 from ..provenance import fingerprint
@@ -145,7 +145,7 @@ class Trials:
         self._text = stage.embed_texts(judge.captions)
         self._cond: Tensor | None = None
         if stage.cond_image_size is not None:
-            self._cond = F.interpolate(images, stage.geometry.cond_pixels(), mode="area")
+            self._cond = resize(images, stage.geometry.cond_pixels())
         self._setup = {
             "model": fingerprint(stage),
             "captions": digest_text(json.dumps(judge.captions)),

@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..data.cache import TokenCache
-from ..data.folder import ImageFolder, split
+from ..data.dataset import ImageDataset, split
+from ..data.folder import open_source
+from ..data.source import Source
 from ..images import image_grid
 from ..maskgit import MaskGit, Part
 from ..structures import Batch
@@ -20,14 +22,19 @@ from .trainer import Trainer
 
 
 class MaskGitTrainer(Trainer):
-    """Trains a `MaskGit` on a folder of captioned images.
+    """Trains a `MaskGit` on captioned images.
 
-    A model with ``cond_image_size`` trains as super-resolution: its low-resolution images are the
-    images scaled down.
+    A model with ``cond_image_size`` trains as super-resolution. Its low-resolution images should
+    be those that the base was trained on: by default they come from the same files, scaled as the
+    base's images are; ``cond_folder`` names the base's own files.
 
     Args:
         maskgit: base or super-resolution, with its trained tokenizer.
-        folder: images and captions, see `ImageFolder`.
+        folder: images and captions, see `Folder`; the short form of ``data=Folder(folder, True)``.
+        data: where the images and captions come from instead, see `Source`.
+        cond_folder: low-resolution images for super-resolution, found by the name of the image
+            (its path relative to the folder, without the suffix). Without it: the items' own
+            (`Item.cond_image`) or the images scaled down.
         part: "transformer" or "critic" trains one of the two and freezes the other.
         cache_tokens: encode the whole set once and train from ids and text embeddings in memory
             (see `TokenCache` for its size); the loss is the same, a step far cheaper.
@@ -41,7 +48,9 @@ class MaskGitTrainer(Trainer):
         self,
         maskgit: MaskGit,
         *,
-        folder: str,
+        folder: str | None = None,
+        data: Source | None = None,
+        cond_folder: str | None = None,
         part: Part = "all",
         cache_tokens: bool = True,
         num_samples: int = 8,
@@ -58,7 +67,12 @@ class MaskGitTrainer(Trainer):
             )
         self.name = "superres" if maskgit.cond_image_size else "base"
         self.maskgit, self.part, self.cache_tokens = maskgit, part, cache_tokens
-        self.dataset = ImageFolder(folder, maskgit.image_size, captions=True)
+        if cond_folder is not None and maskgit.cond_image_size is None:
+            raise ValueError(
+                "cond_folder is given, but the model has no cond_image_size: leave it out"
+            )
+        source = open_source(data, folder, captions=True, cond_folder=cond_folder)
+        self.dataset = ImageDataset(source, maskgit.image_size, True, maskgit.cond_image_size)
         maskgit.transformer.requires_grad_(part != "critic")
         if maskgit.critic is not None:
             maskgit.critic.requires_grad_(part != "transformer")
@@ -76,16 +90,19 @@ class MaskGitTrainer(Trainer):
         if isinstance(items, Batch):  # from a TokenCache
             return items
         joined = torch.utils.data.default_collate(items)
-        return Batch(images=joined["image"], texts=joined["text"])
+        cond_images = joined.get("cond_image")
+        return Batch(images=joined["image"], texts=joined["text"], cond_images=cond_images)
 
     def _arguments(self, batch: Batch) -> dict[str, Any]:
         images = batch.images if batch.ids is None else batch.ids
         assert images is not None
+        cond_images = None if batch.cond_images is None else batch.cond_images.to(self.device)
         cond_ids = None if batch.cond_ids is None else batch.cond_ids.to(self.device)
         return dict(
             images_or_ids=images.to(self.device, non_blocking=True),
             texts=batch.texts,
             text_embeds=batch.text_embeds,
+            cond_images=cond_images,
             cond_ids=cond_ids,
             part=self.part,
         )
@@ -119,11 +136,12 @@ class MaskGitTrainer(Trainer):
     def draw(self, path: Path) -> None:
         """Real images above those generated from their captions (and low-resolution ids)."""
         rows = [i * len(self.dataset) // self.num_samples for i in range(self.num_samples)]
-        items = [self.dataset[row] for row in rows]
-        images = torch.stack([item["image"] for item in items])
-        texts = [item["text"] for item in items]
+        batch = self.collate([self.dataset[row] for row in rows])
+        images, texts = batch.images, batch.texts
+        assert images is not None
+        assert texts is not None
         with self.autocast():
-            cond_ids = self.maskgit.encode_cond(None, None, images.to(self.device))
+            cond_ids = self.maskgit.encode_cond(batch.cond_images, None)
             drawn = self.maskgit.generate(texts, cond_ids=cond_ids, seeds=list(range(len(rows))))
         path.parent.mkdir(parents=True, exist_ok=True)
         both = torch.cat([images, drawn.float().cpu()])

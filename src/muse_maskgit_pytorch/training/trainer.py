@@ -22,10 +22,11 @@ from typing import Any, Literal, Self
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
 from ..checkpoint import CheckpointError, Saveable, load_tree, save_tree
+from ..data.order import EndlessBatches
 from .ema import EMA
 from .health import Health
 from .report import read_curves, write_report
@@ -33,33 +34,6 @@ from .report import read_curves, write_report
 MAX_RESTARTS = 3  # returns to a checkpoint, before the run is given up
 
 Precision = Literal["no", "fp16", "bf16"]
-
-
-class EndlessBatches(Sampler[list[int]]):
-    """Batches of indices without end: a fresh permutation each epoch, one share per process.
-
-    What comes at position p depends on (seed, p) alone, so a resumed run sees the data that the
-    uninterrupted one would have seen.
-    """
-
-    def __init__(self, size: int, batch_size: int, seed: int, start: int, rank: int, world: int):
-        self.size, self.batch_size, self.seed, self.start = size, batch_size, seed, start
-        self.rank, self.world = rank, world
-
-    def __iter__(self) -> Iterator[list[int]]:
-        epoch, order = -1, torch.empty(0, dtype=torch.long)
-        share = self.batch_size * self.world
-        position = self.start * share
-        while True:
-            batch = []
-            for p in range(position, position + share):
-                if p // self.size != epoch:
-                    epoch = p // self.size
-                    generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-                    order = torch.randperm(self.size, generator=generator)
-                batch.append(int(order[p % self.size]))
-            position += share
-            yield batch[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
 
 
 def _leaves(config: Any, above: str = "") -> dict[str, Any]:
@@ -427,7 +401,10 @@ class Trainer:
                     len(train_set),  # type: ignore[arg-type]
                     self.batch_size,
                     self.seed,
-                    (self.step + self.guard.lost_steps) * self.grad_accum_every,
+                    (self.step + self.guard.lost_steps)
+                    * self.grad_accum_every
+                    * self.batch_size
+                    * self.accelerator.num_processes,
                     self.accelerator.process_index,
                     self.accelerator.num_processes,
                 ),

@@ -19,7 +19,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from ..data.folder import ImageFolder, split
+from ..data.dataset import ImageDataset, split
+from ..data.folder import open_source
+from ..data.pixels import Crop, View
+from ..data.source import Source
 from ..images import image_grid
 from ..vqgan_vae import VQGanVAE
 from .gan import (
@@ -41,12 +44,19 @@ ANCHOR_DECAY = 0.99  # of LeCam's moving averages
 
 
 class VQGanVAETrainer(Trainer):
-    """Trains a `VQGanVAE` on a folder of images.
+    """Trains a `VQGanVAE` on images.
 
     Args:
         vae: the tokenizer.
-        folder: images, searched recursively.
+        folder: images, searched recursively; the short form of ``data=Folder(folder)``.
+        data: where the images come from instead, see `Source`.
         image_size: side of the square crops, divisible by the tokenizer's factor.
+        crop: "center", or "random": squares of random side and place for the training. They
+            depend on the seed and the sample's position alone. Validation and pictures always see
+            centre crops.
+        crop_scale: smallest and largest side of the random crops, as a share of the image's
+            shorter side, each in (0, 1].
+        flip: mirror half of the training images, left to right.
         recon_loss: "l2" or "l1".
         recon_weight: weight of the reconstruction term.
         perceptual_weight: weight of the perceptual term; 0 switches it off.
@@ -68,7 +78,9 @@ class VQGanVAETrainer(Trainer):
         latent_noise: noise on what the decoder gets, see `VQGanVAE.forward`.
         decoder_only: train the decoder alone; encoder and codebook, and so all ids, stay as they
             are (paper 2.5; see `VQGanVAE.with_decoder`).
-        cache_images: keep the decoded images in memory (3 bytes a pixel).
+        cache_images: keep the decoded images in memory: 3 bytes a pixel of the centre crops. With
+            random crops the training images are kept whole, their shorter side reduced to
+            image_size / crop_scale[0]: with the defaults four times the memory for square images.
         **common: see `Trainer`.
     """
 
@@ -79,8 +91,12 @@ class VQGanVAETrainer(Trainer):
         self,
         vae: VQGanVAE,
         *,
-        folder: str,
+        folder: str | None = None,
+        data: Source | None = None,
         image_size: int,
+        crop: Crop = "center",
+        crop_scale: tuple[float, float] = (0.5, 1.0),
+        flip: bool = False,
         recon_loss: Literal["l2", "l1"] = "l2",
         recon_weight: float = 1.0,
         perceptual_weight: float = 0.05,
@@ -134,7 +150,7 @@ class VQGanVAETrainer(Trainer):
             if value < 0:
                 raise ValueError(f"{name} must not be negative, but is {value}")
         self.vae = vae
-        self.folder, self.image_size, self.cache_images = folder, image_size, cache_images
+        self.image_size, self.cache_images = image_size, cache_images
         self.recon_loss, self.recon_weight = recon_loss, recon_weight
         self.gan_weight, self.gan_adaptive = gan_weight, gan_adaptive
         self.gan_loss: GanLoss = gan_loss
@@ -143,7 +159,10 @@ class VQGanVAETrainer(Trainer):
         self.gradient_penalty_weight = gradient_penalty_weight
         self.quantizer_weight, self.latent_noise = quantizer_weight, latent_noise
         self.perceptual_weight, self.decoder_only = perceptual_weight, decoder_only
-        self.dataset = ImageFolder(folder, image_size, cache=cache_images)
+        self.view = View(image_size, crop, crop_scale, flip, self.seed)
+        # random crops need other pixels than the centre crops: `make_datasets` caches those
+        cached = cache_images and not self.view.is_random
+        self.dataset = ImageDataset(open_source(data, folder), image_size, cache=cached)
         self.perceptual: nn.Module | None = None
         if perceptual_weight > 0:
             self.perceptual = PerceptualLoss(perceptual_model, perceptual_kind).to(self.device)
@@ -157,6 +176,8 @@ class VQGanVAETrainer(Trainer):
 
     def make_datasets(self) -> tuple[Dataset, Dataset | None]:
         train, valid = split(self.dataset, self.valid_fraction)
+        if self.view.is_random:
+            train = train.viewed(self.view, self.cache_images)
         return train, valid if len(valid) else None
 
     def modules(self) -> dict[str, nn.Module]:

@@ -1,0 +1,197 @@
+"""A source as a dataset of tensors, and its split into training and validation."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Sequence
+from hashlib import sha256
+from typing import Any, Self, TypeVar
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import Dataset
+
+from ..images import to_tensor
+from .order import Sample
+from .pixels import View
+from .source import Item, Source
+
+
+class ImageDataset(Dataset[dict[str, Any]]):
+    """The items of a source as square tensors.
+
+    An item is `{"image": float (3,S,S) in [0,1]}`, with "text": str if there are captions, and
+    with "cond_image": float (3,C,C) if a low resolution is asked for.
+
+    A broken item never ends a run. It is named in a warning once and from then on answered with
+    the next readable one, so every index stays valid and the answer is the same in every epoch.
+    `broken` lists their keys; with `DataLoader` workers each worker keeps its own list.
+
+    Args:
+        source: where the items come from.
+        view: how a picture becomes a square; a number S is the centre square of S pixels.
+        captions: every item must have a text, which is given with it.
+        cond_size: side C of the low-resolution images. They come from the item's own `cond_image`,
+            else from its image, scaled exactly as the images of a base of that size.
+        cache: prepare all pictures at construction and keep them as bytes: 3 * S * S for each.
+            Broken ones are then all found at once. Random crops keep more, see `View.prepare`:
+            3 * (S / crop_scale[0])^2 bytes for a square picture that has so many pixels.
+
+    Attributes:
+        keys: the items' keys, in the order of the source.
+        broken: keys of the items that could not be read.
+
+    Raises:
+        ValueError: there are no items, or with ``cache`` none that can be read.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        view: View | int,
+        captions: bool = False,
+        cond_size: int | None = None,
+        cache: bool = False,
+    ):
+        self.source, self.captions, self.cond_size = source, captions, cond_size
+        self.view = View(view) if isinstance(view, int) else view
+        self.broken: list[str] = []
+        self.keys = list(source.keys)
+        self._rows = list(range(len(source)))
+        self._cache: list[dict[str, Any]] | None = None
+        if not self.keys:
+            raise ValueError(f"{source} holds no images")
+        if cache:
+            self._fill_cache()
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Give one item; for a broken one the next readable one, starting over at the end.
+
+        Args:
+            index: a `Sample` says at which position of the training order it is drawn, and so
+                which random crop it gets; any other integer gets the centre crop.
+
+        Raises:
+            IndexError: no such item.
+            ValueError: no image at all can be read any more, or an item has no caption.
+        """
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"item {index} of {len(self)}")
+        position = index.position if isinstance(index, Sample) else None
+        for step in range(len(self)):
+            row = (index + step) % len(self)
+            if (prepared := self._prepared(row)) is not None:
+                picture = Image.fromarray(prepared["picture"])
+                rest = {name: value for name, value in prepared.items() if name != "picture"}
+                return {"image": self.view.finish(picture, position)} | rest
+        raise ValueError(f"{self.source} holds no image that can be read")
+
+    def select(self, rows: Sequence[int]) -> Self:
+        """Give the same dataset with only these rows, which stand in for one another if broken."""
+        part = copy.copy(self)
+        part._keep(rows)
+        return part
+
+    def viewed(self, view: View, cache: bool = False) -> Self:
+        """Give the same items, seen in another way."""
+        other = copy.copy(self)
+        other.view, other._cache = view, None
+        if cache:
+            other._fill_cache()
+        return other
+
+    def _keep(self, rows: Sequence[int]) -> None:
+        self.keys = [self.keys[row] for row in rows]
+        self._rows = [self._rows[row] for row in rows]
+        if self._cache is not None:
+            self._cache = [self._cache[row] for row in rows]
+
+    def _prepared(self, row: int) -> dict[str, Any] | None:
+        if self._cache is not None:
+            return self._cache[row]
+        key = self.keys[row]
+        if key in self.broken:
+            return None
+        try:
+            item = self.source.item(self._rows[row])
+        except ValueError as error:
+            self.broken.append(key)
+            warn(f"{error}; the next readable one takes its place")
+            return None
+        return self._prepare(key, item)
+
+    def _prepare(self, key: str, item: Item) -> dict[str, Any]:
+        prepared: dict[str, Any] = {"picture": np.asarray(self.view.prepare(item.image))}
+        if self.captions:
+            if not item.text:
+                raise ValueError(f"item {key!r} of {self.source} has no caption: give it a text")
+            prepared["text"] = item.text
+        if self.cond_size is not None:
+            prepared["cond_image"] = to_tensor(item.cond_image or item.image, self.cond_size)
+        return prepared
+
+    def _fill_cache(self) -> None:
+        cache, rows, broken = [], [], []
+        for row, key in enumerate(self.keys):
+            try:
+                item = self.source.item(self._rows[row])
+            except ValueError:
+                broken.append(key)
+            else:
+                cache.append(self._prepare(key, item))
+                rows.append(row)
+        if broken:
+            self.broken += broken
+            warn(f"left out {len(broken)} of {len(self)} images that cannot be read", broken)
+        if not rows:
+            raise ValueError(f"{self.source} holds no image that can be read")
+        self._keep(rows)
+        self._cache = cache
+
+
+Images = TypeVar("Images", bound=ImageDataset)
+
+
+def split(dataset: Images, valid_fraction: float, seed: int = 0) -> tuple[Images, Images]:
+    """Split a dataset into training and validation images by a hash of their keys.
+
+    An image's side depends on its own key and the seed alone, so adding or removing others never
+    moves it. The one exception: where the fraction leaves a side empty, the image whose hash
+    comes nearest goes there, so that a set of two or more images always has both. A single image
+    is for training.
+
+    Args:
+        dataset: the whole.
+        valid_fraction: expected share of the validation images, in [0,1); 0 gives none.
+        seed: another seed, another split.
+
+    Returns:
+        training and validation images.
+
+    Raises:
+        ValueError: valid_fraction outside [0,1).
+    """
+    if not 0 <= valid_fraction < 1:
+        raise ValueError(f"valid_fraction must be in [0,1), got {valid_fraction}")
+    digests = [sha256(f"{seed}/{key}".encode()).digest() for key in dataset.keys]
+    places = [int.from_bytes(digest[:8], "big") / 2**64 for digest in digests]
+    valid = {row for row, place in enumerate(places) if place < valid_fraction}
+    if valid_fraction > 0 and len(places) > 1:
+        if not valid:
+            valid = {places.index(min(places))}
+        elif len(valid) == len(places):
+            valid.remove(places.index(max(places)))
+    elif len(places) == 1:
+        valid = set()  # a single image trains
+    train = [row for row in range(len(places)) if row not in valid]
+    return dataset.select(train), dataset.select(sorted(valid))
+
+
+def warn(message: str, names: Sequence[str] = ()) -> None:
+    """Warn once, naming at most ten items."""
+    shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+    warnings.warn(f"{message}: {shown}" if names else message, stacklevel=3)

@@ -1,0 +1,72 @@
+"""Which item comes when: a pure function of the seed and the position."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import Sampler
+
+
+class Sample(int):
+    """The index of an item that knows its position in the training order.
+
+    Any dataset takes it as an index; one that crops at random draws the crop from the position.
+    """
+
+    position: int
+
+    def __new__(cls, index: int, position: int = 0) -> Sample:
+        sample = super().__new__(cls, index)
+        sample.position = position
+        return sample
+
+
+class Order:
+    """An endless order of items, a fresh permutation in each epoch.
+
+    What comes at a position depends on (seed, position) alone.
+
+    Args:
+        size: number of items.
+        seed: another seed, another order.
+    """
+
+    def __init__(self, size: int, seed: int):
+        self.size, self.seed = size, seed
+        self._epoch, self._permutation = -1, torch.empty(0, dtype=torch.long, device="cpu")
+
+    def __getitem__(self, position: int) -> Sample:
+        epoch, place = divmod(position, self.size)
+        if epoch != self._epoch:
+            generator = torch.Generator("cpu").manual_seed(self.seed * 1_000_003 + epoch)
+            self._permutation = torch.randperm(self.size, generator=generator, device="cpu")
+            self._epoch = epoch
+        return Sample(int(self._permutation[place]), position)
+
+
+class EndlessBatches(Sampler[list[int]]):
+    """Batches of an `Order` without end, one share of each for every process.
+
+    The start is counted in samples. So a run that is resumed with another batch size, accumulation
+    or number of processes goes on with the sample at which it had stopped.
+
+    Args:
+        size: number of items.
+        batch_size: items for each process.
+        seed: of the order.
+        start: samples that all processes together have already seen.
+        rank: this process.
+        world: number of processes.
+    """
+
+    def __init__(self, size: int, batch_size: int, seed: int, start: int, rank: int, world: int):
+        self.size, self.batch_size, self.seed, self.start = size, batch_size, seed, start
+        self.rank, self.world = rank, world
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = Order(self.size, self.seed)
+        first = self.start + self.rank * self.batch_size
+        while True:
+            yield [order[position] for position in range(first, first + self.batch_size)]
+            first += self.batch_size * self.world

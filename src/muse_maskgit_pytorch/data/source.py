@@ -1,0 +1,100 @@
+"""What training data are to the rest: items that can be asked for by number, and their names.
+
+A source is the door for data of any origin. It gives pictures as they are; `ImageDataset` makes
+tensors of them, `split` divides them by their keys, and `Order` says which comes when.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import PurePosixPath
+from typing import Protocol
+
+from PIL import Image
+
+
+@dataclass(frozen=True)
+class Item:
+    """One example, as its source has it.
+
+    Attributes:
+        image: of any mode and size.
+        text: its caption; the masked transformers need one.
+        cond_image: its low-resolution image, for super-resolution; None: ``image`` scaled down.
+    """
+
+    image: Image.Image
+    text: str | None = None
+    cond_image: Image.Image | None = None
+
+
+class Source(Protocol):
+    """Training data that can be reached by number, from several processes at once.
+
+    With ``num_workers`` a source is copied to other processes: it must not hold what cannot be
+    shared, such as an open file (open it in `item`, once per process).
+    """
+
+    @property
+    def keys(self) -> Sequence[str]:
+        """A stable, unique name for each item: it alone decides on which side of a split it is."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def item(self, index: int) -> Item:
+        """Read one item, 0 <= index < len.
+
+        Raises:
+            ValueError: it is broken; the next readable one then takes its place.
+        """
+        ...
+
+
+class WithCondImages:
+    """A source whose low-resolution images come from a second one, matched by key.
+
+    Keys are compared without their suffix, so that ``cats/1.jpg`` finds ``cats/1.png``.
+
+    Raises:
+        ValueError: an image has no low-resolution image, or more than one.
+    """
+
+    def __init__(self, source: Source, cond: Source):
+        self.source, self.cond = source, cond
+        self.keys = source.keys
+        names = [_stem(key) for key in cond.keys]
+        wanted = [_stem(key) for key in self.keys]
+        index = {name: i for i, name in enumerate(names)}
+        missing = [key for key, name in zip(self.keys, wanted, strict=True) if name not in index]
+        if missing:
+            raise ValueError(
+                f"{cond} has no low-resolution image for {len(missing)} of {len(self.keys)} "
+                f"images: {_few(missing)}; the names must agree up to the suffix"
+            )
+        counts = Counter(names)
+        if twice := [name for name in dict.fromkeys(wanted) if counts[name] > 1]:
+            raise ValueError(
+                f"{cond} has more than one low-resolution image for {_few(twice)}: keep one of each"
+            )
+        self._cond_index = [index[name] for name in wanted]
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __str__(self) -> str:
+        return str(self.source)
+
+    def item(self, index: int) -> Item:
+        cond = self.cond.item(self._cond_index[index])
+        return replace(self.source.item(index), cond_image=cond.image)
+
+
+def _stem(key: str) -> str:
+    return PurePosixPath(key).with_suffix("").as_posix()
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
