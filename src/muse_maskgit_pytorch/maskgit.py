@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from .checkpoint import Saveable
@@ -281,6 +281,10 @@ class MaskGit(Saveable):
 
     # Training --------------------------------------------------------------------------------
 
+    def draw_mask(self, batch: int) -> Bool[Tensor, "B N"]:
+        """Draw the masks of ``batch`` images by the training's law, on the model's device."""
+        return draw_mask(batch, self.fmap_size**2, self.noise_schedule, device=self.device)
+
     def losses(
         self,
         images_or_ids: Float[Tensor, "B 3 H W"] | Int[Tensor, "B ..."],
@@ -291,6 +295,8 @@ class MaskGit(Saveable):
         cond_ids: Int[Tensor, "B ..."] | None = None,
         cond_drop_prob: float | None = None,
         part: Part = "all",
+        mask: Bool[Tensor, "B N"] | None = None,
+        mask_weight: float | Tensor = 1.0,
     ) -> LossTerms:
         """The named loss terms of one batch (2.6, 2.7).
 
@@ -303,6 +309,8 @@ class MaskGit(Saveable):
             cond_ids: their ids instead.
             cond_drop_prob: instead of the model's own.
             part: "transformer" or "critic" leaves the other's loss out.
+            mask: the positions to predict; drawn (`draw_mask`) unless given.
+            mask_weight: factor of the cross-entropy, a mean over this batch's masked tokens.
         """
         images = images_or_ids.to(self.device)
         if images.is_floating_point():
@@ -323,7 +331,7 @@ class MaskGit(Saveable):
         drop = self.cond_drop_prob if cond_drop_prob is None else cond_drop_prob
         keep = torch.rand(len(ids), device=ids.device) >= drop
         conditioning = Conditioning(text, cond, keep)
-        mask = draw_mask(ids.shape[0], ids.shape[1], self.noise_schedule, device=ids.device)
+        mask = self.draw_mask(len(ids)) if mask is None else mask
         masked = mask_tokens(ids, mask, self.transformer.mask_id, self.no_mask_token_prob)
 
         with torch.set_grad_enabled(torch.is_grad_enabled() and part != "critic"):
@@ -337,6 +345,7 @@ class MaskGit(Saveable):
             hidden = self.transformer(masked.input_ids, context, self_cond)
             logits = self.transformer.to_logits(hidden[mask]).float()
             ce = F.cross_entropy(logits, ids[mask], label_smoothing=self.label_smoothing)
+            ce = mask_weight * ce
 
         if self.critic is None or part == "transformer":
             return LossTerms(ce, ce)
