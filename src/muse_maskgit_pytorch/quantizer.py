@@ -10,14 +10,16 @@ equal on all processes, LFQ and BSQ because their entropy must not cost a table 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from .distributed import gather_rows, mean_over_processes, sum_over_processes
 from .structures import QuantizerOutput
 
 QuantizerName = Literal["vq", "simvq", "lfq", "bsq", "fsq"]
@@ -33,24 +35,6 @@ class Codes(NamedTuple):
     terms: dict[str, Tensor]
 
 
-def _processes() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def _gather_rows(rows: Float[Tensor, "n c"]) -> Float[Tensor, "m c"]:
-    """The rows of all processes in the order of the processes, which may hold different numbers."""
-    if _processes() == 1:
-        return rows
-    counts = torch.zeros(_processes(), dtype=torch.long, device=rows.device)
-    counts[dist.get_rank()] = len(rows)
-    dist.all_reduce(counts)
-    padded = rows.new_zeros(int(counts.max()), rows.shape[1])
-    padded[: len(rows)] = rows
-    shares = [torch.empty_like(padded) for _ in range(_processes())]
-    dist.all_gather(shares, padded)
-    return torch.cat([share[:count] for share, count in zip(shares, counts.tolist(), strict=True)])
-
-
 class VQ(nn.Module):
     """Nearest neighbour in a codebook of moving averages (VQ-VAE, van den Oord et al. 2017, A.1).
 
@@ -62,7 +46,7 @@ class VQ(nn.Module):
     Args:
         dim: width of a code.
         codebook_size: number of codes.
-        decay: of the moving averages, per batch.
+        decay: of the moving averages, per batch (`one_batch`).
         l2_norm: codes and vectors on the unit sphere (ViT-VQGAN, Yu et al. 2021, 3.2).
     """
 
@@ -75,6 +59,7 @@ class VQ(nn.Module):
     def __init__(self, dim: int, codebook_size: int, decay: float, l2_norm: bool):
         super().__init__()
         self.decay, self.l2_norm = decay, l2_norm
+        self._collected: list[tuple[Tensor, Tensor]] | None = None  # within `one_batch`
         self.register_buffer("codes", F.normalize(torch.randn(codebook_size, dim), dim=-1))
         self.register_buffer("sums", torch.zeros(codebook_size, dim))
         self.register_buffer("counts", torch.zeros(codebook_size))
@@ -88,22 +73,49 @@ class VQ(nn.Module):
         least, ids = distances.min(dim=-1)
         codes = self.codes[ids].view_as(rows)
         if self.training and torch.is_grad_enabled():  # encode_to_ids only looks
-            self._learn(flat, ids, (least + flat.square().sum(-1)).clamp(min=0))
+            self._see(flat, ids, (least + flat.square().sum(-1)).clamp(min=0))
         ids = ids.view(rows.shape[:2])
         return Codes(rows + (codes - rows).detach(), ids, {"commitment": F.mse_loss(rows, codes)})
 
     def codes_of(self, ids: Int[Tensor, "B n"]) -> Float[Tensor, "B n c"]:
         return self.codes[ids]
 
+    @contextmanager
+    def one_batch(self) -> Iterator[None]:
+        """Take the training forwards within the block as one batch: the codes move at its end.
+
+        All processes must run the same number of forwards. An exception leaves the codes alone.
+        """
+        self._collected = seen = []
+        try:
+            yield
+            if seen:
+                self._learn(seen)
+        finally:
+            self._collected = None
+
     @torch.no_grad()
-    def _learn(self, rows: Tensor, ids: Tensor, distances: Tensor) -> None:
-        """Move the codes towards this batch's vectors, then revive the dead ones."""
+    def _see(self, rows: Tensor, ids: Tensor, distances: Tensor) -> None:
+        """Learn from these vectors now, or within `one_batch` keep them for its end."""
         finite = rows.isfinite().all(dim=-1)  # one bad batch must not poison the codebook
         rows, ids, distances = rows[finite], ids[finite], distances[finite]
-        batch = torch.zeros(len(self.codes), rows.shape[1] + 1, device=rows.device)
-        batch.index_add_(0, ids, F.pad(rows, (0, 1), value=1.0))
-        if _processes() > 1:
-            dist.all_reduce(batch)
+        sums = torch.zeros(len(self.codes), rows.shape[1] + 1, device=rows.device)
+        sums.index_add_(0, ids, F.pad(rows, (0, 1), value=1.0))
+        candidates = torch.cat([rows, distances[:, None]], dim=1)
+        if self._collected is None:
+            self._learn([(sums, candidates)])
+        else:
+            self._collected.append((sums, candidates))
+
+    @torch.no_grad()
+    def _learn(self, seen: list[tuple[Tensor, Tensor]]) -> None:
+        """Move the codes towards the vectors, then revive the dead ones.
+
+        Args:
+            seen: for each forward the sums and counts of the vectors by code (V, c + 1), and the
+                vectors with their squared distances (n, c + 1).
+        """
+        batch = sum_over_processes(torch.stack([sums for sums, _ in seen]).sum(0))
         self.sums.lerp_(batch[:, :-1], 1 - self.decay)
         self.counts.lerp_(batch[:, -1], 1 - self.decay)
         average = batch[:, -1].sum() / len(self.codes)
@@ -115,7 +127,8 @@ class VQ(nn.Module):
         dead = (self.counts < self.DEAD * average).nonzero()[:, 0]
         if len(dead) == 0:  # equal on all processes, so they all go on or all return
             return
-        candidates = _gather_rows(torch.cat([rows, distances[:, None]], dim=1))
+        # forward by forward: the order of one process that sees the same batches
+        candidates = torch.cat([gather_rows(rows) for _, rows in seen])
         total = candidates[:, -1].double().cumsum(0)
         dead = dead[: len(candidates)]
         if len(dead) == 0 or total[-1] <= 0:
@@ -172,23 +185,13 @@ class Binary(nn.Module):
             joint = bits[:, 0]
             for bit in bits.unbind(1)[1:]:
                 joint = (joint[:, :, None] * bit[:, None]).flatten(1)
-            diversity = diversity + _entropy(_mean_over_processes(joint))
+            diversity = diversity + _entropy(mean_over_processes(joint))
         return {"entropy": _entropy(chances).sum(-1).mean(), "diversity": diversity}
 
 
 def _entropy(chances: Tensor) -> Tensor:
     """Entropy in nats over the last dimension."""
     return -torch.special.xlogy(chances, chances.clamp(min=1e-12)).sum(-1)
-
-
-def _mean_over_processes(rows: Float[Tensor, "n k"]) -> Float[Tensor, "k"]:
-    """Mean over the rows of all processes, with the gradient that goes through it."""
-    total = torch.cat([rows.sum(0), rows.new_tensor([len(rows)])])
-    if _processes() > 1:
-        from torch.distributed.nn.functional import all_reduce
-
-        total = all_reduce(total)
-    return total[:-1] / total[-1]
 
 
 def fsq_levels(codebook_size: int) -> list[int]:
@@ -244,7 +247,6 @@ class Quantizer(nn.Module):
         commitment_weight: weight of the commitment term ("fsq" has none).
         entropy_weight: weight of the entropy terms, by default 0.1 for "lfq", which collapses
             with less, and 0.02 for "bsq" (docs/tokenizer.md has the figures).
-        diversity_gamma: weight of the codebook's entropy within them.
         decay: EMA decay of "vq" codes.
 
     Raises:
@@ -261,7 +263,6 @@ class Quantizer(nn.Module):
         levels: list[int] | None = None,
         commitment_weight: float = 0.25,
         entropy_weight: float | None = None,
-        diversity_gamma: float = 1.0,
         decay: float = 0.99,
     ):
         super().__init__()
@@ -273,7 +274,7 @@ class Quantizer(nn.Module):
                 "the codes cannot be counted: take fewer"
             )
         weights = dict(commitment_weight=commitment_weight, entropy_weight=entropy_weight or 0)
-        for name, value in (weights | dict(diversity_gamma=diversity_gamma)).items():
+        for name, value in weights.items():
             if value < 0:
                 raise ValueError(f"{name} must not be negative, but is {value}")
         if not 0 <= decay < 1:
@@ -291,7 +292,7 @@ class Quantizer(nn.Module):
         self.weights = {
             "commitment": commitment_weight,
             "entropy": entropy_weight,
-            "diversity": -entropy_weight * diversity_gamma,
+            "diversity": -entropy_weight,
         }
         width = codebook_dim
         if kind == "vq":
@@ -344,6 +345,13 @@ class Quantizer(nn.Module):
         ids = ids.long().view(ids.shape[0], *z.shape[-2:])
         occurs = torch.zeros(self.codebook_size, device=ids.device).scatter_(0, ids.flatten(), 1.0)
         return QuantizerOutput(quantized.to(features.dtype), ids, loss, terms, occurs.mean())
+
+    def one_batch(self) -> AbstractContextManager:
+        """Within the block the codes of "vq" stay; at its end they learn from all its forwards.
+
+        This is for gradient accumulation; outside of it each training forward is a batch.
+        """
+        return self.inner.one_batch() if isinstance(self.inner, VQ) else nullcontext()
 
     def _quantize(self, rows: Float[Tensor, "B n c"]) -> Codes:
         if self.kind == "fsq":

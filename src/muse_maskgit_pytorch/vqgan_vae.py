@@ -147,7 +147,6 @@ class VQGanVAE(ImageTokenizer):
         fsq_levels: FSQ's levels, derived from the codebook size unless given.
         commitment_weight: weight of the commitment term.
         entropy_weight: weight of the entropy terms ("lfq", "bsq"), see `Quantizer`.
-        diversity_gamma: weight of the codebook's entropy within them.
         codebook_decay: EMA decay of "vq" codes.
 
     The factor is ``patch_size * 2**layers``.
@@ -172,7 +171,6 @@ class VQGanVAE(ImageTokenizer):
         fsq_levels: list[int] | None = None,
         commitment_weight: float = 0.25,
         entropy_weight: float | None = None,
-        diversity_gamma: float = 1.0,
         codebook_decay: float = 0.99,
     ):
         super().__init__()
@@ -237,7 +235,6 @@ class VQGanVAE(ImageTokenizer):
             levels=fsq_levels,
             commitment_weight=commitment_weight,
             entropy_weight=entropy_weight,
-            diversity_gamma=diversity_gamma,
             decay=codebook_decay,
         )
 

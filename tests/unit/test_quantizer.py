@@ -111,13 +111,13 @@ def test_only_training_moves_the_codebook(kind):
     [
         ("vq", dict(commitment=0.5)),
         ("simvq", dict(commitment=1.0)),  # the library weighs its two parts itself
-        ("lfq", dict(commitment=0.5, entropy=0.3, diversity=-0.6)),
-        ("bsq", dict(commitment=0.5, entropy=0.3, diversity=-0.6)),
+        ("lfq", dict(commitment=0.5, entropy=0.3, diversity=-0.3)),
+        ("bsq", dict(commitment=0.5, entropy=0.3, diversity=-0.3)),
         ("fsq", {}),
     ],
 )
 def test_the_loss_is_the_weighted_sum_of_its_terms(kind, weights):
-    settings = dict(commitment_weight=0.5, entropy_weight=0.3, diversity_gamma=2.0)
+    settings = dict(commitment_weight=0.5, entropy_weight=0.3)
     out = make(kind, **settings).train()(features())
     assert out.terms.keys() == weights.keys()
     wanted = sum(weight * out.terms[name].item() for name, weight in weights.items())

@@ -476,8 +476,12 @@ def test_a_decoder_trains_alone(images: Path, tmp_path: Path, quantizer: str):
 
 
 def test_a_tokenizer_in_use_can_be_trained_too(images: Path, tmp_path: Path):
-    """It comes frozen; after a decoder's training, too."""
+    """It comes frozen, which is refused; a decoder's training leaves the rest trainable."""
     vae = make_vae().requires_grad_(False)
+    for decoder_only in (False, True):
+        with pytest.raises(ValueError, match=r"vae.requires_grad_\(True\)"):
+            vae_trainer(images, tmp_path / "frozen", vae, decoder_only=decoder_only)
+    vae.requires_grad_(True)
     vae_trainer(images, tmp_path / "decoder", vae, decoder_only=True).train()
     before = {k: v.clone() for k, v in vae.state_dict().items()}
     vae_trainer(images, tmp_path / "whole", vae).train()
@@ -900,7 +904,6 @@ def test_saved_weights_load_as_models(images: Path, tmp_path: Path, t5: str):
         ("gan_weight", -1.0),
         ("gan_start", -1),
         ("gradient_penalty_weight", -1.0),
-        ("quantizer_weight", -1.0),
         ("gan_ramp", -1),
         ("gan_loss", "wasserstein"),
         ("lecam_weight", -0.1),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from ..data.cache import TokenCache
@@ -18,6 +18,7 @@ from ..data.source import Source
 from ..images import image_grid
 from ..maskgit import MaskGit, Part
 from ..structures import Batch
+from .losses import NamedTerms, frozen
 from .trainer import Trainer
 
 
@@ -35,7 +36,8 @@ class MaskGitTrainer(Trainer):
         cond_folder: low-resolution images for super-resolution, found by the name of the image
             (its path relative to the folder, without the suffix). Without it: the items' own
             (`Item.cond_image`) or the images scaled down.
-        part: "transformer" or "critic" trains one of the two and freezes the other.
+        part: "transformer" or "critic" trains only one of the two. Parameters that require no
+            gradient are never trained (LoRA's base).
         cache_tokens: encode the whole set once and train from ids and text embeddings in memory
             (see `TokenCache` for its size); the loss is the same, a step far cheaper.
         num_samples: images in the pictures of ``results_folder/samples``.
@@ -73,10 +75,28 @@ class MaskGitTrainer(Trainer):
             )
         source = open_source(data, folder, captions=True, cond_folder=cond_folder)
         self.dataset = ImageDataset(source, maskgit.image_size, True, maskgit.cond_image_size)
-        maskgit.transformer.requires_grad_(part != "critic")
-        if maskgit.critic is not None:
-            maskgit.critic.requires_grad_(part != "transformer")
+        with frozen(self._left_out()):
+            if not any(p.requires_grad for p in maskgit.parameters()):
+                raise ValueError(
+                    f"nothing to train with part={part!r}: all of its parameters are frozen; call "
+                    "requires_grad_(True) on what should be trained"
+                )
+        self.terms = NamedTerms(maskgit)
         self.num_samples = min(num_samples, len(self.dataset))
+
+    def _left_out(self) -> list[nn.Parameter]:
+        """The parameters that ``part`` leaves as they are."""
+        critic = self.maskgit.critic
+        if self.part == "critic":
+            return list(self.maskgit.transformer.parameters())
+        return list(critic.parameters()) if self.part == "transformer" and critic else []
+
+    def train(self) -> None:
+        with frozen(self._left_out()):
+            super().train()
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {"model": self.terms}
 
     def make_datasets(self) -> tuple[Dataset, Dataset | None]:
         train, valid = split(self.dataset, self.valid_fraction)
@@ -108,24 +128,41 @@ class MaskGitTrainer(Trainer):
         )
 
     def train_step(self, batches: Iterator[Batch]) -> dict[str, Tensor]:
-        total = torch.zeros((), device=self.device)
-        for micro in range(self.grad_accum_every):
-            arguments = self._arguments(next(batches))
+        """One optimizer step on the mean over all its masked tokens, however they are divided.
+
+        A mean of the micro batches' means would count a token more where few others are masked.
+        The critic's loss is a mean over all tokens, as many in each micro batch and process, so
+        there a mean of means is exact.
+        """
+        micros = [self._arguments(next(batches)) for _ in range(self.grad_accum_every)]
+        masks = [self.maskgit.draw_mask(len(micro["images_or_ids"])) for micro in micros]
+        counts = torch.stack([mask.sum() for mask in masks])
+        total = self.accelerator.reduce(counts.sum(), "sum")
+        weights = counts * len(micros) * self.accelerator.num_processes / total
+        sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
+        for micro, (arguments, mask, weight) in enumerate(zip(micros, masks, weights, strict=True)):
             with self.accumulating(self.wrapped["model"], micro):
                 with self.autocast():
-                    loss = self.wrapped["model"](**arguments)
-                self.backward(loss)
-            total += loss.detach() / self.grad_accum_every
-        return {"loss": total, "grad_norm": self.optimizer_step("model")}
+                    terms = self.wrapped["model"](**arguments, mask=mask, mask_weight=weight)
+                self.backward(terms["loss"])
+            for name, value in terms.items():
+                sums[name] += value.detach() / len(micros)
+        return {**sums, "grad_norm": self.optimizer_step("model")}
 
     def validate(self, loader: DataLoader) -> dict[str, float]:
-        """Mean loss terms, with the text always seen."""
+        """Mean loss terms, over masked tokens and over all for the critic; texts always seen."""
         sums: dict[str, float] = defaultdict(float)
+        images = len(loader.dataset)  # type: ignore[arg-type]
+        masks = self.maskgit.draw_mask(images)
         count = 0
         for batch in loader:
             arguments = self._arguments(batch)
-            terms = self.maskgit.losses(**arguments, cond_drop_prob=0.0)
             rows = len(arguments["images_or_ids"])
+            mask = masks[count : count + rows]
+            weight = (mask.sum() / rows) / (masks.sum() / images)
+            terms = self.maskgit.losses(
+                **arguments, cond_drop_prob=0.0, mask=mask, mask_weight=weight
+            )
             for name, value in vars(terms).items():
                 if value is not None:
                     sums[name] += float(value) * rows

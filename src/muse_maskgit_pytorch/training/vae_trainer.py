@@ -37,6 +37,7 @@ from .gan import (
     move_anchors,
 )
 from .health import CodeUsage
+from .losses import frozen
 from .perceptual import PerceptualLoss
 from .trainer import Trainer
 
@@ -74,10 +75,10 @@ class VQGanVAETrainer(Trainer):
         discriminator_dim: channels of the discriminator's first layer.
         discriminator_layers: how often it halves the resolution.
         discriminator_lr: its peak learning rate; that of the tokenizer unless given.
-        quantizer_weight: weight of the quantizer's own loss.
         latent_noise: noise on what the decoder gets, see `VQGanVAE.forward`.
         decoder_only: train the decoder alone; encoder and codebook, and so all ids, stay as they
-            are (paper 2.5; see `VQGanVAE.with_decoder`).
+            are (paper 2.5; see `VQGanVAE.with_decoder`). Parameters that require no gradient are
+            never trained.
         cache_images: keep the decoded images in memory: 3 bytes a pixel of the centre crops. With
             random crops the training images are kept whole, their shorter side reduced to
             image_size / crop_scale[0]: with the defaults four times the memory for square images.
@@ -112,7 +113,6 @@ class VQGanVAETrainer(Trainer):
         discriminator_dim: int = 64,
         discriminator_layers: int = 3,
         discriminator_lr: float | None = None,
-        quantizer_weight: float = 1.0,
         latent_noise: float = 0.0,
         decoder_only: bool = False,
         cache_images: bool = False,
@@ -145,7 +145,7 @@ class VQGanVAETrainer(Trainer):
         notnegative |= dict(gan_weight=gan_weight, gan_start=gan_start, gan_ramp=gan_ramp)
         notnegative |= dict(lecam_weight=lecam_weight, discriminator_lr=discriminator_lr or 0)
         notnegative |= dict(gradient_penalty_weight=gradient_penalty_weight)
-        notnegative |= dict(quantizer_weight=quantizer_weight, latent_noise=latent_noise)
+        notnegative |= dict(latent_noise=latent_noise)
         for name, value in notnegative.items():
             if value < 0:
                 raise ValueError(f"{name} must not be negative, but is {value}")
@@ -157,7 +157,7 @@ class VQGanVAETrainer(Trainer):
         self.gan_start, self.gan_ramp = gan_start, gan_ramp
         self.lecam_weight, self.discriminator_lr = lecam_weight, discriminator_lr
         self.gradient_penalty_weight = gradient_penalty_weight
-        self.quantizer_weight, self.latent_noise = quantizer_weight, latent_noise
+        self.latent_noise = latent_noise
         self.perceptual_weight, self.decoder_only = perceptual_weight, decoder_only
         self.view = View(image_size, crop, crop_scale, flip, self.seed)
         # random crops need other pixels than the centre crops: `make_datasets` caches those
@@ -169,10 +169,23 @@ class VQGanVAETrainer(Trainer):
         self.discriminator: Discriminator | None = None
         if gan_weight > 0:
             self.discriminator = Discriminator(discriminator_dim, discriminator_layers)
-        vae.requires_grad_(not decoder_only)  # it may come frozen, from a model that used it
-        vae.decoder.requires_grad_(True)
+        with frozen(self._left_out()):
+            if not any(p.requires_grad for p in vae.parameters()):
+                raise ValueError(
+                    "nothing to train: all parameters of the tokenizer are frozen, as by a MaskGit "
+                    "that uses it; call vae.requires_grad_(True) first"
+                )
         processes = self.accelerator.num_processes
         self.usage = CodeUsage(vae.codebook_size, self.device, processes)
+
+    def _left_out(self) -> list[nn.Parameter]:
+        """The parameters that ``decoder_only`` leaves as they are."""
+        parts = [self.vae.encoder, self.vae.quantizer] if self.decoder_only else []
+        return [parameter for part in parts for parameter in part.parameters()]
+
+    def train(self) -> None:
+        with frozen(self._left_out()):
+            super().train()
 
     def make_datasets(self) -> tuple[Dataset, Dataset | None]:
         train, valid = split(self.dataset, self.valid_fraction)
@@ -205,9 +218,8 @@ class VQGanVAETrainer(Trainer):
 
     def train_step(self, batches: Iterator[Any]) -> dict[str, Tensor]:
         self.vae.train()
-        if self.decoder_only:
-            self.vae.encoder.eval()
-            self.vae.quantizer.eval()  # or its codes would go on moving
+        # moving averages have no gradient: the codes of a frozen quantizer must not learn either
+        self.vae.quantizer.train(any(p.requires_grad for p in self.vae.quantizer.parameters()))
         judge = self.discriminator if self.step >= self.gan_start else None
         totals: dict[str, Tensor] = {}
 
@@ -217,14 +229,15 @@ class VQGanVAETrainer(Trainer):
                 totals[name] = totals[name] + share if name in totals else share
 
         pairs = []
-        for micro in range(self.grad_accum_every):
-            images = next(batches)["image"].to(self.device, non_blocking=True)
-            with self.accumulating(self.wrapped["vae"], micro):
-                recon, terms = self._generator_terms(images, judge)
-                self.backward(terms["loss"])
-            note(terms)
-            if judge is not None:
-                pairs.append((images, recon.detach()))
+        with self.vae.quantizer.one_batch():
+            for micro in range(self.grad_accum_every):
+                images = next(batches)["image"].to(self.device, non_blocking=True)
+                with self.accumulating(self.wrapped["vae"], micro):
+                    recon, terms = self._generator_terms(images, judge)
+                    self.backward(terms["loss"])
+                note(terms)
+                if judge is not None:
+                    pairs.append((images, recon.detach()))
         totals["grad_norm"] = self.optimizer_step("vae")
 
         means = torch.zeros(2, device=self.device)  # scores of real and of generated patches
@@ -273,7 +286,7 @@ class VQGanVAETrainer(Trainer):
                 weight = weight * balance(loss, terms["generator"], last, mean, scale)
             terms["gan_weight"] = weight
             loss = loss + weight * terms["generator"]
-        loss = loss + self.quantizer_weight * quantized.loss
+        loss = loss + quantized.loss
         self.usage.see(quantized.ids)
         error = (recon.detach().clamp(0, 1) - images).square().mean(dim=(1, 2, 3))
         terms["psnr"] = _psnr(error)
