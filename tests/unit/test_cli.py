@@ -529,6 +529,13 @@ def test_the_recipes_parse(recipe: Path):
     assert PARSERS[command].read(["--config", str(recipe), *trained]).trainer.results_folder
 
 
+@pytest.mark.parametrize("recipe", ["paper-vae", "folder-vae"])
+def test_recipes_that_claim_the_papers_weights_have_them(recipe: str):
+    """Table 5: perceptual 0.05, adversarial 0.1."""
+    trainer = PARSERS["vae"].read(["--config", str(RECIPES / f"{recipe}.yaml")]).trainer
+    assert (trainer.perceptual_weight, trainer.gan_weight) == (0.05, 0.1)
+
+
 @pytest.mark.parametrize("command", ["vae", "base", "superres"])
 def test_print_config_is_a_config(root: Path, tmp_path: Path, command, capsys):
     argv = ["--config", f"{root}/{command}.yaml", "--trainer.lr=0.5"]
