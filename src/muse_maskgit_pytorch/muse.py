@@ -150,13 +150,14 @@ class Muse(Saveable):
             return stop
 
         images: list[Tensor] = []
-        ids = text = torch.empty(0)
-        sizes, encoder = self.sizes(request.image_size), None
+        ids = torch.empty(0)
+        sizes, texts = self.sizes(request.image_size), {}  # of each text encoder
         for name, stage in self.stages.items():
-            if encoder is None or (request.prompts and encoder != stage.transformer.t5_name):
-                encoder = stage.transformer.t5_name
-                empty = bool(request.canvases)
-                text = stage.embed_texts(request.prompts, request.text_embeds, allow_empty=empty)
+            # embeddings that were given are those of every encoder
+            encoder = stage.transformer.t5_name if request.prompts else None
+            if encoder not in texts:
+                given = request.prompts, request.text_embeds
+                texts[encoder] = stage.embed_texts(*given, allow_empty=bool(request.canvases))
             cond = None
             if stage.cond_vae is not None:
                 # ids at hand are not decoded and encoded again
@@ -165,7 +166,7 @@ class Muse(Saveable):
                 given = (None, ids.clamp(max=codes - 1)) if same else (images[0], None)
                 cond = stage.encode_cond(*given, image_size=sizes[name])
             ids = stage.sample(
-                text,
+                texts[encoder],
                 request.options[name],
                 negatives=request.negatives,
                 cond=cond,

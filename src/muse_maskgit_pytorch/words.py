@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from difflib import SequenceMatcher
 from itertools import chain
 from typing import Any
@@ -281,9 +281,9 @@ class SourceMaps(Emphasis):
             added.append((keys, extra))
         sees = torch.arange(context.mask[..., 0].numel(), device=values.device)  # of all branches
         sees[targets] = pairs.to(sees)
-        here = {f.name: getattr(context, f.name) for f in fields(Context)}
         added = added if self.added[pairs].any() else []
-        return _Borrowed(**{**here, "keys_values": borrowed}, sees=sees, added=added)
+        text_start, grid = context.text_start, context.grid
+        return _Borrowed(borrowed, context.mask, text_start, grid, sees=sees, added=added)
 
 
 @dataclass(frozen=True)

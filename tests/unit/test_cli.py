@@ -403,7 +403,7 @@ def test_a_gif_of_the_unmasking(muse_file: Path, tmp_path: Path):
 def test_a_film_shows_what_is_there():
     """Decided cells of the decoded ids; the others grey, then the picture of the stage below."""
     base, superres = tiny.maskgit(), tiny.superres()
-    film = Film([base, superres], [1])
+    film = Film(Muse(base, superres), [1], (32, 32))
 
     def add(step: int, ids: torch.Tensor, mask: torch.Tensor) -> None:
         film.add(cast(Any, SimpleNamespace(step=step, ids=ids, mask=mask)))  # all that it reads
@@ -456,7 +456,7 @@ def test_the_bar_counts_every_sampling_step(muse_file: Path, monkeypatch):
 
     monkeypatch.setattr(drawing, "tqdm", Bar)
     model = Muse.from_pretrained(muse_file)
-    with drawing.progress([24, 8]) as callback:
+    with drawing.progress(32) as callback:
         model(["a red cross", "a"], callback=callback)
     assert ticks[0] == 32
     assert 0 < len(ticks[1:]) <= 32  # one for each step; fewer where there are fewer tokens

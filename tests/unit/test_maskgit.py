@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from muse_maskgit_pytorch import MaskGit, SampleOptions, TextEmbeds

@@ -490,7 +490,7 @@ def test_a_foreign_transformer_is_sampled():
     """Every policy, guidance, and rows that do not depend on one another."""
     from diffusers import UVit2DModel
 
-    net = UVit2DModel(
+    net: Any = UVit2DModel(
         hidden_size=16, encoder_hidden_size=12, num_hidden_layers=1, num_attention_heads=2,
         in_channels=16, block_out_channels=16, codebook_size=30, vocab_size=32, sample_size=4,
         intermediate_size=16, cond_embed_dim=12, micro_cond_encode_dim=4,
@@ -530,13 +530,15 @@ def test_a_tiny_temperature_takes_the_likeliest_too():
 def test_values_of_rows_may_be_lists_tuples_arrays_or_tensors():
     """And a list of ones is no guidance, so it costs none."""
     wanted = SampleOptions(timesteps=[4, 2], cond_scale=[1.0, 2.0], noise_schedule=[0.5, 0.25])
-    for kind in (tuple, np.array, torch.tensor):
+    kinds: list[Any] = [tuple, np.array, torch.tensor]
+    for kind in kinds:
         made = SampleOptions(
             timesteps=kind([4, 2]), cond_scale=kind([1.0, 2.0]), noise_schedule=kind([0.5, 0.25])
         )
         assert made == wanted
         assert made.guided
-    assert SampleOptions(temperature=np.float32(0.5), timesteps=np.int64(3)).timesteps == 3
+    scalars: dict[str, Any] = dict(temperature=np.float32(0.5), timesteps=np.int64(3))
+    assert SampleOptions(**scalars).timesteps == 3
     assert not SampleOptions(cond_scale=[1, 1]).guided
     plan = make_plan(torch.ones(2, N, dtype=torch.bool), wanted)
     assert (plan.num_masked[1, 2:] == 0).all()

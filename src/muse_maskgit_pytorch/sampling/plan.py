@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..masking import mask_ratio
 from ..structures import Schedule
-from .options import ROW_WISE, Policy, SampleOptions, guidance_share
+from .options import ROW_WISE, Policy, SampleOptions, guidance_share, per_row
 from .policies import ORDERS
 
 NO_LIMIT = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
@@ -160,7 +160,7 @@ def make_plan(
         raise ValueError(f"policy 'halton' needs the grid of {num_tokens} tokens, not {grid}")
 
     with torch.device("cpu"):
-        most = max(options.timesteps)
+        most = max(per_row(options.timesteps, batch, "timesteps"))
         rows = [_row(mask[row], options.take([row]), grid, stream, most) for row in range(batch)]
         limits = {
             name: torch.tensor(values, dtype=torch.long if name == "top_k" else torch.float32)

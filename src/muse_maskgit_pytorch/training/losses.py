@@ -19,6 +19,8 @@ class NamedTerms(nn.Module):
     names them.
     """
 
+    maskgit: Any
+
     def __init__(self, maskgit: MaskGit):
         super().__init__()
         object.__setattr__(self, "maskgit", maskgit)  # not as a submodule, which would add a name
