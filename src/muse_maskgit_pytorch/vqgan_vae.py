@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -151,6 +151,8 @@ class VQGanVAE(ImageTokenizer):
 
     The factor is ``patch_size * 2**layers``.
     """
+
+    _retired: ClassVar[dict[str, Any]] = {"diversity_gamma": 1.0}
 
     def __init__(
         self,
