@@ -10,7 +10,7 @@ from muse_maskgit_pytorch import MaskGit, Muse, SampleOptions
 from muse_maskgit_pytorch.checkpoint import load_tree, save_tree
 from muse_maskgit_pytorch.cli.main import main
 from muse_maskgit_pytorch.provenance import read_drawings
-from muse_maskgit_pytorch.training.trainer import _leaves
+from muse_maskgit_pytorch.training.loop import _leaves
 from tests import tiny
 
 FAST: dict[str, Any] = dict(timesteps=2, policy="halton", noise_schedule=[0.9, 0.3])

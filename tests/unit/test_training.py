@@ -34,18 +34,14 @@ from muse_maskgit_pytorch import (
 )
 from muse_maskgit_pytorch.checkpoint import load_tree
 from muse_maskgit_pytorch.training import gan
-from muse_maskgit_pytorch.training import trainer as training
+from muse_maskgit_pytorch.training import loop as training
 from muse_maskgit_pytorch.training import vae_trainer as vae_training
 from muse_maskgit_pytorch.training.ema import EMA
-from muse_maskgit_pytorch.training.health import Health
+from muse_maskgit_pytorch.training.guard import Diverged, Guard
+from muse_maskgit_pytorch.training.loop import MAX_RESTARTS, EndlessBatches, Trainer
 from muse_maskgit_pytorch.training.perceptual import PerceptualLoss
-from muse_maskgit_pytorch.training.trainer import (
-    MAX_RESTARTS,
-    Diverged,
-    EndlessBatches,
-    Guard,
-    Trainer,
-)
+from muse_maskgit_pytorch.watching.health import Health
+from muse_maskgit_pytorch.watching.log import Log
 
 CAPTIONS = ["one", "two owls", "three red kites", "four", "five plums in a bowl", "six", "seven"]
 
@@ -693,8 +689,8 @@ def test_validation_does_not_touch_the_training(images: Path, tmp_path: Path, t5
 
 def test_a_perfect_reconstruction_is_still_valid_json(images: Path, tmp_path: Path):
     trainer = vae_trainer(images, tmp_path / "r", valid_fraction=0.3)
-    trainer.health = Health("vae")  # as the run begins
-    trainer._log({"psnr": math.inf, "loss": math.nan})
+    log = Log(trainer.results_folder, "vae", Health("vae"))
+    log.add(0, {"psnr": math.inf, "loss": math.nan})
     assert metrics(tmp_path / "r")[0]["step"] == 0
 
 

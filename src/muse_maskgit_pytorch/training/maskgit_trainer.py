@@ -16,7 +16,7 @@ from ..data.folder import ImageFolder, split
 from ..images import image_grid
 from ..maskgit import MaskGit, Part
 from ..structures import Batch
-from .trainer import Trainer
+from .loop import Trainer
 
 
 class MaskGitTrainer(Trainer):

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..data.folder import ImageFolder, split
 from ..images import image_grid
 from ..vqgan_vae import VQGanVAE
+from ..watching.health import CodeUsage
 from .gan import (
     Discriminator,
     GanLoss,
@@ -33,9 +34,8 @@ from .gan import (
     lecam,
     move_anchors,
 )
-from .health import CodeUsage
+from .loop import Trainer
 from .perceptual import PerceptualLoss
-from .trainer import Trainer
 
 ANCHOR_DECAY = 0.99  # of LeCam's moving averages
 
