@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,9 @@ class Checkpoints:
 
     def newest(self) -> Path | None:
         """The checkpoint of the latest step."""
-        found = sorted(self.folder.glob(f"{self.name}-checkpoint-*.safetensors"))
-        return found[-1] if found else None
+        found = self.folder.glob(f"{self.name}-checkpoint-*.safetensors")
+        ours = [path for path in found if self._is_ours(path.name)]
+        return max(ours, default=None, key=lambda path: (len(path.name), path.name))
 
     def save(self, tree: dict[str, Any], step: int) -> None:
         """Write a checkpoint, then remove those of this run that are too many."""
@@ -46,7 +48,14 @@ class Checkpoints:
 
     def resumed(self, path: Path, tree: dict[str, Any]) -> None:
         """The run goes on from this checkpoint: what it wrote before is its own again."""
-        self._written = [n for n in tree["written"] if n != path.name] + [path.name]
+        # the names come out of a file that may be anybody's, and are removed one day
+        written = [n for n in tree["written"] if self._is_ours(n) and n != path.name]
+        self._written = [*written, path.name]
+
+    def _is_ours(self, name: Any) -> bool:
+        """Whether a file name is that of a checkpoint of this stage, without any folder."""
+        pattern = rf"{re.escape(self.name)}-checkpoint-[0-9]{{8,}}\.safetensors"
+        return isinstance(name, str) and re.fullmatch(pattern, name) is not None
 
     def sweep(self) -> None:
         """Remove what earlier processes of this run left half-written when they were killed."""

@@ -13,23 +13,25 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
-from tqdm.auto import tqdm
 
 from ..checkpoint import CheckpointError, Saveable
 from ..watching.health import Health
 from ..watching.log import Log, writing
+from ..watching.progress import Progress
 from ..watching.report import read_curves, write_report
 from .checkpoints import Checkpoints
 from .ema import EMA
 from .guard import Diverged, Guard
+from .lock import locked
 from .parallel import Parallel, Precision
+from .settings import at_least
 
 MAX_RESTARTS = 3  # returns to a checkpoint, before the run is given up
 
@@ -39,6 +41,14 @@ class EndlessBatches(Sampler[list[int]]):
 
     What comes at position p depends on (seed, p) alone, so a resumed run sees the data that the
     uninterrupted one would have seen.
+
+    Args:
+        size: of the data set.
+        batch_size: of each process.
+        seed: of the permutations.
+        start: how many samples all processes have consumed before.
+        rank: of this process.
+        world: number of processes.
     """
 
     def __init__(self, size: int, batch_size: int, seed: int, start: int, rank: int, world: int):
@@ -48,7 +58,7 @@ class EndlessBatches(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         epoch, order = -1, torch.empty(0, dtype=torch.long)
         share = self.batch_size * self.world
-        position = self.start * share
+        position = self.start
         while True:
             batch = []
             for p in range(position, position + share):
@@ -152,7 +162,8 @@ class Trainer:
         max_valid: int = 1000,
         max_minutes: float | None = None,
     ):
-        positive = dict(
+        at_least(
+            1,
             batch_size=batch_size,
             grad_accum_every=grad_accum_every,
             num_train_steps=num_train_steps,
@@ -162,21 +173,24 @@ class Trainer:
             max_skips=max_skips,
             max_valid=max_valid,
         )
-        for name, value in positive.items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
-        notnegative = dict(lr=lr, warmup_steps=warmup_steps, sample_every=sample_every)
-        notnegative |= dict(weight_decay=weight_decay, max_grad_norm=max_grad_norm)
-        notnegative |= dict(max_spike=max_spike)
-        for name, value in (notnegative | dict(num_workers=num_workers)).items():
-            if value < 0:
-                raise ValueError(f"{name} must not be negative, but is {value}")
+        at_least(
+            0,
+            lr=lr,
+            warmup_steps=warmup_steps,
+            sample_every=sample_every,
+            weight_decay=weight_decay,
+            max_grad_norm=max_grad_norm,
+            max_spike=max_spike,
+            num_workers=num_workers,
+        )
         if not 0 <= valid_fraction < 1:
             raise ValueError(f"valid_fraction must be in [0, 1), not {valid_fraction}")
         if not 0 <= ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), not {ema_decay}")
-        if max_minutes is not None and max_minutes <= 0:
-            raise ValueError(f"max_minutes must be above 0, not {max_minutes}")
+        if max_minutes is not None and not 0 < max_minutes < math.inf:
+            raise ValueError(f"max_minutes must be above 0 and finite, not {max_minutes}")
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas must be in [0, 1), not {betas}")
         if lr_schedule not in ("cosine", "constant"):
             raise ValueError(f"lr_schedule must be cosine or constant, not {lr_schedule!r}")
         self.parallel = Parallel(mixed_precision)
@@ -193,6 +207,8 @@ class Trainer:
         self.keep_checkpoints, self.valid_fraction = keep_checkpoints, valid_fraction
         self.max_valid, self.max_minutes = max_valid, max_minutes
         self.step = 0
+        self.samples = 0  # consumed by all processes: the position in the data
+        self._saved_at = self._looked_at = -1  # steps
         self._minutes = 0.0
         self._loss = torch.zeros(())
         self._losses: list[Tensor] = []  # of the micro batches since the last optimizer step
@@ -258,8 +274,13 @@ class Trainer:
         Raises:
             CheckpointError: ``results_folder`` holds a run and ``resume`` is off, or its
                 checkpoint does not fit this model.
-            Diverged: the loss is not finite.
+            Diverged: the loss or the weights are not finite.
         """
+        # one process stands for all of them
+        with locked(self.results_folder) if self.parallel.is_main else nullcontext():
+            self._train()
+
+    def _train(self) -> None:
         kind = f"{type(self).__name__} checkpoint"
         self.checkpoints = Checkpoints(self.results_folder, self.name, kind, self.keep_checkpoints)
         newest = self.checkpoints.newest()
@@ -291,17 +312,11 @@ class Trainer:
             images=images,
             **self.health_facts(),
         )
-        self.log = Log(self.results_folder, self.name, health)
-        bar = tqdm(
-            total=self.num_train_steps,
-            initial=self.step,
-            desc=self.name,
-            unit="step",
-            disable=not self.parallel.is_main,
-            dynamic_ncols=True,
-        )
+        main = self.parallel.is_main
+        self.progress = Progress(self.name, self.num_train_steps, self.step, shown=main)
+        self.log = Log(self.results_folder, self.name, health, self.progress.say)
         self._started, first_step = time.monotonic(), self.step
-        with bar, self._signals_wait():
+        with closing(self.progress), self._signals_wait(), self._saved_on_failure():
             while self.step < self.num_train_steps and not self._out_of_time():
                 self._seed_step()
                 factor = self._lr_factor() * self.guard.lr_factor
@@ -309,15 +324,16 @@ class Trainer:
                     for group in optimizer.param_groups:
                         group["lr"] = self.lr_of(name) * factor
                 terms = self.train_step(batches)
+                self.samples += self.batch_size * self.grad_accum_every * self.parallel.world
                 if self.guard.must_return():
-                    self._return_to_checkpoint(bar)
+                    self._return_to_checkpoint()
                     batches = self._batches(train_set)
                     continue
                 if self.guard.in_a_row == 0:  # what the guard skips has done no harm
                     self._loss = terms["loss"]
                 self.step += 1
                 self.ema.update(self.step)
-                bar.update()
+                self.progress.step_to(self.step)
                 if self.step % self.log_every == 0 or self.step == self.num_train_steps:
                     values = {
                         name: float(self.parallel.reduce(value.detach().float(), "mean"))
@@ -329,8 +345,12 @@ class Trainer:
                     values |= {"lr": self.lr * factor, "steps_per_s": rate}
                     if self.parallel.is_main:
                         self.log.add(self.step, values, self.codes_full())
-                    bar.set_postfix({k: f"{values[k]:.4g}" for k in self.shown if k in values})
+                    self.progress.figures(
+                        {k: f"{values[k]:.4g}" for k in self.shown if k in values}
+                    )
                     self._check_loss()
+                if self.step == self.num_train_steps:
+                    break  # saved, validated and drawn below
                 if self.sample_every and self.step % self.sample_every == 0:
                     self._look()
                 # weights whose gradients are being skipped may be at fault
@@ -338,7 +358,7 @@ class Trainer:
                     self._check_loss()
                     self._save_checkpoint()
                 if self.parallel.agreed(self._stop_asked):
-                    self.parallel.print(f"\nstopped after step {self.step}: saving")
+                    self.progress.say(f"\nstopped after step {self.step}: saving")
                     self._check_loss()
                     self._save_checkpoint()
                     self._report()
@@ -359,7 +379,7 @@ class Trainer:
                     len(train_set),  # type: ignore[arg-type]
                     self.batch_size,
                     self.seed,
-                    (self.step + self.guard.lost_steps) * self.grad_accum_every,
+                    self.samples,
                     self.parallel.rank,
                     self.parallel.world,
                 ),
@@ -369,7 +389,7 @@ class Trainer:
             )
         )
 
-    def _return_to_checkpoint(self, bar: tqdm) -> None:
+    def _return_to_checkpoint(self) -> None:
         """Go on from the last good weights; what the same data would do again is known."""
         failed = self.step
         self.parallel.wait()
@@ -380,10 +400,11 @@ class Trainer:
                 f"{self.guard.max_skips} steps in a row had to be skipped at step {failed}, {why}: "
                 "lower lr, or use mixed_precision bf16 or no"
             )
-        history = self.guard.state()
+        history, samples = self.guard.state(), self.samples
         self._load_checkpoint(newest)
+        self.samples, self._looked_at = samples, -1
         self.guard.returned(history, failed - self.step)
-        bar.n = self.step
+        self.progress.step_to(self.step)
         if self.parallel.is_main:
             self.log.warn(
                 self.step,
@@ -395,7 +416,8 @@ class Trainer:
         logged = (self.results_folder / "metrics.jsonl").is_file()  # not if stopped at once
         if self.parallel.is_main and logged:
             with writing(self.results_folder / "report.html"):
-                self.parallel.print(f"report: {write_report(self.results_folder)}")
+                page = write_report(self.results_folder)
+            self.progress.say(f"report: {page}")
 
     def _check_loss(self) -> None:
         """Refuse to go on, and to save, once the loss of any process is not finite."""
@@ -405,9 +427,41 @@ class Trainer:
                 "mixed_precision bf16 or no; resume goes on from the last checkpoint"
             )
 
+    def _is_finite(self) -> bool:
+        """Whether all weights of this process are."""
+        tensors = [t for m in self.modules().values() for t in self._trained_state(m).values()]
+        return all(bool(t.isfinite().all()) for t in [*tensors, *self.ema.average.values()])
+
+    def _check_weights(self) -> None:
+        """Refuse to save weights that are not finite. Every process must call it."""
+        if self.parallel.agreed(not self._is_finite()):
+            raise Diverged(
+                f"the weights are not finite at step {self.step}, and are not saved: lower lr, or "
+                "use mixed_precision bf16 or no; resume goes on from the last checkpoint"
+            )
+
+    @contextmanager
+    def _saved_on_failure(self) -> Iterator[None]:
+        """Whatever ends the run within the block, the steps that are done are saved first.
+
+        A failure may be that of one process, so nothing here waits for the others.
+        """
+        try:
+            yield
+        except (Diverged, CheckpointError):
+            raise
+        except Exception as error:
+            good = self.guard.in_a_row == 0 and math.isfinite(float(self._loss))
+            if self.step and good and self._is_finite():
+                try:
+                    self._write_checkpoint()
+                except CheckpointError as failure:
+                    error.add_note(str(failure))
+            raise
+
     @contextmanager
     def _signals_wait(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM take effect between two steps, never within one; twice: at once."""
+        """Ctrl-C, SIGTERM and SIGHUP take effect between two steps; a second one at once."""
 
         def ask(signum: int, frame: Any) -> None:
             if self._stop_asked:
@@ -416,7 +470,11 @@ class Trainer:
 
         self._stop_asked = False
         main = threading.current_thread() is threading.main_thread()
-        before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM) if main}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        hangup = getattr(signal, "SIGHUP", None)
+        if hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN:  # as nohup sets it
+            numbers.append(hangup)
+        before = {number: signal.signal(number, ask) for number in numbers if main}
         try:
             yield
         finally:
@@ -425,6 +483,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write ``NAME.safetensors`` (raw weights) and ``NAME-ema.safetensors`` (averaged)."""
+        self._check_weights()
         if self.parallel.is_main:
             path = self.results_folder / f"{self.name}.safetensors"
             with writing(path):
@@ -537,8 +596,9 @@ class Trainer:
 
     def _look(self) -> None:
         """Validate and draw, with the averaged weights, leaving the randomness untouched."""
-        if not self.parallel.is_main:
+        if not self.parallel.is_main or self._looked_at == self.step:
             return
+        self._looked_at = self.step
         modules = list(self.modules().values())
         with torch.no_grad(), torch.random.fork_rng(self._gpus()), self.ema.applied():
             for module in modules:
@@ -562,10 +622,15 @@ class Trainer:
     # Checkpoints -----------------------------------------------------------------------------
 
     def _save_checkpoint(self) -> None:
-        if not self.parallel.is_main:
+        self._check_weights()
+        self._write_checkpoint()
+
+    def _write_checkpoint(self) -> None:
+        if not self.parallel.is_main or self._saved_at == self.step:
             return
         tree = {
             "step": self.step,
+            "samples": self.samples,
             "modules": {n: self._trained_state(m) for n, m in self.modules().items()},
             "optimizers": {n: o.state_dict() for n, o in self.optimizers.items()},
             "ema": self.ema.average,
@@ -575,6 +640,7 @@ class Trainer:
             "frozen": self._frozen,
         }
         self.checkpoints.save(tree, self.step)
+        self._saved_at = self.step
 
     def _load_checkpoint(self, path: Path) -> None:
         tree = self.checkpoints.load(path)
@@ -601,6 +667,9 @@ class Trainer:
         self.ema.load(tree["ema"])
         self.guard.load(tree["guard"])
         self.step = tree["step"]
+        share = self.batch_size * self.grad_accum_every * self.parallel.world
+        # older checkpoints count no samples: they are taken to have had today's batches
+        self.samples = tree.get("samples", (self.step + self.guard.lost_steps) * share)
         self.checkpoints.resumed(path, tree)
 
     def _check_config(self, saved: dict[str, Any], path: Path) -> None:

@@ -17,6 +17,7 @@ from ..images import image_grid
 from ..maskgit import MaskGit, Part
 from ..structures import Batch
 from .loop import Trainer
+from .settings import at_least
 
 
 class MaskGitTrainer(Trainer):
@@ -50,8 +51,7 @@ class MaskGitTrainer(Trainer):
         super().__init__(maskgit, **common)
         if part not in get_args(Part):
             raise ValueError(f"part must be one of {get_args(Part)}, not {part!r}")
-        if num_samples < 1:
-            raise ValueError(f"num_samples must be at least 1, not {num_samples}")
+        at_least(1, num_samples=num_samples)
         if part == "critic" and maskgit.critic is None:
             raise ValueError(
                 "part='critic', but the model has no token_critic or self_token_critic"

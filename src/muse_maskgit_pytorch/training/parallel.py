@@ -26,6 +26,8 @@ class Parallel:
         # gradient scaler of fp16 alone, so the rest is autocast of our own
         scaled = "fp16" if mixed_precision == "fp16" else "no"
         self.accelerator = Accelerator(mixed_precision=scaled)
+        # its environment may ask for an accumulation, which would divide the gradients once more
+        self.accelerator.gradient_accumulation_steps = 1
         self.dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision)
 
     @property
@@ -95,7 +97,3 @@ class Parallel:
     def wait(self) -> None:
         """Wait for all processes."""
         self.accelerator.wait_for_everyone()
-
-    def print(self, text: str) -> None:
-        """Print on the main process."""
-        self.accelerator.print(text)

@@ -36,6 +36,7 @@ from .gan import (
 )
 from .loop import Trainer
 from .perceptual import PerceptualLoss
+from .settings import at_least
 
 ANCHOR_DECAY = 0.99  # of LeCam's moving averages
 
@@ -110,10 +111,20 @@ class VQGanVAETrainer(Trainer):
             raise ValueError(f"recon_loss must be l2 or l1, not {recon_loss!r}")
         if gan_loss not in ("hinge", "non_saturating"):
             raise ValueError(f"gan_loss must be hinge or non_saturating, not {gan_loss!r}")
-        positive = dict(discriminator_dim=discriminator_dim)
-        for name, value in (positive | dict(discriminator_layers=discriminator_layers)).items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
+        at_least(1, discriminator_dim=discriminator_dim, discriminator_layers=discriminator_layers)
+        at_least(
+            0,
+            recon_weight=recon_weight,
+            perceptual_weight=perceptual_weight,
+            gan_weight=gan_weight,
+            gan_start=gan_start,
+            gan_ramp=gan_ramp,
+            lecam_weight=lecam_weight,
+            gradient_penalty_weight=gradient_penalty_weight,
+            discriminator_lr=discriminator_lr or 0,
+            quantizer_weight=quantizer_weight,
+            latent_noise=latent_noise,
+        )
         if gan_weight > 0 and image_size >> discriminator_layers < 1:
             raise ValueError(
                 f"discriminator_layers {discriminator_layers} halve images of {image_size} pixels "
@@ -125,14 +136,6 @@ class VQGanVAETrainer(Trainer):
                 "run has no adversarial term; set gan_weight=0 to say so, or start it earlier",
                 stacklevel=2,
             )
-        notnegative = dict(recon_weight=recon_weight, perceptual_weight=perceptual_weight)
-        notnegative |= dict(gan_weight=gan_weight, gan_start=gan_start, gan_ramp=gan_ramp)
-        notnegative |= dict(lecam_weight=lecam_weight, discriminator_lr=discriminator_lr or 0)
-        notnegative |= dict(gradient_penalty_weight=gradient_penalty_weight)
-        notnegative |= dict(quantizer_weight=quantizer_weight, latent_noise=latent_noise)
-        for name, value in notnegative.items():
-            if value < 0:
-                raise ValueError(f"{name} must not be negative, but is {value}")
         self.vae = vae
         self.folder, self.image_size, self.cache_images = folder, image_size, cache_images
         self.recon_loss, self.recon_weight = recon_loss, recon_weight

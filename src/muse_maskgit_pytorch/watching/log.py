@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from tqdm.auto import tqdm
 
 from ..checkpoint import CheckpointError
 from .health import Health
@@ -40,11 +39,12 @@ class Log:
         folder: the run's results folder.
         stage: name of the stage in every line.
         health: judges the figures.
+        say: prints a line on the terminal.
     """
 
-    def __init__(self, folder: Path, stage: str, health: Health):
+    def __init__(self, folder: Path, stage: str, health: Health, say: Callable[[str], None]):
         self.path = folder / "metrics.jsonl"
-        self.stage, self.health = stage, health
+        self.stage, self.health, self.say = stage, health, say
 
     def add(self, step: int, values: dict[str, float], codes_full: bool = False) -> None:
         """Append a line of figures, and the warnings that it calls for."""
@@ -56,7 +56,7 @@ class Log:
 
     def warn(self, step: int, warning: str) -> None:
         """Print a warning and append it to the log, where the report finds it."""
-        tqdm.write(f"step {step}: {warning}")
+        self.say(f"step {step}: {warning}")
         self._write(step, {"warning": warning})
 
     def _write(self, step: int, values: dict[str, Any]) -> None:
