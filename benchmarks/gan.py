@@ -22,8 +22,8 @@ from muse_maskgit_pytorch import VQGanVAE, VQGanVAETrainer
 from muse_maskgit_pytorch.data import ImageFolder
 from muse_maskgit_pytorch.evaluation import evaluate_tokenizer
 from muse_maskgit_pytorch.features import FeatureNet
-from muse_maskgit_pytorch.training.report import read_curves
-from muse_maskgit_pytorch.training.trainer import Diverged
+from muse_maskgit_pytorch.training.guard import Diverged
+from muse_maskgit_pytorch.watching.report import read_curves
 
 START = 100  # step at which the discriminator starts
 GUARDS: dict[str, dict[str, Any]] = {

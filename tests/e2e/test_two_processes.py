@@ -61,7 +61,7 @@ def train_all(results: str, t5: str, resnet: str) -> None:
     )  # fmt: skip
 
     def keep(name: str, trainer: Any) -> None:
-        assert trainer.accelerator.num_processes == world
+        assert trainer.parallel.world == world
         state = {
             "modules": {n: m.state_dict() for n, m in trainer.modules().items()},
             "optimizers": {n: o.state_dict() for n, o in trainer.optimizers.items()},

@@ -40,7 +40,7 @@ from muse_maskgit_pytorch.cli.main import main
 from muse_maskgit_pytorch.cli.parser import nearest
 from muse_maskgit_pytorch.images import save_png, set_record, to_tensor
 from muse_maskgit_pytorch.provenance import read_records, to_json
-from muse_maskgit_pytorch.training.trainer import Trainer
+from muse_maskgit_pytorch.training.loop import Trainer
 from tests import hub
 
 RECIPES = Path(__file__).parents[2] / "recipes"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from muse_maskgit_pytorch.training.health import CodeUsage, Health, add_line
+from muse_maskgit_pytorch.watching.health import CodeUsage, Health, add_line
 
 CODES = 1024
 Line = dict[str, float]

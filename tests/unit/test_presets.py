@@ -11,7 +11,7 @@ from muse_maskgit_pytorch import testing as tiny
 from muse_maskgit_pytorch.checkpoint import load_tree, save_tree
 from muse_maskgit_pytorch.cli.main import main
 from muse_maskgit_pytorch.provenance import read_records
-from muse_maskgit_pytorch.training.trainer import _leaves
+from muse_maskgit_pytorch.training.loop import _leaves
 
 FAST: dict[str, Any] = dict(timesteps=2, policy="halton", noise_schedule=[0.9, 0.3])
 QUALITY: dict[str, Any] = dict(timesteps=5, cond_scale=2.0)

@@ -490,7 +490,8 @@ def test_a_foreign_transformer_is_sampled():
     """Every policy, guidance, and rows that do not depend on one another."""
     from diffusers import UVit2DModel
 
-    net: Any = UVit2DModel(
+    made: Any = UVit2DModel  # lazy modules hide its type
+    net = made(
         hidden_size=16, encoder_hidden_size=12, num_hidden_layers=1, num_attention_heads=2,
         in_channels=16, block_out_channels=16, codebook_size=30, vocab_size=32, sample_size=4,
         intermediate_size=16, cond_embed_dim=12, micro_cond_encode_dim=4,

@@ -31,19 +31,16 @@ from muse_maskgit_pytorch import (
     VQGanVAE,
     VQGanVAETrainer,
 )
-from muse_maskgit_pytorch.checkpoint import load_tree
+from muse_maskgit_pytorch.checkpoint import load_tree, save_tree
 from muse_maskgit_pytorch.training import gan
-from muse_maskgit_pytorch.training import trainer as training
+from muse_maskgit_pytorch.training import loop as training
 from muse_maskgit_pytorch.training import vae_trainer as vae_training
 from muse_maskgit_pytorch.training.ema import EMA
-from muse_maskgit_pytorch.training.health import Health
+from muse_maskgit_pytorch.training.guard import Diverged, Guard
+from muse_maskgit_pytorch.training.loop import MAX_RESTARTS, Trainer
 from muse_maskgit_pytorch.training.perceptual import PerceptualLoss
-from muse_maskgit_pytorch.training.trainer import (
-    MAX_RESTARTS,
-    Diverged,
-    Guard,
-    Trainer,
-)
+from muse_maskgit_pytorch.watching.health import Health
+from muse_maskgit_pytorch.watching.log import Log
 
 CAPTIONS = ["one", "two owls", "three red kites", "four", "five plums in a bowl", "six", "seven"]
 
@@ -662,8 +659,8 @@ def test_validation_does_not_touch_the_training(images: Path, tmp_path: Path, t5
 
 def test_a_perfect_reconstruction_is_still_valid_json(images: Path, tmp_path: Path):
     trainer = vae_trainer(images, tmp_path / "r", valid_fraction=0.3)
-    trainer.health = Health("vae")  # as the run begins
-    trainer._log({"psnr": math.inf, "loss": math.nan})
+    log = Log(trainer.results_folder, "vae", Health("vae"), print)
+    log.add(0, {"psnr": math.inf, "loss": math.nan})
     assert metrics(tmp_path / "r")[0]["step"] == 0
 
 
@@ -1334,11 +1331,13 @@ def test_without_the_guard_a_bad_gradient_ends_the_run(images: Path, tmp_path: P
     settings: dict[str, Any] = dict(num_train_steps=6, save_every=2, max_spike=0)
     trainer = vae_trainer(images, tmp_path / "r", make_vae(quantizer="fsq"), **settings)
     poison(trainer, {3: math.nan})
-    with pytest.raises(Diverged, match="the loss is nan at step 5: lower lr"):
+    with pytest.raises(
+        Diverged, match="weights are not finite at step 4, and are not saved: lower lr"
+    ):
         trainer.train()
     assert trainer.guard.counts() == {"skipped_steps": 0, "restarts": 0}
     assert not first_weight(trainer.vae).isfinite().all()
-    assert last_checkpoint(tmp_path / "r")["step"] == 4  # of finite loss
+    assert last_checkpoint(tmp_path / "r")["step"] == 2  # of finite weights
 
 
 @pytest.mark.parametrize("quantizer", ["vq", "fsq"])
@@ -1367,8 +1366,8 @@ def test_half_precisions_scaler_survives_a_skipped_step(images: Path, tmp_path: 
     """It must hear of every gradient it has unscaled; a GPU is needed for the rest of fp16."""
     settings: dict[str, Any] = dict(num_train_steps=4, max_skips=9, **GAN)
     trainer = vae_trainer(images, tmp_path / "r", make_vae(quantizer="fsq"), **settings)
-    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-    trainer.accelerator.native_amp = True
+    trainer.parallel.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    trainer.parallel.accelerator.native_amp = True
     AcceleratorState._shared_state["_mixed_precision"] = "fp16"
     trainer.guard._seen, trainer.guard._average = {"vae": Guard.FIRST}, {"vae": 1e-9}
     trainer.train()  # every gradient of the tokenizer is a leap, none of the discriminator's
@@ -1384,8 +1383,8 @@ def test_half_precisions_scaler_survives_a_skipped_step(images: Path, tmp_path: 
 def test_half_precision_does_not_excuse_a_loss_that_is_no_number(images: Path, tmp_path: Path):
     """The scaler takes any gradient that is not finite for an overflow of its own."""
     trainer = vae_trainer(images, tmp_path / "r", num_train_steps=4, gan_weight=0, log_every=1)
-    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-    trainer.accelerator.native_amp = True
+    trainer.parallel.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    trainer.parallel.accelerator.native_amp = True
     AcceleratorState._shared_state["_mixed_precision"] = "fp16"
     poison(trainer, {1: math.nan})
     trainer.train()
@@ -1508,3 +1507,148 @@ def test_settings_that_no_shape_shows_are_checked(images: Path, tmp_path: Path, 
         maskgit_trainer(images, tmp_path / "base", other_heads, resume=True).train()
     cooler = make_maskgit(t5, sample_options={"temperature": 0.5})  # no matter of training
     maskgit_trainer(images, tmp_path / "base", cooler, resume=True).train()
+
+
+# What must not be destroyed, and how a run ends ---------------------------------------------------
+
+
+def test_resuming_removes_checkpoints_of_its_own_alone(images: Path, tmp_path: Path):
+    """The list of written files is data of a file that may be anybody's."""
+    results = tmp_path / "r"
+    vae_trainer(images, results, num_train_steps=1).train()
+    path = results / "vae-checkpoint-00000001.safetensors"
+    victims = [tmp_path / "elsewhere.txt", results / "notes.txt"]
+    victims.append(tmp_path / "vae-checkpoint-00000000.safetensors")
+    for victim in victims:
+        victim.write_text("mine")
+    tree, _ = load_tree(path, kind="VQGanVAETrainer checkpoint")
+    tree["written"] = [str(victims[0]), "notes.txt", f"../{victims[2].name}", path.name]
+    save_tree(path, tree, kind="VQGanVAETrainer checkpoint")
+    vae_trainer(images, results, num_train_steps=3, resume=True, keep_checkpoints=1).train()
+    assert all(victim.exists() for victim in victims)
+    assert not path.exists()
+
+
+def test_weights_that_are_not_finite_are_never_saved(images: Path, tmp_path: Path):
+    """Fewer bad steps before the end than the guard needs to go back."""
+    results = tmp_path / "r"
+    vae_trainer(images, results, num_train_steps=2).train()
+    before = {k: v for k, v in snapshot(results).items() if k.endswith(".safetensors")}
+    trainer = vae_trainer(images, results, num_train_steps=4, resume=True)
+    train_step = trainer.train_step
+
+    def spoiled(batches: Any) -> Any:
+        if trainer.step == 2:
+            first_weight(trainer.vae).fill_(math.nan)
+        return train_step(batches)
+
+    trainer.train_step = spoiled  # type: ignore[method-assign]
+    with pytest.raises(Diverged, match="weights are not finite at step 4, and are not saved"):
+        trainer.train()
+    assert {k: v for k, v in snapshot(results).items() if k.endswith(".safetensors")} == before
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["lr", "recon_weight", "max_minutes", "weight_decay"])
+def test_settings_that_are_not_finite(images: Path, tmp_path: Path, name: str, value: float):
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        changes: dict[str, Any] = {name: value}
+        vae_trainer(images, tmp_path / "r", **changes)
+
+
+def test_any_failure_saves_what_is_done(images: Path, tmp_path: Path):
+    trainer = vae_trainer(images, tmp_path / "r", num_train_steps=9)
+    train_step = trainer.train_step
+
+    def failing(batches: Any) -> Any:
+        if trainer.step == 3:
+            raise RuntimeError("out of memory")
+        return train_step(batches)
+
+    trainer.train_step = failing  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trainer.train()
+    assert last_checkpoint(tmp_path / "r")["step"] == 3
+
+
+def test_one_trainer_at_a_time_in_a_folder(images: Path, tmp_path: Path):
+    trainer, results = vae_trainer(images, tmp_path / "r"), tmp_path / "r"
+    train_step = trainer.train_step
+
+    def second(batches: Any) -> Any:
+        with pytest.raises(CheckpointError, match=rf"in use by process {os.getpid()} on "):
+            vae_trainer(images, results, resume=True).train()
+        return train_step(batches)
+
+    trainer.train_step = second  # type: ignore[method-assign]
+    trainer.train()
+    assert not (results / ".lock").exists()
+    (results / ".lock").write_text("process 1 on a machine that went down")
+    vae_trainer(images, results, resume=True, num_train_steps=3).train()
+
+
+LIFE = """
+import os, signal, sys
+from muse_maskgit_pytorch import VQGanVAE, VQGanVAETrainer
+vae = VQGanVAE(dim=8, codebook_size=16, layers=2, num_res_blocks=1, quantizer="vq")
+trainer = VQGanVAETrainer(vae, folder=sys.argv[1], image_size=16, batch_size=2, num_train_steps=6,
+    perceptual_weight=0, gan_weight=0, results_folder=sys.argv[2], sample_every=0, log_every=1)
+step = trainer.train_step
+def watched(batches):
+    if trainer.step == 3 and sys.argv[3] == "hangup":
+        os.kill(os.getpid(), signal.SIGHUP)
+    return step(batches)
+trainer.train_step = watched
+trainer.train()
+"""
+
+
+@pytest.mark.parametrize(
+    "ending, code, step",
+    [("| true; exit ${PIPESTATUS[0]}", 0, 6), ("2>&- >&-", 0, 6), ("hangup", 1, 4)],
+)
+def test_the_terminal_goes_away(images: Path, tmp_path: Path, ending: str, code: int, step: int):
+    """A closed pipe and missing streams change nothing; a hang-up saves."""
+    redirection = "" if ending == "hangup" else f"2>&1 {ending}"
+    command = f'"$0" -c "$1" "$2" "$3" "$4" {redirection}'
+    arguments = [sys.executable, LIFE, str(images), str(tmp_path / "r"), ending]
+    run = subprocess.run(["bash", "-c", command, *arguments], capture_output=True, timeout=120)
+    assert (run.returncode == 0) is (code == 0), run.stderr
+    assert last_checkpoint(tmp_path / "r")["step"] == step
+
+
+def test_the_data_go_on_where_they_were_with_another_batch_size(images: Path, tmp_path: Path):
+    """Samples are counted, not steps."""
+    results, seen = tmp_path / "r", []
+    vae_trainer(images, results, num_train_steps=3, batch_size=2).train()
+    assert last_checkpoint(results)["samples"] == 6
+    trainer = vae_trainer(
+        images, results, num_train_steps=4, batch_size=1, grad_accum_every=3, resume=True
+    )
+    make_batches = trainer._batches
+    trainer._batches = lambda data: seen.append(trainer.samples) or make_batches(data)  # type: ignore
+    trainer.train()
+    assert seen == [6]
+    assert last_checkpoint(results)["samples"] == 9
+
+
+def test_accelerates_environment_does_not_divide_gradients(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    norms = []
+    for value in ("1", "4"):
+        monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", value)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        vae_trainer(images, tmp_path / value, num_train_steps=1).train()
+        norms.append(logged(tmp_path / value)[0]["grad_norm"])
+    assert norms[0] == norms[1]
+
+
+def test_the_last_step_is_validated_drawn_and_saved_once(images: Path, tmp_path: Path):
+    every: dict[str, Any] = dict(num_train_steps=2, sample_every=1, save_every=1)
+    trainer = vae_trainer(images, tmp_path / "r", valid_fraction=0.3, **every)
+    drawn, draw = [], trainer.draw
+    trainer.draw = lambda path: drawn.append(path.name) or draw(path)  # type: ignore
+    trainer.train()
+    assert drawn == ["vae-00000001.png", "vae-00000002.png"]
+    assert sum("valid_psnr" in line for line in metrics(tmp_path / "r")) == 2

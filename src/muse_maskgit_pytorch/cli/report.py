@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..training.report import write_report
+from ..watching.report import write_report
 from .parser import Parser
 
 

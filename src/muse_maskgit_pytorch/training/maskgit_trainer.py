@@ -18,8 +18,9 @@ from ..data.source import Source
 from ..images import image_grid
 from ..maskgit import MaskGit, Part
 from ..structures import Batch
+from .loop import Trainer
 from .losses import NamedTerms, frozen
-from .trainer import Trainer
+from .settings import at_least
 
 
 class MaskGitTrainer(Trainer):
@@ -61,8 +62,7 @@ class MaskGitTrainer(Trainer):
         super().__init__(maskgit, **common)
         if part not in get_args(Part):
             raise ValueError(f"part must be one of {get_args(Part)}, not {part!r}")
-        if num_samples < 1:
-            raise ValueError(f"num_samples must be at least 1, not {num_samples}")
+        at_least(1, num_samples=num_samples)
         if part == "critic" and maskgit.critic is None:
             raise ValueError(
                 "part='critic', but the model has no token_critic or self_token_critic"
@@ -137,8 +137,8 @@ class MaskGitTrainer(Trainer):
         micros = [self._arguments(next(batches)) for _ in range(self.grad_accum_every)]
         masks = [self.maskgit.draw_mask(len(micro["images_or_ids"])) for micro in micros]
         counts = torch.stack([mask.sum() for mask in masks])
-        total = self.accelerator.reduce(counts.sum(), "sum")
-        weights = counts * len(micros) * self.accelerator.num_processes / total
+        total = self.parallel.reduce(counts.sum())
+        weights = counts * len(micros) * self.parallel.world / total
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
         for micro, (arguments, mask, weight) in enumerate(zip(micros, masks, weights, strict=True)):
             with self.accumulating(self.wrapped["model"], micro):

@@ -25,6 +25,7 @@ from ..data.pixels import Crop, View
 from ..data.source import Source
 from ..images import image_grid
 from ..vqgan_vae import VQGanVAE
+from ..watching.health import CodeUsage
 from .gan import (
     Discriminator,
     GanLoss,
@@ -36,10 +37,10 @@ from .gan import (
     lecam,
     move_anchors,
 )
-from .health import CodeUsage
+from .loop import Trainer
 from .losses import frozen
 from .perceptual import PerceptualLoss
-from .trainer import Trainer
+from .settings import at_least
 
 ANCHOR_DECAY = 0.99  # of LeCam's moving averages
 
@@ -126,10 +127,19 @@ class VQGanVAETrainer(Trainer):
             raise ValueError(f"recon_loss must be l2 or l1, not {recon_loss!r}")
         if gan_loss not in ("hinge", "non_saturating"):
             raise ValueError(f"gan_loss must be hinge or non_saturating, not {gan_loss!r}")
-        positive = dict(discriminator_dim=discriminator_dim)
-        for name, value in (positive | dict(discriminator_layers=discriminator_layers)).items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
+        at_least(1, discriminator_dim=discriminator_dim, discriminator_layers=discriminator_layers)
+        at_least(
+            0,
+            recon_weight=recon_weight,
+            perceptual_weight=perceptual_weight,
+            gan_weight=gan_weight,
+            gan_start=gan_start,
+            gan_ramp=gan_ramp,
+            lecam_weight=lecam_weight,
+            gradient_penalty_weight=gradient_penalty_weight,
+            discriminator_lr=discriminator_lr or 0,
+            latent_noise=latent_noise,
+        )
         if gan_weight > 0 and image_size >> discriminator_layers < 1:
             raise ValueError(
                 f"discriminator_layers {discriminator_layers} halve images of {image_size} pixels "
@@ -141,14 +151,6 @@ class VQGanVAETrainer(Trainer):
                 "run has no adversarial term; set gan_weight=0 to say so, or start it earlier",
                 stacklevel=2,
             )
-        notnegative = dict(recon_weight=recon_weight, perceptual_weight=perceptual_weight)
-        notnegative |= dict(gan_weight=gan_weight, gan_start=gan_start, gan_ramp=gan_ramp)
-        notnegative |= dict(lecam_weight=lecam_weight, discriminator_lr=discriminator_lr or 0)
-        notnegative |= dict(gradient_penalty_weight=gradient_penalty_weight)
-        notnegative |= dict(latent_noise=latent_noise)
-        for name, value in notnegative.items():
-            if value < 0:
-                raise ValueError(f"{name} must not be negative, but is {value}")
         self.vae = vae
         self.image_size, self.cache_images = image_size, cache_images
         self.recon_loss, self.recon_weight = recon_loss, recon_weight
@@ -175,7 +177,7 @@ class VQGanVAETrainer(Trainer):
                     "nothing to train: all parameters of the tokenizer are frozen, as by a MaskGit "
                     "that uses it; call vae.requires_grad_(True) first"
                 )
-        processes = self.accelerator.num_processes
+        processes = self.parallel.world
         self.usage = CodeUsage(vae.codebook_size, self.device, processes)
 
     def _left_out(self) -> list[nn.Parameter]:
@@ -214,7 +216,7 @@ class VQGanVAETrainer(Trainer):
         return self.usage.full
 
     def measures(self) -> dict[str, float]:
-        return self.usage.measure(lambda counts: self.accelerator.reduce(counts, "sum"))
+        return self.usage.measure(self.parallel.reduce)
 
     def train_step(self, batches: Iterator[Any]) -> dict[str, Tensor]:
         self.vae.train()
@@ -250,7 +252,7 @@ class VQGanVAETrainer(Trainer):
         if judge is not None:
             totals["discriminator_grad_norm"] = self.optimizer_step("discriminator")
         if judge is not None and self.lecam_weight > 0:
-            means = self.accelerator.reduce(means, "mean")
+            means = self.parallel.reduce(means, "mean")
             # of a batch with numbers only: the anchors are not the guard's to restore
             means = torch.where(means.isfinite(), means, judge.anchors)
             move_anchors(judge.anchors, means, ANCHOR_DECAY)
@@ -280,8 +282,8 @@ class VQGanVAETrainer(Trainer):
             if self.gan_adaptive:
                 last = self.vae.decoder[-1].weight
                 assert isinstance(last, nn.Parameter)
-                mean = partial(self.accelerator.reduce, reduction="mean")
-                scaler = self.accelerator.scaler
+                mean = partial(self.parallel.reduce, how="mean")
+                scaler = self.parallel.scaler
                 scale = 1.0 if scaler is None else scaler.get_scale()
                 weight = weight * balance(loss, terms["generator"], last, mean, scale)
             terms["gan_weight"] = weight

@@ -11,9 +11,10 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from html import escape
+from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
 from string import Template
@@ -115,7 +116,6 @@ def _parse(path: Path) -> dict[str, Run]:
 def write_report(
     folder: str | os.PathLike,
     name: str | None = None,
-    settings: Mapping[str, object] | None = None,
     out: str | os.PathLike | None = None,
 ) -> Path:
     """Draw a run as one self-contained HTML page, written atomically.
@@ -123,7 +123,6 @@ def write_report(
     Args:
         folder: results folder of the training: ``metrics.jsonl``, ``samples/STAGE-STEP.png``.
         name: the stage to show; None: every stage in the log.
-        settings: shown as a table.
         out: file to write, by default ``report.html`` in the folder.
 
     Returns:
@@ -137,15 +136,13 @@ def write_report(
         raise ValueError(f"stage {name!r} is not in the log of {folder}: it has {sorted(runs)}")
     shown = [run for run in runs.values() if name in (None, run.stage)]
     body = "".join(_section(run, Path(folder)) for run in shown)
-    if settings:
-        rows = "".join(f"<tr><th>{escape(k)}<td>{escape(str(v))}" for k, v in settings.items())
-        body += f"<h2>Settings</h2><table>{rows}</table>"
     title = f"{Path(folder).resolve().name}: {', '.join(run.stage for run in shown)}"
     path = Path(out) if out is not None else Path(folder) / "report.html"
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        page = PAGE.substitute(title=escape(title), style=STYLE, body=body)
+        style = files("muse_maskgit_pytorch.watching").joinpath("report.css").read_text("utf-8")
+        page = PAGE.substitute(title=escape(title), style=style, body=body)
         temporary.write_text(page, encoding="utf-8")
         os.replace(temporary, path)
     finally:
@@ -520,72 +517,3 @@ PAGE = Template("""<!doctype html>
 <main>$body</main>
 </html>
 """)
-
-STYLE = """
-:root { color-scheme: light dark; --page: #f6f7f9; --card: #fff; --ink: #1c2430; --soft: #667085;
-  --line: #e3e7ed; --good: #15803d; --bad: #b45309; --stop: #c81e1e;
-  --c0: #2563eb; --c1: #ea7317; --c2: #0d9488; --c3: #a83fb5; }
-@media (prefers-color-scheme: dark) {
-  :root { --page: #0f141b; --card: #181f29; --ink: #e5e9f0; --soft: #97a3b6; --line: #2b3543;
-    --good: #4ade80; --bad: #fbbf24; --stop: #f87171;
-    --c0: #6ea8fe; --c1: #ff9f5a; --c2: #3fd0c0; --c3: #dd8ae8; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink);
-  font: 15px/1.5 system-ui, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
-main { max-width: 1160px; margin: 0 auto; padding: 28px 20px 60px; }
-header { display: flex; align-items: baseline; gap: 14px; border-bottom: 1px solid var(--line);
-  margin: 36px 0 18px; } header:first-child { margin-top: 0; }
-h1 { font-size: 28px; margin: 0 0 8px; } header p { color: var(--soft); margin: 0; }
-h2 { font-size: 18px; margin: 34px 0 12px; } h3 { font-size: 14px; margin: 0; }
-small { color: var(--soft); font-size: 12px; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 12px;
-  margin: 0 0 18px; }
-.tiles div, .health, .chart, .last, .earlier figure, table { background: var(--card);
-  border: 1px solid var(--line); border-radius: 10px; }
-.tiles div { padding: 10px 14px; } dt { color: var(--soft); font-size: 12.5px; }
-dd { margin: 0; font-size: 22px; font-weight: 600; font-variant-numeric: tabular-nums; }
-dd small { display: block; font-weight: 400; }
-.health { padding: 14px 18px; border-left: 5px solid var(--good); }
-.health h2 { margin: 0; } .health p { margin: 4px 0 0; color: var(--soft); }
-.bad { border-left-color: var(--bad); } .bad h2 { color: var(--bad); }
-table { border-spacing: 0; padding: 6px 14px; font-size: 14px; }
-.health table { border: 0; padding: 6px 0 0; }
-th, td { text-align: left; vertical-align: top; padding: 5px 18px 5px 0; }
-th { color: var(--soft); font-weight: 400; white-space: nowrap; }
-td { font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
-figure { margin: 0; } figcaption { color: var(--soft); font-size: 13px; padding-top: 6px; }
-img { display: block; max-width: 100%; height: auto; image-rendering: pixelated;
-  border-radius: 4px; }
-.last { padding: 14px; }
-.earlier { display: grid; grid-template-columns: repeat(auto-fill, minmax(340px, 1fr)); gap: 12px;
-  margin-top: 12px; }
-.earlier figure { padding: 10px; } .earlier img { width: 100%; image-rendering: auto; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 460px), 1fr));
-  gap: 14px; }
-.chart { padding: 12px 14px 6px; }
-.chart figcaption { display: flex; flex-wrap: wrap; align-items: baseline; gap: 0 10px;
-  padding: 0 0 4px; color: var(--ink); }
-.chart figcaption div { margin-left: auto; display: flex; flex-wrap: wrap; gap: 0 14px;
-  font-size: 12.5px; color: var(--soft); }
-.chart b { color: var(--ink); font-variant-numeric: tabular-nums; }
-span i { display: inline-block; width: 14px; height: 3px; margin-right: 6px; border-radius: 2px;
-  vertical-align: middle; background: currentColor; }
-.key { display: flex; flex-wrap: wrap; gap: 4px 22px; margin: -4px 0 12px; color: var(--soft);
-  font-size: 13px; }
-i.rule { width: 0; height: 14px; border-left: 2px dashed; background: none; border-radius: 0; }
-svg { display: block; width: 100%; height: auto; }
-svg text { fill: var(--soft); font-size: 11.5px; text-anchor: middle;
-  font-variant-numeric: tabular-nums; }
-svg .y, svg .end { text-anchor: end; }
-.grid { stroke: var(--line); } .tick { stroke: var(--soft); }
-polyline { fill: none; stroke-linejoin: round; } .line { stroke-width: 2; }
-.raw { opacity: .28; }
-.c0 { color: var(--c0); } .c1 { color: var(--c1); }
-.c2 { color: var(--c2); } .c3 { color: var(--c3); }
-polyline { stroke: currentColor; } circle { fill: currentColor; }
-.mark { stroke-width: 1.2; stroke: currentColor; }
-.start { color: var(--soft); stroke-dasharray: 4 4; border-left-style: dashed; }
-.skip { color: var(--bad); opacity: .55; } .restart { color: var(--stop); }
-i.skip, i.restart { border-left-style: solid; opacity: 1; }
-@media print { .chart, .last { break-inside: avoid; } }
-"""

@@ -1,4 +1,4 @@
-"""The training loop that every trainer shares, on accelerate, top to bottom.
+"""The training loop that every trainer shares, top to bottom.
 
 Exact resume by construction: all randomness of a step comes from (seed, step, process), and the
 data position is a function of the step, so that a checkpoint needs no generator states.
@@ -9,31 +9,32 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import shutil
 import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
-from tqdm.auto import tqdm
 
-from ..checkpoint import CheckpointError, Saveable, load_tree, save_tree
+from ..checkpoint import CheckpointError, Saveable
 from ..data.order import EndlessBatches
+from ..watching.health import Health
+from ..watching.log import Log, writing
+from ..watching.progress import Progress
+from ..watching.report import read_curves, write_report
+from .checkpoints import Checkpoints
 from .ema import EMA
-from .health import Health
-from .report import read_curves, write_report
+from .guard import Diverged, Guard
+from .lock import locked
+from .parallel import Parallel, Precision
+from .settings import at_least
 
 MAX_RESTARTS = 3  # returns to a checkpoint, before the run is given up
-
-Precision = Literal["no", "fp16", "bf16"]
 
 
 def _leaves(config: Any, above: str = "") -> dict[str, Any]:
@@ -56,74 +57,6 @@ def _digest(state: dict[str, Tensor]) -> str:
         raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         digest.update(raw.numpy().data)
     return digest.hexdigest()
-
-
-class Guard:
-    """Skips steps whose gradient is not finite or leaps, and counts them.
-
-    All processes see the same gradient norms, so they decide alike without asking one another.
-
-    Args:
-        max_spike: skip where the norm is more than this many times its moving average; 0: off.
-        max_skips: so many skipped steps in a row mean that the weights are at fault.
-    """
-
-    DECAY, FIRST = 0.99, 100  # of the moving average; steps before it is trusted
-
-    def __init__(self, max_spike: float, max_skips: int):
-        self.max_spike, self.max_skips = max_spike, max_skips
-        self.skipped = self.in_a_row = self.restarts = self.lost_steps = 0
-        self._average: dict[str, float] = {}
-        self._seen: dict[str, int] = {}
-        self._objected = False
-
-    @property
-    def lr_factor(self) -> float:
-        return 0.5**self.restarts
-
-    def allows(self, name: str, norm: float) -> bool:
-        """Whether the optimizer ``name`` may take a step with a gradient of this norm."""
-        if self.max_spike == 0:
-            return True
-        seen, average = self._seen.get(name, 0), self._average.get(name, norm)
-        limit = self.max_spike * average if seen >= self.FIRST else math.inf
-        good = math.isfinite(norm) and norm <= limit
-        if math.isfinite(norm):
-            # a leap counts as far as it is allowed, so that a lasting new level is accepted in time
-            self._seen[name] = seen + 1
-            self._average[name] = self.DECAY * average + (1 - self.DECAY) * min(norm, limit)
-        self._objected |= not good
-        return good
-
-    def must_return(self) -> bool:
-        """Called once after every step; whether the run must return to its last checkpoint."""
-        self.in_a_row = self.in_a_row + 1 if self._objected else 0
-        self.skipped += self._objected
-        self._objected = False
-        return self.in_a_row >= self.max_skips
-
-    def returned(self, history: dict[str, Any], steps: int) -> None:
-        """After the return: the history goes on, ``steps`` are lost once more.
-
-        The averages go on too, so that a lasting new level is accepted sooner or later.
-        """
-        self.load(history)
-        self.restarts += 1
-        self.lost_steps, self.in_a_row = self.lost_steps + steps + 1, 0
-
-    def counts(self) -> dict[str, float]:
-        return {"skipped_steps": self.skipped, "restarts": self.restarts}
-
-    def state(self) -> dict[str, Any]:
-        """Everything but the settings."""
-        return {k: v for k, v in vars(self).items() if k not in ("max_spike", "max_skips")}
-
-    def load(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-
-
-class Diverged(ValueError):
-    """The loss is no longer a number. Nothing is saved over the last good checkpoint."""
 
 
 class Trainer:
@@ -195,7 +128,8 @@ class Trainer:
         max_valid: int = 1000,
         max_minutes: float | None = None,
     ):
-        positive = dict(
+        at_least(
+            1,
             batch_size=batch_size,
             grad_accum_every=grad_accum_every,
             num_train_steps=num_train_steps,
@@ -205,30 +139,27 @@ class Trainer:
             max_skips=max_skips,
             max_valid=max_valid,
         )
-        for name, value in positive.items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
-        notnegative = dict(lr=lr, warmup_steps=warmup_steps, sample_every=sample_every)
-        notnegative |= dict(weight_decay=weight_decay, max_grad_norm=max_grad_norm)
-        notnegative |= dict(max_spike=max_spike)
-        for name, value in (notnegative | dict(num_workers=num_workers)).items():
-            if value < 0:
-                raise ValueError(f"{name} must not be negative, but is {value}")
+        at_least(
+            0,
+            lr=lr,
+            warmup_steps=warmup_steps,
+            sample_every=sample_every,
+            weight_decay=weight_decay,
+            max_grad_norm=max_grad_norm,
+            max_spike=max_spike,
+            num_workers=num_workers,
+        )
         if not 0 <= valid_fraction < 1:
             raise ValueError(f"valid_fraction must be in [0, 1), not {valid_fraction}")
         if not 0 <= ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), not {ema_decay}")
-        if max_minutes is not None and max_minutes <= 0:
-            raise ValueError(f"max_minutes must be above 0, not {max_minutes}")
+        if max_minutes is not None and not 0 < max_minutes < math.inf:
+            raise ValueError(f"max_minutes must be above 0 and finite, not {max_minutes}")
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas must be in [0, 1), not {betas}")
         if lr_schedule not in ("cosine", "constant"):
             raise ValueError(f"lr_schedule must be cosine or constant, not {lr_schedule!r}")
-        from accelerate import Accelerator
-
-        # accelerate holds one precision per process and wraps models for it; what needs it is the
-        # gradient scaler of fp16 alone, so the rest is autocast of our own
-        scaled = "fp16" if mixed_precision == "fp16" else "no"
-        self.accelerator = Accelerator(mixed_precision=scaled)
-        self.mixed_precision = mixed_precision
+        self.parallel = Parallel(mixed_precision)
         self.model = model
         self.batch_size, self.grad_accum_every = batch_size, grad_accum_every
         self.num_train_steps, self.lr = num_train_steps, lr
@@ -242,10 +173,11 @@ class Trainer:
         self.keep_checkpoints, self.valid_fraction = keep_checkpoints, valid_fraction
         self.max_valid, self.max_minutes = max_valid, max_minutes
         self.step = 0
+        self.samples = 0  # consumed by all processes: the position in the data
+        self._saved_at = self._looked_at = -1  # steps
         self._minutes = 0.0
         self._loss = torch.zeros(())
         self._losses: list[Tensor] = []  # of the micro batches since the last optimizer step
-        self._written: list[str] = []  # names of the checkpoints of this run
 
     # What a trainer adds ---------------------------------------------------------------------
 
@@ -296,7 +228,7 @@ class Trainer:
 
     @property
     def device(self) -> torch.device:
-        return self.accelerator.device
+        return self.parallel.device
 
     def train(self) -> None:
         """Train to ``num_train_steps``, then write the weights: raw and averaged.
@@ -304,10 +236,16 @@ class Trainer:
         Raises:
             CheckpointError: ``results_folder`` holds a run and ``resume`` is off, or its
                 checkpoint does not fit this model.
-            Diverged: the loss is not finite.
+            Diverged: the loss or the weights are not finite.
         """
-        accelerator = self.accelerator
-        newest = self._newest_checkpoint()
+        # one process stands for all of them
+        with locked(self.results_folder) if self.parallel.is_main else nullcontext():
+            self._train()
+
+    def _train(self) -> None:
+        kind = f"{type(self).__name__} checkpoint"
+        self.checkpoints = Checkpoints(self.results_folder, self.name, kind, self.keep_checkpoints)
+        newest = self.checkpoints.newest()
         if newest and not self.resume:
             raise CheckpointError(
                 f"{self.results_folder} already holds a run ({newest.name}): set resume=True to "
@@ -317,7 +255,8 @@ class Trainer:
         self._prepare()
         if newest:
             self._load_checkpoint(newest)
-        self._sweep()
+        if self.parallel.is_main:
+            self.checkpoints.sweep()
         self._valid_loader = None
         if valid_set is not None:
             total = len(valid_set)  # type: ignore[arg-type]
@@ -328,23 +267,18 @@ class Trainer:
             )
         batches = self._batches(train_set)
         images = len(train_set)  # type: ignore[arg-type]
-        self.health = Health(
+        health = Health(
             self.name,
             history=read_curves(self.results_folder, self.name) if newest else None,
             max_grad_norm=self.max_grad_norm,
             images=images,
             **self.health_facts(),
         )
-        bar = tqdm(
-            total=self.num_train_steps,
-            initial=self.step,
-            desc=self.name,
-            unit="step",
-            disable=not accelerator.is_main_process,
-            dynamic_ncols=True,
-        )
+        main = self.parallel.is_main
+        self.progress = Progress(self.name, self.num_train_steps, self.step, shown=main)
+        self.log = Log(self.results_folder, self.name, health, self.progress.say)
         self._started, first_step = time.monotonic(), self.step
-        with bar, self._signals_wait():
+        with closing(self.progress), self._signals_wait(), self._saved_on_failure():
             while self.step < self.num_train_steps and not self._out_of_time():
                 self._seed_step()
                 factor = self._lr_factor() * self.guard.lr_factor
@@ -352,35 +286,41 @@ class Trainer:
                     for group in optimizer.param_groups:
                         group["lr"] = self.lr_of(name) * factor
                 terms = self.train_step(batches)
+                self.samples += self.batch_size * self.grad_accum_every * self.parallel.world
                 if self.guard.must_return():
-                    self._return_to_checkpoint(bar)
+                    self._return_to_checkpoint()
                     batches = self._batches(train_set)
                     continue
                 if self.guard.in_a_row == 0:  # what the guard skips has done no harm
                     self._loss = terms["loss"]
                 self.step += 1
                 self.ema.update(self.step)
-                bar.update()
+                self.progress.step_to(self.step)
                 if self.step % self.log_every == 0 or self.step == self.num_train_steps:
                     values = {
-                        name: float(accelerator.reduce(value.detach().float(), "mean"))
+                        name: float(self.parallel.reduce(value.detach().float(), "mean"))
                         for name, value in terms.items()
                     }
                     seconds = time.monotonic() - self._started
                     rate = (self.step - first_step) / seconds
                     values |= self.measures() | self.guard.counts()
                     values |= {"lr": self.lr * factor, "steps_per_s": rate}
-                    self._log(values)
-                    bar.set_postfix({k: f"{values[k]:.4g}" for k in self.shown if k in values})
+                    if self.parallel.is_main:
+                        self.log.add(self.step, values, self.codes_full())
+                    self.progress.figures(
+                        {k: f"{values[k]:.4g}" for k in self.shown if k in values}
+                    )
                     self._check_loss()
+                if self.step == self.num_train_steps:
+                    break  # saved, validated and drawn below
                 if self.sample_every and self.step % self.sample_every == 0:
                     self._look()
                 # weights whose gradients are being skipped may be at fault
                 if self.step % self.save_every == 0 and self.guard.in_a_row == 0:
                     self._check_loss()
                     self._save_checkpoint()
-                if self._agreed(self._stop_asked):
-                    accelerator.print(f"\nstopped after step {self.step}: saving")
+                if self.parallel.agreed(self._stop_asked):
+                    self.progress.say(f"\nstopped after step {self.step}: saving")
                     self._check_loss()
                     self._save_checkpoint()
                     self._report()
@@ -390,7 +330,7 @@ class Trainer:
         self.save()
         self._look()
         self._report()
-        accelerator.wait_for_everyone()  # what follows may read the files
+        self.parallel.wait()  # what follows may read the files
 
     def _batches(self, train_set: Dataset) -> Iterator[Any]:
         """Training batches from here on: what comes depends on seed, step and returns alone."""
@@ -401,12 +341,9 @@ class Trainer:
                     len(train_set),  # type: ignore[arg-type]
                     self.batch_size,
                     self.seed,
-                    (self.step + self.guard.lost_steps)
-                    * self.grad_accum_every
-                    * self.batch_size
-                    * self.accelerator.num_processes,
-                    self.accelerator.process_index,
-                    self.accelerator.num_processes,
+                    self.samples,
+                    self.parallel.rank,
+                    self.parallel.world,
                 ),
                 num_workers=self.num_workers,
                 collate_fn=self.collate,
@@ -414,50 +351,79 @@ class Trainer:
             )
         )
 
-    def _return_to_checkpoint(self, bar: tqdm) -> None:
+    def _return_to_checkpoint(self) -> None:
         """Go on from the last good weights; what the same data would do again is known."""
         failed = self.step
-        accelerator = self.accelerator
-        accelerator.wait_for_everyone()
-        newest = self._newest_checkpoint()
+        self.parallel.wait()
+        newest = self.checkpoints.newest()
         if newest is None or self.guard.restarts == MAX_RESTARTS:
             why = "there is no checkpoint yet" if newest is None else "as before"
             raise Diverged(
                 f"{self.guard.max_skips} steps in a row had to be skipped at step {failed}, {why}: "
                 "lower lr, or use mixed_precision bf16 or no"
             )
-        history = self.guard.state()
+        history, samples = self.guard.state(), self.samples
         self._load_checkpoint(newest)
+        self.samples, self._looked_at = samples, -1
         self.guard.returned(history, failed - self.step)
-        bar.n = self.step
-        self._warn(
-            f"{self.guard.max_skips} steps in a row were skipped at step {failed}: back to "
-            f"{newest.name}, with half the learning rate and the data that follow"
-        )
+        self.progress.step_to(self.step)
+        if self.parallel.is_main:
+            self.log.warn(
+                self.step,
+                f"{self.guard.max_skips} steps in a row were skipped at step {failed}: back to "
+                f"{newest.name}, with half the learning rate and the data that follow",
+            )
 
     def _report(self) -> None:
         logged = (self.results_folder / "metrics.jsonl").is_file()  # not if stopped at once
-        if self.accelerator.is_main_process and logged:
-            with self._writing(self.results_folder / "report.html"):
-                self.accelerator.print(f"report: {write_report(self.results_folder)}")
-
-    def _agreed(self, flag: bool) -> bool:
-        """Whether any process says so: they must stop as one, or the others wait for ever."""
-        if self.accelerator.num_processes == 1:
-            return flag
-        return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.device)) > 0)
+        if self.parallel.is_main and logged:
+            with writing(self.results_folder / "report.html"):
+                page = write_report(self.results_folder)
+            self.progress.say(f"report: {page}")
 
     def _check_loss(self) -> None:
         """Refuse to go on, and to save, once the loss of any process is not finite."""
-        if self._agreed(not math.isfinite(float(self._loss))):
+        if self.parallel.agreed(not math.isfinite(float(self._loss))):
             raise Diverged(
                 f"the loss is {float(self._loss)} at step {self.step}: lower lr, or use "
                 "mixed_precision bf16 or no; resume goes on from the last checkpoint"
             )
 
+    def _is_finite(self) -> bool:
+        """Whether all weights of this process are."""
+        tensors = [t for m in self.modules().values() for t in self._trained_state(m).values()]
+        return all(bool(t.isfinite().all()) for t in [*tensors, *self.ema.average.values()])
+
+    def _check_weights(self) -> None:
+        """Refuse to save weights that are not finite. Every process must call it."""
+        if self.parallel.agreed(not self._is_finite()):
+            raise Diverged(
+                f"the weights are not finite at step {self.step}, and are not saved: lower lr, or "
+                "use mixed_precision bf16 or no; resume goes on from the last checkpoint"
+            )
+
+    @contextmanager
+    def _saved_on_failure(self) -> Iterator[None]:
+        """Whatever ends the run within the block, the steps that are done are saved first.
+
+        A failure may be that of one process, so nothing here waits for the others.
+        """
+        try:
+            yield
+        except (Diverged, CheckpointError):
+            raise
+        except Exception as error:
+            good = self.guard.in_a_row == 0 and math.isfinite(float(self._loss))
+            if self.step and good and self._is_finite():
+                try:
+                    self._write_checkpoint()
+                except CheckpointError as failure:
+                    error.add_note(str(failure))
+            raise
+
     @contextmanager
     def _signals_wait(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM take effect between two steps, never within one; twice: at once."""
+        """Ctrl-C, SIGTERM and SIGHUP take effect between two steps; a second one at once."""
 
         def ask(signum: int, frame: Any) -> None:
             if self._stop_asked:
@@ -466,7 +432,11 @@ class Trainer:
 
         self._stop_asked = False
         main = threading.current_thread() is threading.main_thread()
-        before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM) if main}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        hangup = getattr(signal, "SIGHUP", None)
+        if hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN:  # as nohup sets it
+            numbers.append(hangup)
+        before = {number: signal.signal(number, ask) for number in numbers if main}
         try:
             yield
         finally:
@@ -475,18 +445,18 @@ class Trainer:
 
     def save(self) -> None:
         """Write ``NAME.safetensors`` (raw weights) and ``NAME-ema.safetensors`` (averaged)."""
-        if self.accelerator.is_main_process:
+        self._check_weights()
+        if self.parallel.is_main:
             path = self.results_folder / f"{self.name}.safetensors"
-            with self._writing(path):
+            with writing(path):
                 self.model.save(path)
             path = path.with_stem(f"{self.name}-ema")
-            with self._writing(path), self.ema.applied():
+            with writing(path), self.ema.applied():
                 self.model.save(path)
 
     def autocast(self) -> AbstractContextManager:
         """Half precision where it is safe, if ``mixed_precision`` says so."""
-        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.mixed_precision)
-        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
+        return self.parallel.autocast()
 
     def accumulating(self, wrapped: nn.Module, micro: int) -> AbstractContextManager:
         """Around forward and backward of one of ``grad_accum_every`` micro batches.
@@ -494,12 +464,12 @@ class Trainer:
         Gradients are exchanged between processes with the last one only.
         """
         last = micro == self.grad_accum_every - 1
-        return nullcontext() if last else self.accelerator.no_sync(wrapped)
+        return nullcontext() if last else self.parallel.no_sync(wrapped)
 
     def backward(self, loss: Tensor) -> None:
         """Add this micro batch's share to the gradients."""
         self._losses.append(loss.detach())
-        self.accelerator.backward(loss / self.grad_accum_every)
+        self.parallel.backward(loss / self.grad_accum_every)
 
     def optimizer_step(self, name: str) -> Tensor:
         """Clip this module's gradients alone, step unless the guard objects, clear.
@@ -508,17 +478,17 @@ class Trainer:
             the gradient norm before clipping: the same on all processes.
         """
         parameters = [p for p in self.wrapped[name].parameters() if p.requires_grad]
-        limit = self.max_grad_norm or math.inf
-        norm = self.accelerator.clip_grad_norm_(parameters, limit)
-        norm = torch.zeros(()) if norm is None else torch.as_tensor(norm)
+        norm = self.parallel.clip(parameters, self.max_grad_norm)
         # fp16's scaler skips its own overflows, which are no fault unless the loss was one before
-        overflow = self.accelerator.scaler is not None and not norm.isfinite()
-        overflow = overflow and not self._agreed(not torch.stack(self._losses).isfinite().all())
+        overflow = self.parallel.scaler is not None and not norm.isfinite()
+        overflow = overflow and not self.parallel.agreed(
+            not torch.stack(self._losses).isfinite().all()
+        )
         self._losses.clear()
         if overflow or self.guard.allows(name, float(norm)):
             self.optimizers[name].step()
-        elif self.accelerator.scaler is not None:
-            self.accelerator.scaler.update()  # or it would refuse the next gradients
+        elif self.parallel.scaler is not None:
+            self.parallel.scaler.update()  # or it would refuse the next gradients
         self.optimizers[name].zero_grad(set_to_none=True)
         return norm
 
@@ -540,7 +510,7 @@ class Trainer:
                 weight_decay=self.weight_decay,
                 fused=True,
             )
-            self.wrapped[name], self.optimizers[name] = self.accelerator.prepare(module, optimizer)
+            self.wrapped[name], self.optimizers[name] = self.parallel.prepare(module, optimizer)
         first = next(iter(self.modules().values()))
         averaged = {name for name, _ in first.named_parameters(remove_duplicate=False)}
         self.ema = EMA(self._trained_state(first), averaged, self.ema_decay)
@@ -565,7 +535,7 @@ class Trainer:
         }
 
     def _seed_step(self) -> None:
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        world, rank = self.parallel.world, self.parallel.rank
         steps = self.step + self.guard.lost_steps
         torch.manual_seed((self.seed * 1_000_003 + steps) * world + rank)
 
@@ -580,19 +550,17 @@ class Trainer:
         return 0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2
 
     def _out_of_time(self) -> bool:
-        from accelerate.utils import broadcast
-
         if self.max_minutes is None:
             return False
         # the main process's clock for all: they must slow down and stop as one
-        seconds = torch.tensor(time.monotonic() - self._started, device=self.device)
-        self._minutes = float(broadcast(seconds)) / 60
+        self._minutes = self.parallel.broadcast(time.monotonic() - self._started) / 60
         return self._minutes > self.max_minutes
 
     def _look(self) -> None:
         """Validate and draw, with the averaged weights, leaving the randomness untouched."""
-        if not self.accelerator.is_main_process:
+        if not self.parallel.is_main or self._looked_at == self.step:
             return
+        self._looked_at = self.step
         modules = list(self.modules().values())
         with torch.no_grad(), torch.random.fork_rng(self._gpus()), self.ema.applied():
             for module in modules:
@@ -600,11 +568,12 @@ class Trainer:
             torch.manual_seed(self.seed)
             if self._valid_loader is not None:
                 with self.autocast():
-                    self._log(
-                        {f"valid_{k}": v for k, v in self.validate(self._valid_loader).items()}
-                    )
+                    figures = self.validate(self._valid_loader)
+                self.log.add(
+                    self.step, {f"valid_{k}": v for k, v in figures.items()}, self.codes_full()
+                )
             path = self.results_folder / "samples" / f"{self.name}-{self.step:08d}.png"
-            with self._writing(path):
+            with writing(path):
                 self.draw(path)
             for module in modules:
                 module.train()
@@ -612,99 +581,31 @@ class Trainer:
     def _gpus(self) -> list[torch.device]:
         return [self.device] if self.device.type == "cuda" else []
 
-    def _log(self, values: dict[str, float]) -> None:
-        if self.accelerator.is_main_process:
-            # JSON has no infinity and no NaN
-            line = {name: value if math.isfinite(value) else None for name, value in values.items()}
-            self._write_line(line)
-            for warning in self.health.see({"step": self.step, **line}, self.codes_full()):
-                self._warn(warning)
-
-    def _warn(self, warning: str) -> None:
-        """Say it on the terminal and in the log, where the report finds it."""
-        if self.accelerator.is_main_process:
-            tqdm.write(f"step {self.step}: {warning}")
-            self._write_line({"warning": warning})
-
-    def _write_line(self, values: dict[str, Any]) -> None:
-        path = self.results_folder / "metrics.jsonl"
-        line = json.dumps({"stage": self.name, "step": self.step} | values) + "\n"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with self._writing(path), open(path, "ab+") as file:
-            if file.tell():  # a killed process may have left half a line
-                file.seek(-1, os.SEEK_END)
-                line = line if file.read(1) == b"\n" else "\n" + line
-            file.write(line.encode())
-
-    @contextmanager
-    def _writing(self, path: Path) -> Iterator[None]:
-        """Around whatever writes a file: says which one, and what to do, if it cannot be written.
-
-        Raises:
-            CheckpointError: the disk is full, the folder write-protected or gone.
-        """
-        try:
-            yield
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                f"{path} could not be written ({error}): make room and resume; checkpoints "
-                "written before are intact"
-            ) from error
-
     # Checkpoints -----------------------------------------------------------------------------
 
-    def _newest_checkpoint(self) -> Path | None:
-        found = sorted(self.results_folder.glob(f"{self.name}-checkpoint-*.safetensors"))
-        return found[-1] if found else None
-
     def _save_checkpoint(self) -> None:
-        if not self.accelerator.is_main_process:
+        self._check_weights()
+        self._write_checkpoint()
+
+    def _write_checkpoint(self) -> None:
+        if not self.parallel.is_main or self._saved_at == self.step:
             return
-        path = self.results_folder / f"{self.name}-checkpoint-{self.step:08d}.safetensors"
         tree = {
             "step": self.step,
+            "samples": self.samples,
             "modules": {n: self._trained_state(m) for n, m in self.modules().items()},
             "optimizers": {n: o.state_dict() for n, o in self.optimizers.items()},
             "ema": self.ema.average,
-            "scaler": self._scaler_state(),
+            "scaler": self.parallel.scaler_state(),
             "guard": self.guard.state(),
             "config": self.model.config,
             "frozen": self._frozen,
-            "written": self._written,
         }
-        with self._writing(path):
-            save_tree(path, tree, kind=f"{type(self).__name__} checkpoint")
-        if path.name not in self._written:
-            self._written.append(path.name)
-        while len(self._written) > self.keep_checkpoints:
-            (self.results_folder / self._written.pop(0)).unlink(missing_ok=True)
-
-    def _sweep(self) -> None:
-        """Remove what earlier processes of this run left half-written when they were killed."""
-        if not self.accelerator.is_main_process:
-            return
-        for path in self.results_folder.glob(f".{self.name}*.safetensors.*.tmp"):
-            try:
-                pid = int(path.name.split(".")[-2])
-                if pid != os.getpid():  # a container gives every life the same number
-                    os.kill(pid, 0)
-                    continue  # its process lives
-            except ProcessLookupError:
-                pass
-            except (PermissionError, ValueError, OverflowError):
-                continue  # it lives and is another user's, or the file is not ours
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-
-    def _scaler_state(self) -> dict[str, Any]:
-        """State of fp16's gradient scaler; empty in other precisions."""
-        scaler = self.accelerator.scaler
-        return {} if scaler is None else scaler.state_dict()
+        self.checkpoints.save(tree, self.step)
+        self._saved_at = self.step
 
     def _load_checkpoint(self, path: Path) -> None:
-        tree, _ = load_tree(path, kind=f"{type(self).__name__} checkpoint")
+        tree = self.checkpoints.load(path)
         self._check_config(tree["config"], path)
         if tree["frozen"] != self._frozen:
             raise CheckpointError(
@@ -724,12 +625,14 @@ class Trainer:
             for group in self.optimizers[name].param_groups:  # today's settings, not the saved ones
                 group["betas"] = self.betas
                 group["weight_decay"] = self.weight_decay if group["params"][0].ndim > 1 else 0.0
-        if self.accelerator.scaler is not None and tree["scaler"]:
-            self.accelerator.scaler.load_state_dict(tree["scaler"])
+        self.parallel.load_scaler(tree["scaler"])
         self.ema.load(tree["ema"])
         self.guard.load(tree["guard"])
         self.step = tree["step"]
-        self._written = [n for n in tree["written"] if n != path.name] + [path.name]
+        share = self.batch_size * self.grad_accum_every * self.parallel.world
+        # older checkpoints count no samples: they are taken to have had today's batches
+        self.samples = tree.get("samples", (self.step + self.guard.lost_steps) * share)
+        self.checkpoints.resumed(path, tree)
 
     def _check_config(self, saved: dict[str, Any], path: Path) -> None:
         """Refuse a checkpoint of a model made with other arguments: shapes do not tell them all."""

@@ -1,0 +1,69 @@
+"""The log of a training run: ``metrics.jsonl``, with the warnings that its figures give rise to."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from ..checkpoint import CheckpointError
+from .health import Health
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Wraps code that writes a file: if that fails, the error says which file and what to do.
+
+    Raises:
+        CheckpointError: the disk is full, or the folder is write-protected or gone.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path} could not be written ({error}): make room and resume; checkpoints "
+            "written before are intact"
+        ) from error
+
+
+class Log:
+    """Appends a stage's figures and warnings to ``metrics.jsonl``. For the main process alone.
+
+    Args:
+        folder: the run's results folder.
+        stage: name of the stage in every line.
+        health: judges the figures.
+        say: prints a line on the terminal.
+    """
+
+    def __init__(self, folder: Path, stage: str, health: Health, say: Callable[[str], None]):
+        self.path = folder / "metrics.jsonl"
+        self.stage, self.health, self.say = stage, health, say
+
+    def add(self, step: int, values: dict[str, float], codes_full: bool = False) -> None:
+        """Append a line of figures, and the warnings that it calls for."""
+        # JSON has no infinity and no NaN
+        line = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._write(step, line)
+        for warning in self.health.see({"step": step, **line}, codes_full):
+            self.warn(step, warning)
+
+    def warn(self, step: int, warning: str) -> None:
+        """Print a warning and append it to the log, where the report finds it."""
+        self.say(f"step {step}: {warning}")
+        self._write(step, {"warning": warning})
+
+    def _write(self, step: int, values: dict[str, Any]) -> None:
+        line = json.dumps({"stage": self.stage, "step": step} | values) + "\n"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with writing(self.path), open(self.path, "ab+") as file:
+            if file.tell():  # a killed process may have left half a line
+                file.seek(-1, os.SEEK_END)
+                line = line if file.read(1) == b"\n" else "\n" + line
+            file.write(line.encode())
