@@ -53,7 +53,8 @@ AUTONAT = {
     "guidance_schedule": [0, 0, 0, 0.9, 1.6, 1.2, 1.4, 1.2],
 }
 GUIDANCE: dict[str, dict[str, Any]] = {
-    **{g: {"guidance_schedule": g} for g in ("constant", "linear", "cosine", "interval")},
+    **{g: {"guidance_schedule": g} for g in ("constant", "linear", "cosine")},
+    "interval": {"guidance_schedule": [0, 0, 0, 1, 1, 1, 1, 1]},  # none in the first third
     "autonat": AUTONAT,
     "none": {"cond_scale": 1.0},
 }
@@ -115,7 +116,8 @@ class RowCounter:
             network.register_forward_pre_hook(self._count)
 
     def _count(self, network: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        self.rows += len(arguments[0])
+        ids, context = arguments[:2]
+        self.rows += len(ids) * len(context.mask)  # all branches of the guidance
 
 
 @torch.no_grad()

@@ -6,7 +6,6 @@ data position is a function of the step, so that a checkpoint needs no generator
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import signal
@@ -23,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..checkpoint import CheckpointError, Saveable
 from ..data.order import EndlessBatches
+from ..files import digest_state
 from ..watching.health import Health
 from ..watching.log import Log, writing
 from ..watching.progress import Progress
@@ -47,16 +47,6 @@ def _leaves(config: Any, above: str = "") -> dict[str, Any]:
         if key not in ("sample_options", "presets")
         for name, value in _leaves(part, f"{above}.{key}".strip(".")).items()
     }
-
-
-def _digest(state: dict[str, Tensor]) -> str:
-    """SHA-256 of names and values: to know again what no checkpoint holds."""
-    digest = hashlib.sha256()
-    for name, value in sorted(state.items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(raw.numpy().data)
-    return digest.hexdigest()
 
 
 class Trainer:
@@ -514,7 +504,7 @@ class Trainer:
         first = next(iter(self.modules().values()))
         averaged = {name for name, _ in first.named_parameters(remove_duplicate=False)}
         self.ema = EMA(self._trained_state(first), averaged, self.ema_decay)
-        self._frozen = _digest(
+        self._frozen = digest_state(
             {k: v for k, v in first.state_dict().items() if k not in self.ema.tensors}
         )
 
@@ -638,8 +628,8 @@ class Trainer:
         """Refuse a checkpoint of a model made with other arguments: shapes do not tell them all."""
         own = _leaves(json.loads(json.dumps(self.model.config)))
         saved = _leaves(json.loads(json.dumps(saved)))
-        for key in sorted(own.keys() | saved.keys()):
-            if own.get(key) != saved.get(key):
+        for key in sorted(own.keys() & saved.keys()):  # another release may have others
+            if own[key] != saved[key]:
                 raise CheckpointError(
                     f"{path} is of another model than this one ({key} was {saved.get(key)} and is "
                     f"{own.get(key)}): resume with the settings it was made with, or choose "

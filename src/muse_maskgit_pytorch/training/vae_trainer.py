@@ -70,7 +70,9 @@ class VQGanVAETrainer(Trainer):
         gan_ramp: optimizer steps over which the adversarial term then rises to its weight, so
             that the discriminator learns to see before the tokenizer listens.
         gan_adaptive: multiply the weight by the ratio of the gradients of reconstruction and
-            adversarial term at the decoder's last layer (VQGAN).
+            adversarial term at the decoder's last layer (VQGAN). It is on because by itself it
+            saved what all the other guards together saved (docs/tokenizer.md); the paper names a
+            fixed weight.
         lecam_weight: weight of LeCam regularisation; 0 switches it off.
         gradient_penalty_weight: weight of R1 on the discriminator; 0 switches it off.
         discriminator_dim: channels of the discriminator's first layer.
@@ -108,7 +110,7 @@ class VQGanVAETrainer(Trainer):
         gan_loss: GanLoss = "hinge",
         gan_start: int = 20_000,
         gan_ramp: int = 1_000,
-        gan_adaptive: bool = False,
+        gan_adaptive: bool = True,
         lecam_weight: float = 0.001,
         gradient_penalty_weight: float = 0.0,
         discriminator_dim: int = 64,
@@ -150,6 +152,16 @@ class VQGanVAETrainer(Trainer):
                 f"gan_start {gan_start} comes after the last of {self.num_train_steps} steps: this "
                 "run has no adversarial term; set gan_weight=0 to say so, or start it earlier",
                 stacklevel=2,
+            )
+        last = vae.decoder[-1].weight
+        if (
+            gan_weight > 0
+            and gan_adaptive
+            and not (isinstance(last, Tensor) and last.requires_grad)
+        ):
+            raise ValueError(
+                "gan_adaptive reads the gradient of the decoder's last layer, which is frozen: set "
+                "gan_adaptive=False, or call requires_grad_(True) on it"
             )
         self.vae = vae
         self.image_size, self.cache_images = image_size, cache_images
