@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -1590,7 +1590,7 @@ def test_weights_that_are_not_finite_are_never_saved(images: Path, tmp_path: Pat
 @pytest.mark.parametrize("name", ["lr", "recon_weight", "max_minutes", "weight_decay"])
 def test_settings_that_are_not_finite(images: Path, tmp_path: Path, name: str, value: float):
     with pytest.raises(ValueError, match=f"{name} must be"):
-        vae_trainer(images, tmp_path / "r", **{name: value})
+        vae_trainer(images, tmp_path / "r", **cast(Any, {name: value}))
 
 
 def test_any_failure_saves_what_is_done(images: Path, tmp_path: Path):
