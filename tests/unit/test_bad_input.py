@@ -335,7 +335,7 @@ def starve(images: Path, results: Path, starving: Any, method: str, call: int, r
 
 @pytest.mark.parametrize(
     "method, call, room", [("_save_checkpoint", 1, ROOM), ("save", 0, ROOM), ("draw", 1, 0),
-                           ("_write_line", 5, 0)]
+                           ("measures", 3, 0)]
 )  # fmt: skip
 def test_a_full_disk(images: Path, disk: Path, tmp_path: Path, method: str, call: int, room: int):
     make_trainer(images, tmp_path / "whole").train()

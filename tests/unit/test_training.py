@@ -38,6 +38,13 @@ from muse_maskgit_pytorch.training import vae_trainer as vae_training
 from muse_maskgit_pytorch.training.ema import EMA
 from muse_maskgit_pytorch.training.guard import Diverged, Guard
 from muse_maskgit_pytorch.training.loop import MAX_RESTARTS, Trainer
+from muse_maskgit_pytorch.training.optimizers import (
+    adamw,
+    decayed,
+    load_named_state,
+    named_state,
+    trained,
+)
 from muse_maskgit_pytorch.training.perceptual import PerceptualLoss
 from muse_maskgit_pytorch.watching.health import Health
 from muse_maskgit_pytorch.watching.log import Log
@@ -768,7 +775,7 @@ def test_an_interrupted_transformer_run_ends_as_an_unbroken_one(
     whole = last_state(tmp_path / "unbroken")
     assert_same(last_state(tmp_path / "broken"), whole)
     assert whole["step"] == 6
-    steps = {float(s["step"]) for s in whole["optimizers"]["model"]["state"].values()}
+    steps = {float(s["step"]) for s in whole["optimizers"]["model"].values()}
     assert steps == {6.0}
 
 
@@ -1338,9 +1345,7 @@ def test_without_the_guard_a_bad_gradient_ends_the_run(images: Path, tmp_path: P
     settings: dict[str, Any] = dict(num_train_steps=6, save_every=2, max_spike=0)
     trainer = vae_trainer(images, tmp_path / "r", make_vae(quantizer="fsq"), **settings)
     poison(trainer, {3: math.nan})
-    with pytest.raises(
-        Diverged, match="weights are not finite at step 4, and are not saved: lower lr"
-    ):
+    with pytest.raises(Diverged, match="not finite at step 4, and are not saved: lower lr"):
         trainer.train()
     assert trainer.guard.counts() == {"skipped_steps": 0, "restarts": 0}
     assert not first_weight(trainer.vae).isfinite().all()
@@ -1659,3 +1664,46 @@ def test_the_last_step_is_validated_drawn_and_saved_once(images: Path, tmp_path:
     trainer.train()
     assert drawn == ["vae-00000001.png", "vae-00000002.png"]
     assert sum("valid_psnr" in line for line in metrics(tmp_path / "r")) == 2
+
+
+# Optimizers --------------------------------------------------------------------------------------
+
+
+def test_what_weight_decay_leaves_alone(t5: str):
+    maskgit = make_maskgit(t5)
+    maskgit.vae.requires_grad_(False)
+    left = {n for n, p in maskgit.named_parameters() if p.requires_grad} - decayed(maskgit)
+    kinds = {name.split(".")[-1] for name in left if maskgit.get_parameter(name).ndim > 1}
+    assert kinds == {"weight", "row", "column", "null_kv"}
+    tables = {n for n in left if n.endswith(".weight") and maskgit.get_parameter(n).ndim > 1}
+    assert (
+        tables
+        == {f"{name}.weight" for name, m in maskgit.named_modules() if isinstance(m, nn.Embedding)}
+        & left
+    )
+    assert all(maskgit.get_parameter(n).ndim > 1 for n in decayed(maskgit))
+    assert any("to_logits" in n or "to_q" in n or "ff" in n for n in decayed(maskgit))
+
+
+def test_optimizer_state_of_older_checkpoints_is_mapped(t5: str):
+    """They number the parameters with all matrices first, whatever they are."""
+    model = make_maskgit(t5)
+    model.vae.requires_grad_(False)
+    parameters = trained(model)
+    names = [n for n, p in parameters.items() if p.ndim > 1]
+    names += [n for n, p in parameters.items() if p.ndim <= 1]
+    state = {
+        name: {
+            "step": torch.tensor(1.0),
+            "exp_avg": torch.full_like(parameters[name], i),
+            "exp_avg_sq": torch.full_like(parameters[name], i),
+        }
+        for i, name in enumerate(names)
+    }
+    old = {"state": dict(enumerate(state.values())), "param_groups": []}
+    for saved in (old, state):
+        optimizer = adamw(model, 1e-3, (0.9, 0.99), 0.1)
+        load_named_state(model, optimizer, saved)
+        assert_same(
+            dict(sorted(named_state(model, optimizer).items())), dict(sorted(state.items()))
+        )

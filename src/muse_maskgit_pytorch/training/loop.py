@@ -31,6 +31,7 @@ from .checkpoints import Checkpoints
 from .ema import EMA
 from .guard import Diverged, Guard
 from .lock import locked
+from .optimizers import adamw, load_named_state, named_state
 from .parallel import Parallel, Precision
 from .settings import at_least
 
@@ -59,7 +60,8 @@ class Trainer:
         num_train_steps: optimizer steps in all.
         lr: peak learning rate.
         betas: of AdamW.
-        weight_decay: of AdamW, on tensors of two or more dimensions (not on norms and biases).
+        weight_decay: of AdamW, on matrices and convolutions (not on norms, biases, embeddings,
+            position tables and null keys).
         warmup_steps: linear rise of the learning rate.
         lr_schedule: "cosine" (to 1 % of the peak) or "constant", after the warm-up.
         max_grad_norm: gradient clipping; 0 switches it off.
@@ -488,18 +490,7 @@ class Trainer:
         self.optimizers: dict[str, Any] = {}
         for name, module in self.modules().items():
             module.to(self.device)
-            parameters = [p for p in module.parameters() if p.requires_grad]
-            groups = [
-                {"params": [p for p in parameters if p.ndim > 1]},
-                {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-            ]
-            optimizer = torch.optim.AdamW(
-                [group for group in groups if group["params"]],
-                lr=self.lr,
-                betas=self.betas,
-                weight_decay=self.weight_decay,
-                fused=True,
-            )
+            optimizer = adamw(module, self.lr, self.betas, self.weight_decay)
             self.wrapped[name], self.optimizers[name] = self.parallel.prepare(module, optimizer)
         first = next(iter(self.modules().values()))
         averaged = {name for name, _ in first.named_parameters(remove_duplicate=False)}
@@ -584,7 +575,9 @@ class Trainer:
             "step": self.step,
             "samples": self.samples,
             "modules": {n: self._trained_state(m) for n, m in self.modules().items()},
-            "optimizers": {n: o.state_dict() for n, o in self.optimizers.items()},
+            "optimizers": {
+                n: named_state(m, self.optimizers[n]) for n, m in self.modules().items()
+            },
             "ema": self.ema.average,
             "scaler": self.parallel.scaler_state(),
             "guard": self.guard.state(),
@@ -611,10 +604,7 @@ class Trainer:
                     "resume with the settings it was made with, or choose another results_folder"
                 )
             module.load_state_dict(saved, strict=False)
-            self.optimizers[name].load_state_dict(tree["optimizers"][name])
-            for group in self.optimizers[name].param_groups:  # today's settings, not the saved ones
-                group["betas"] = self.betas
-                group["weight_decay"] = self.weight_decay if group["params"][0].ndim > 1 else 0.0
+            load_named_state(module, self.optimizers[name], tree["optimizers"][name])
         self.parallel.load_scaler(tree["scaler"])
         self.ema.load(tree["ema"])
         self.guard.load(tree["guard"])

@@ -1,0 +1,73 @@
+"""AdamW of a module: what weight decay leaves alone, and a state stored by parameter name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+TABLES = ("row", "column", "null_kv")  # learned positions and null keys
+
+
+def trained(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that require a gradient, by name, in the module's own order."""
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
+def decayed(module: nn.Module) -> set[str]:
+    """Names of the parameters that weight decay applies to.
+
+    Matrices and convolutions; not norms, biases, embeddings, position tables and null keys.
+    """
+    embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+    return {
+        name
+        for name, p in trained(module).items()
+        if p.ndim > 1 and id(p) not in embeddings and name.split(".")[-1] not in TABLES
+    }
+
+
+def adamw(
+    module: nn.Module, lr: float, betas: tuple[float, float], weight_decay: float
+) -> torch.optim.AdamW:
+    """The optimizer of a module's trained parameters."""
+    with_decay, parameters = decayed(module), trained(module)
+    groups = [
+        {"params": [p for n, p in parameters.items() if n in with_decay]},
+        {"params": [p for n, p in parameters.items() if n not in with_decay], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=lr,
+        betas=betas,
+        weight_decay=weight_decay,
+        fused=True,
+    )
+
+
+def _order(module: nn.Module) -> list[str]:
+    """Parameter names in the order in which the optimizer numbers them."""
+    with_decay = decayed(module)
+    return sorted(trained(module), key=lambda name: name not in with_decay)
+
+
+def named_state(module: nn.Module, optimizer: Any) -> dict[str, Any]:
+    """What the optimizer remembers of each parameter, by the parameter's name."""
+    names = _order(module)
+    return {names[i]: state for i, state in optimizer.state_dict()["state"].items()}
+
+
+def load_named_state(module: nn.Module, optimizer: Any, saved: dict[str, Any]) -> None:
+    """Restore the state that `named_state` returned; the settings stay those of today.
+
+    Older checkpoints hold torch's own form, numbered with all tensors of two or more dimensions
+    first.
+    """
+    if saved.keys() == {"state", "param_groups"}:
+        parameters = trained(module)
+        old = sorted(parameters, key=lambda name: parameters[name].ndim <= 1)
+        saved = {old[int(i)]: state for i, state in saved["state"].items()}
+    state = {i: saved[name] for i, name in enumerate(_order(module)) if name in saved}
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
