@@ -115,7 +115,7 @@ class RowCounter:
         for network in networks:
             network.register_forward_pre_hook(self._count)
 
-    def _count(self, network: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+    def _count(self, network: nn.Module, arguments: tuple[Any, ...]) -> None:
         ids, context = arguments[:2]
         self.rows += len(ids) * len(context.mask)  # all branches of the guidance
 

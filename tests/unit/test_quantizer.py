@@ -3,6 +3,7 @@
 import copy
 import math
 import time
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -435,3 +436,24 @@ def test_nothing_is_learnt_without_gradients(kind):
 def test_weights_out_of_range(changes, message):
     with pytest.raises(ValueError, match=message):
         make("vq", **changes)
+
+
+def test_forwards_of_one_batch_move_the_codes_once():
+    """Two micro batches of 4 are one batch of 8; outside of the block each forward is a batch."""
+    torch.manual_seed(0)
+    whole, parts = (Quantizer(8, 16, "vq") for _ in range(2))
+    parts.load_state_dict(whole.state_dict())
+    features = torch.randn(8, 8, 3, 3)
+    for _ in range(3):
+        whole(features)
+        with parts.one_batch():
+            before = parts.inner.codes.clone()
+            for half in features.split(4):
+                parts(half)
+            assert torch.equal(parts.inner.codes, before)
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(parts.state_dict()[name], value, msg=name)
+    with suppress(RuntimeError), parts.one_batch():
+        parts(features)
+        raise RuntimeError
+    torch.testing.assert_close(parts.inner.codes, whole.inner.codes)  # nothing half-done

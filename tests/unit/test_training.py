@@ -568,7 +568,8 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(images: Path, tmp_pa
         results = tmp_path / f"r{accumulate}"
         trainer = vae_trainer(
             images, results, make_vae(quantizer="fsq"), **GAN, gan_ramp=0, lecam_weight=1.0,
-            gradient_penalty_weight=1.0, batch_size=batch_size, grad_accum_every=accumulate,
+            gradient_penalty_weight=1.0, gan_adaptive=False, batch_size=batch_size,
+            grad_accum_every=accumulate,
             valid_fraction=0, warmup_steps=0,
         )  # fmt: skip
         original, grads = trainer.optimizer_step, {}
@@ -1077,13 +1078,74 @@ def test_precisions_may_differ_from_trainer_to_trainer(images: Path, tmp_path: P
     maskgit_trainer(images, tmp_path / "base", make_maskgit(t5), mixed_precision="no").train()
 
 
-def test_a_frozen_part_trains_again_with_the_next_trainer(images: Path, tmp_path: Path, t5: str):
+def test_what_is_frozen_stays_frozen_and_a_part_is_narrowed_for_its_run(
+    images: Path, tmp_path: Path, t5: str
+):
     model = make_maskgit(t5, critic=True)
-    maskgit_trainer(images, tmp_path, model, part="critic")
-    assert not any(p.requires_grad for p in model.transformer.parameters())
-    maskgit_trainer(images, tmp_path, model, part="all")
-    assert all(p.requires_grad for p in model.transformer.parameters())
-    assert not any(p.requires_grad for p in model.vae.parameters())
+    model.transformer.text_proj.requires_grad_(False)  # by the caller, as LoRA does
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    asked = {name: p.requires_grad for name, p in model.named_parameters()}
+
+    def moved() -> set[str]:
+        return {
+            name.split(".")[0]
+            for name, p in model.named_parameters()
+            if not torch.equal(p, before[name])
+        }
+
+    maskgit_trainer(images, tmp_path / "critic", model, part="critic").train()
+    assert moved() == {"critic"}
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == asked
+    maskgit_trainer(images, tmp_path / "all", model).train()
+    assert moved() == {"critic", "transformer"}
+    assert torch.equal(model.transformer.text_proj.weight, before["transformer.text_proj.weight"])
+    model.transformer.requires_grad_(False)
+    with pytest.raises(ValueError, match="nothing to train with part='transformer'"):
+        maskgit_trainer(images, tmp_path / "none", model, part="transformer")
+
+
+def test_each_masked_token_of_a_step_counts_alike(
+    images: Path, tmp_path: Path, t5: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Micro batches with few masked tokens and with many make the gradient of one large batch."""
+    masks = torch.arange(16) < torch.tensor([1, 16, 3, 12])[:, None]
+    found = []
+    for batch_size, accumulate in ((4, 1), (2, 2), (1, 4)):
+        model = make_maskgit(t5, cond_drop_prob=0.0)
+        trainer = maskgit_trainer(
+            images, tmp_path / f"r{batch_size}", model, batch_size=batch_size,
+            grad_accum_every=accumulate, num_train_steps=1, valid_fraction=0,
+        )  # fmt: skip
+        shares = iter(masks.split(batch_size))
+        monkeypatch.setattr(model, "draw_mask", lambda rows, shares=shares: next(shares))
+        grads: dict[str, Tensor] = {}
+
+        def keep(name: str, model=model, grads=grads) -> Tensor:
+            grads |= {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+            return torch.ones(())
+
+        trainer.optimizer_step = keep  # type: ignore[method-assign]
+        monkeypatch.setattr(trainer, "save", lambda: None)
+        monkeypatch.setattr(trainer, "_look", lambda: None)
+        trainer.train()
+        [line] = metrics(tmp_path / f"r{batch_size}")
+        found.append((line["loss"], grads))
+    (loss, whole), *others = found
+    assert whole["transformer.to_logits.weight"].abs().max() > 1e-3
+    for other, grads in others:
+        assert other == pytest.approx(loss, rel=1e-5)
+        assert grads.keys() == whole.keys()
+        for name, grad in grads.items():
+            torch.testing.assert_close(grad, whole[name], rtol=1e-4, atol=1e-7, msg=name)
+
+
+def test_the_critics_term_is_in_the_log(images: Path, tmp_path: Path, t5: str):
+    maskgit_trainer(images, tmp_path / "r", make_maskgit(t5, critic=True)).train()
+    lines = [line for line in metrics(tmp_path / "r") if "loss" in line]
+    for line in lines:
+        assert line["loss"] == pytest.approx(line["ce"] + line["critic"], rel=1e-5)
+    maskgit_trainer(images, tmp_path / "plain", make_maskgit(t5)).train()
+    assert all("ce" not in line for line in metrics(tmp_path / "plain"))
 
 
 def test_no_checkpoint_is_written_over_a_good_one_once_the_loss_is_no_number(
