@@ -101,6 +101,7 @@ def test_base(self_critic: bool):
         image_size=16,
         cond_drop_prob=0,
         self_token_critic=self_critic,
+        critic_target="truth",  # of a model that knows the truth, nothing tells what it sampled
     )
     ids, text = random_ids(16), texts()
     values = fit(lambda: model(ids, text_embeds=text), model.parameters(), steps=300)

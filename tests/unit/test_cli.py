@@ -427,20 +427,17 @@ def test_a_film_shows_what_is_there():
     assert (last - superres.decode(high)[1]).abs().max() <= 0.5001 / 255
 
 
-def test_only_stated_options_replace_the_models_own(muse_file: Path, tmp_path: Path, monkeypatch):
-    seen = {}
-    monkeypatch.setattr(
-        Muse,
-        "forward",
-        lambda self, prompts, **arguments: (
-            seen.update(arguments) or [Image.new("RGB", (1, 1))] * len(prompts)
-        ),
-    )
+def test_only_stated_options_replace_the_models_own(muse_file: Path, tmp_path: Path):
     (tmp_path / "options.yaml").write_text("superres: {cond_scale: 1.5}")
     flags = [f"--model={muse_file}", f"--out={tmp_path}/x.png", "--base.timesteps", "2"]
     assert main(["generate", "a", "b", *flags, "--config", f"{tmp_path}/options.yaml"]) == 0
-    assert seen["base_options"] == SampleOptions(timesteps=2, cond_scale=2.0)
-    assert seen["superres_options"] == SampleOptions(timesteps=8, cond_scale=1.5)
+    [record] = read_records(tmp_path / "x.png")
+    for stage, wanted in {
+        "base": SampleOptions(timesteps=2, cond_scale=2.0),
+        "superres": SampleOptions(timesteps=8, cond_scale=1.5),
+    }.items():
+        options = record.request.options[stage]
+        assert options == wanted.replace(seeds=options.seeds).with_rows(2)
 
 
 def test_the_bar_counts_every_sampling_step(muse_file: Path, monkeypatch):
@@ -676,8 +673,8 @@ def test_files_of_the_wrong_kind(muse_file: Path, tmp_path: Path, capsys):
 def test_counts_that_do_not_fit_and_pictures_of_others(muse_file: Path, tmp_path: Path, capsys):
     make = ["generate", f"--model={muse_file}", f"--out={tmp_path}/a.png"]
     error = fails([*make, "a", "b", "c", "--negative", '["x", "y"]'], capsys)
-    assert "--negative has 2 values for 3 pictures" in error
-    assert "--seed has 1 values for 2 pictures" in fails([*make, "a", "b", "--seed=[1]"], capsys)
+    assert "2 negative_texts for 3 texts" in error
+    assert "seeds has 1 values for 2 images" in fails([*make, "a", "b", "--seed=[1]"], capsys)
     many = [*make, *["a"] * 65, f"--gif={tmp_path}/a.gif"]
     assert "--gif shows up to 64 pictures, not 65" in fails(many, capsys)
     assert list(tmp_path.iterdir()) == []

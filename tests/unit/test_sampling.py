@@ -555,3 +555,14 @@ def test_seeds_are_whole_numbers():
     for seeds in (1.5, "ab", [1, 2.0], 2**64):
         with pytest.raises(ValueError, match="seeds must be whole numbers"):
             noise(seeds)
+
+
+def test_another_default_device_changes_nothing():
+    """Random tensors from CPU generators say where they are: ``set_default_device`` may be on."""
+    model, text, ids = tiny.maskgit(), tiny.text(), tiny.ids()
+    for options in (SampleOptions(timesteps=3, policy="halton", top_k=4), SampleOptions(4)):
+        arguments: dict[str, Any] = dict(text_embeds=text, options=options, seeds=1)
+        expected = model.generate_ids(**arguments)
+        with torch.device("meta"):
+            assert torch.equal(model.generate_ids(**arguments), expected)
+            assert model(ids, text_embeds=text).device.type == "cpu"

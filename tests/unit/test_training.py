@@ -1663,6 +1663,7 @@ def test_one_trainer_at_a_time_in_a_folder(images: Path, tmp_path: Path):
 
 LIFE = """
 import os, signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup round the tests would have it ignored
 from muse_maskgit_pytorch import VQGanVAE, VQGanVAETrainer
 vae = VQGanVAE(dim=8, codebook_size=16, layers=2, num_res_blocks=1, quantizer="vq")
 trainer = VQGanVAETrainer(vae, folder=sys.argv[1], image_size=16, batch_size=2, num_train_steps=6,
