@@ -9,6 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..layers import Block
+
 Precision = Literal["no", "fp16", "bf16"]
 
 
@@ -97,3 +99,28 @@ class Parallel:
     def wait(self) -> None:
         """Wait for all processes."""
         self.accelerator.wait_for_everyone()
+
+
+def shard(module: nn.Module) -> None:
+    """Shard weights, gradients and optimizer state over all processes, block by block (FSDP2).
+
+    For loops of one's own: the trainers do not use it, since their checkpoints are written by one
+    process that has all the weights. torch.distributed must be initialised.
+
+    Args:
+        module: a `MaskGit`, a transformer, or what wraps one. Parameters that are frozen (the
+            tokenizers') stay whole on every process.
+    """
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    frozen = {p for p in module.parameters() if not p.requires_grad}
+    for part in module.modules():
+        if isinstance(part, Block):
+            fully_shard(part, ignored_params=frozen)
+            if part.cross is not None:
+                # called before the block's forward, and so with its weights still apart
+                register_fsdp_forward_method(part, "keys_values")
+    fully_shard(module, ignored_params=frozen)
+    for method in ("losses", "encode_context"):
+        if hasattr(module, method):
+            register_fsdp_forward_method(module, method)
