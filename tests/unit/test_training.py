@@ -1139,6 +1139,23 @@ def test_each_masked_token_of_a_step_counts_alike(
             torch.testing.assert_close(grad, whole[name], rtol=1e-4, atol=1e-7, msg=name)
 
 
+def test_validation_is_a_mean_over_masked_tokens(images: Path, tmp_path: Path, t5: str):
+    figures = []
+    for batch_size in (7, 2):
+        trainer = maskgit_trainer(
+            images, tmp_path / "r", make_maskgit(t5), batch_size=batch_size, cache_tokens=False
+        )
+        trainer.model.to(trainer.device).eval()
+        loader = torch.utils.data.DataLoader(
+            trainer.dataset, batch_size=batch_size, collate_fn=trainer.collate
+        )
+        torch.manual_seed(3)
+        with torch.no_grad():
+            figures.append(trainer.validate(loader))
+    assert figures[0] == pytest.approx(figures[1], rel=1e-5)
+    assert figures[0]["loss"] == figures[0]["ce"]
+
+
 def test_the_critics_term_is_in_the_log(images: Path, tmp_path: Path, t5: str):
     maskgit_trainer(images, tmp_path / "r", make_maskgit(t5, critic=True)).train()
     lines = [line for line in metrics(tmp_path / "r") if "loss" in line]

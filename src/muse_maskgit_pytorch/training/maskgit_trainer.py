@@ -134,13 +134,14 @@ class MaskGitTrainer(Trainer):
         The critic's loss is a mean over all tokens, as many in each micro batch and process, so
         there a mean of means is exact.
         """
-        micros = [self._arguments(next(batches)) for _ in range(self.grad_accum_every)]
-        masks = [self.maskgit.draw_mask(len(micro["images_or_ids"])) for micro in micros]
+        micros = [next(batches) for _ in range(self.grad_accum_every)]
+        masks = [self.maskgit.draw_mask(_rows(batch)) for batch in micros]
         counts = torch.stack([mask.sum() for mask in masks])
         total = self.parallel.reduce(counts.sum())
         weights = counts * len(micros) * self.parallel.world / total
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
-        for micro, (arguments, mask, weight) in enumerate(zip(micros, masks, weights, strict=True)):
+        for micro, (batch, mask, weight) in enumerate(zip(micros, masks, weights, strict=True)):
+            arguments = self._arguments(batch)  # one micro batch at a time on the device
             with self.accumulating(self.wrapped["model"], micro):
                 with self.autocast():
                     terms = self.wrapped["model"](**arguments, mask=mask, mask_weight=weight)
@@ -183,3 +184,9 @@ class MaskGitTrainer(Trainer):
         path.parent.mkdir(parents=True, exist_ok=True)
         both = torch.cat([images, drawn.float().cpu()])
         image_grid(both, columns=len(rows), labels=[*texts, *[""] * len(texts)]).save(path)
+
+
+def _rows(batch: Batch) -> int:
+    images = batch.images if batch.ids is None else batch.ids
+    assert images is not None
+    return len(images)
