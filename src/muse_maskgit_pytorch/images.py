@@ -200,7 +200,7 @@ def _digest(image: Image.Image) -> str:
 
 
 def read_record(path: str | PathLike[str]) -> str | None:
-    """The text that `save_png` wrote beside the pixels, None where there is none.
+    """The text that `save_png` wrote along with the pixels, or None.
 
     Raises:
         ValueError: as `read_image`, or a text too long to be one of ours.

@@ -212,7 +212,7 @@ def fsq_levels(codebook_size: int) -> list[int]:
             )
         ]
         raise ValueError(
-            f"codebook_size {codebook_size} is no product of FSQ levels 3 to 8; "
+            f"codebook_size {codebook_size} is not a product of FSQ levels 3 to 8; "
             f"the nearest that are: {[n for n in near if n]}"
         )
     return found
@@ -308,7 +308,7 @@ class Quantizer(nn.Module):
         elif kind in ("lfq", "bsq"):
             if codebook_size & (codebook_size - 1):
                 raise ValueError(
-                    f"codebook_size {codebook_size} is no power of two, which {kind.upper()} "
+                    f"codebook_size {codebook_size} is not a power of two, which {kind.upper()} "
                     f"needs; the next one is {1 << codebook_size.bit_length()}"
                 )
             width = codebook_size.bit_length() - 1
@@ -356,7 +356,7 @@ class Quantizer(nn.Module):
     def _quantize(self, rows: Float[Tensor, "B n c"]) -> Codes:
         if self.kind == "fsq":
             codes, ids = self.inner(rows)
-            # of a vector that is no number the id would be far out, and an error for any table
+            # a vector that is not finite would get an id outside of the codebook
             return Codes(codes, ids.clamp(0, self.codebook_size - 1), {})
         if self.kind == "simvq":
             codes, ids, loss = self.inner(rows)

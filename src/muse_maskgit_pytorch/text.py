@@ -103,7 +103,7 @@ def embed_dim(name: str) -> int:
 
 
 class TextEncoder:
-    """A frozen encoder and its caption tokenizer. Not a module: it is no part of a checkpoint.
+    """A frozen encoder and its caption tokenizer. Not a module: it is not part of a checkpoint.
 
     Args:
         name: Hugging Face name or local path.
@@ -239,7 +239,7 @@ class TextEncoder:
         """The text, split at spaces into as few as fit; a word that does not fit is split itself.
 
         Raises:
-            ValueError: not one letter fits beside the special tokens.
+            ValueError: not one letter fits next to the special tokens.
         """
         windows, rest = [], text
         while not self._fits(rest):
@@ -250,7 +250,7 @@ class TextEncoder:
                     break
             else:
                 raise ValueError(
-                    f"max_text_len {self.max_text_len} leaves no room beside the special tokens "
+                    f"max_text_len {self.max_text_len} leaves no room next to the special tokens "
                     f"of {self.name!r}: raise it"
                 )
             windows.append(rest[: ends[fitting - 1]])

@@ -6,9 +6,9 @@ change the maps, and nothing else of plain generation:
 
 - *scaled*, a word's column of A is multiplied, the rest left as it is, not normalised again.
   Since ``sum_j (w_j A_ij) v_j = sum_j A_ij (w_j v_j)``, that is a factor on its values;
-- *replaced*, the new prompt's picture is drawn beside the old one's with the same noise, and for
-  the first steps it takes over the old one's maps: what is where stays, what it is changes. The
-  maps of the self-attention stay each picture's own: taken over too, they did no good.
+- *replaced*, the new prompt's picture is drawn along with the old one's, with the same noise, and
+  for the first steps it takes over the old one's maps: what is where stays, what it is changes. The
+  maps of the self-attention are not taken over: it did no good.
 
 Both are done by a step of the sampler that changes the context before each pass (`sampling.Step`);
 models are left alone, so other pictures may be drawn with them at the same time.

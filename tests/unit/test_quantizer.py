@@ -396,8 +396,8 @@ def test_fsq_size_that_cannot_be():
 @pytest.mark.parametrize(
     "kind, changes, message",
     [
-        ("lfq", dict(codebook_size=1000), "codebook_size 1000 is no power of two.*LFQ.*1024"),
-        ("bsq", dict(codebook_size=48), "codebook_size 48 is no power of two.*BSQ.*64"),
+        ("lfq", dict(codebook_size=1000), "codebook_size 1000 is not a power of two.*LFQ.*1024"),
+        ("bsq", dict(codebook_size=48), "codebook_size 48 is not a power of two.*BSQ.*64"),
         ("vq", dict(codebook_size=0), "codebook_size must be at least 2, not 0"),
         ("vq", dict(codebook_size=1), "codebook_size must be at least 2, not 1"),
         ("fsq", dict(levels=[5, 5]), r"fsq_levels \[5, 5\] give 25 codes, codebook_size says 60"),

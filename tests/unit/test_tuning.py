@@ -278,7 +278,7 @@ def test_axes_hold_what_the_stage_can_do(stage: Any):
 
 def test_a_file_of_something_else(tmp_path: Path):
     (tmp_path / "r.jsonl").write_text('{"loss": 3}\n')
-    with pytest.raises(ValueError, match=r"r\.jsonl, line 1, is no result of a search"):
+    with pytest.raises(ValueError, match=r"r\.jsonl, line 1, is not a result of a search"):
         Results(tmp_path / "r.jsonl")
 
 

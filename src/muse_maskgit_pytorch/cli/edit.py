@@ -119,7 +119,7 @@ def free_parser() -> Parser:
         {
             "share": "of the tokens, to be drawn anew in each iteration",
             "cond_scale": "guidance of these iterations",
-            "top_k": "the likeliest tokens to choose from; 0: all",
+            "top_k": "number of most likely tokens to choose from; 0 means all",
         },
         base={"temperature", "top_p", "min_p"},
     )
@@ -250,7 +250,7 @@ def read_mask(config: Namespace, picture: Image.Image) -> editing.Mask:
     if config.box:
         return editing.box(picture.size[::-1], *config.box)
     [(name, path)] = given.items()
-    read_image(path)  # refuses what is no image, in words
+    read_image(path)  # refuses in words what is not an image
     with Image.open(path) as image:
         mask = ImageOps.exif_transpose(image)
     try:

@@ -124,11 +124,11 @@ def nearest(key: str, known: Iterable[str]) -> str | None:
     known = sorted(known)
     section, _, leaf = key.rpartition(".")
     moved = [other for other in known if other.rpartition(".")[2] == leaf]
-    beside = {o.rpartition(".")[2]: o for o in known if o.rpartition(".")[0] == section}
+    siblings = {o.rpartition(".")[2]: o for o in known if o.rpartition(".")[0] == section}
     if moved:
         found = difflib.get_close_matches(key, moved, n=1, cutoff=0)
-    elif beside:
-        found = [beside[o] for o in difflib.get_close_matches(leaf, beside, n=1, cutoff=0.4)]
+    elif siblings:
+        found = [siblings[o] for o in difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.4)]
     else:
         found = difflib.get_close_matches(key, known, n=1)
     return found[0] if found else None

@@ -69,7 +69,7 @@ def tune_parser() -> Parser:
     parser.add_argument(
         "--policies",
         type=list[Policy] | None,
-        help="to choose from, [confidence,halton], beside the preset's; by default all",
+        help="to choose from, [confidence,halton], in addition to the preset's; by default all",
     )
     parser.add_argument(
         "--score",
@@ -187,9 +187,9 @@ def _check_out(out: str | None, model: Path) -> None:
 def _json(options: SampleOptions) -> str:
     """What is not as in `SampleOptions`, and the steps."""
     default, options = settings(SampleOptions()), effective(options)
-    told = {
+    stated = {
         name: value
         for name, value in settings(options).items()
         if name == "timesteps" or value != default[name]
     }
-    return json.dumps(told)
+    return json.dumps(stated)

@@ -92,7 +92,7 @@ class Folder:
     def _captioned(self) -> list[str]:
         """Narrow `names` to the images that have a caption, and give the captions."""
         found = {name: text for file in _metadata_files(self.folder) for name, text in _rows(file)}
-        texts = [found.get(path := self.folder / name) or _text_beside(path) for name in self.names]
+        texts = [found.get(path := self.folder / name) or _text_for(path) for name in self.names]
         bare = [name for name, text in zip(self.names, texts, strict=True) if not text]
         if len(bare) == len(self.names):
             raise ValueError(
@@ -190,7 +190,7 @@ def _rows(file: Path) -> Iterator[tuple[Path, str]]:
         raise ValueError(f"cannot read {str(file)!r}: {error}") from error
 
 
-def _text_beside(path: Path) -> str:
+def _text_for(path: Path) -> str:
     try:
         return " ".join(path.with_suffix(".txt").read_text(encoding="utf-8-sig").split())
     except (OSError, UnicodeDecodeError):

@@ -111,7 +111,7 @@ def composite(
     """
     kept = ~repaint
     grown = kept.to(drawn.dtype)
-    near = torch.zeros_like(grown)  # falls from 1 beside a kept pixel to 0, feather pixels away
+    near = torch.zeros_like(grown)  # falls from 1 next to a kept pixel to 0, feather pixels away
     for _ in range(feather):
         grown = F.max_pool2d(grown, 3, stride=1, padding=1)
         near = near + grown / feather

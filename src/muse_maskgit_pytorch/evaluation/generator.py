@@ -19,7 +19,7 @@ class Judge:
 
     Args:
         network: gives the features, ``pooled``, of FID, precision and recall. Figures of different
-            networks cannot be compared, so name it beside them; published FIDs are Inception's.
+            networks cannot be compared, so name it with them; published FIDs are Inception's.
         captions: what to draw.
         images: the true picture of each caption.
         gallery: further real images among which retrieval searches, without those of ``images``,

@@ -148,7 +148,7 @@ def frechet_distance(
     """Squared Fréchet distance of two Gaussians: FID where they are fitted to features.
 
     ``|m - n|^2 + tr(S) + tr(T) - 2 tr((S^1/2 T S^1/2)^1/2)`` (Heusel et al. 2017). The last trace
-    is the sum of the singular values of S^1/2 T^1/2. Taken so there is no root of a product's
+    is the sum of the singular values of S^1/2 T^1/2. This way there is no root of a product's
     rounding errors, and covariances of low rank, from fewer images than features, need no offset.
     """
     roots = [_root(matrix.double()) for matrix in (covariance, other_covariance)]

@@ -87,7 +87,7 @@ class Results:
                     self._lines[key] = record["figures"]
                 except (ValueError, TypeError, KeyError) as error:
                     raise ValueError(
-                        f"{path}, line {number}, is no result of a search: give another file"
+                        f"{path}, line {number}, is not a result of a search: give another file"
                     ) from error
 
     @staticmethod
@@ -159,9 +159,9 @@ class Trials:
     def __call__(self, options: SampleOptions) -> Figures:
         """The judge's figures, and "passes": of the transformer and the critic for one image."""
         options = effective(options)
-        told = settings(options)
-        known = self._results.get(self._setup, told)
-        return known or self._results.put(self._setup, told, self._figures(options))
+        key = settings(options)
+        known = self._results.get(self._setup, key)
+        return known or self._results.put(self._setup, key, self._figures(options))
 
     @torch.no_grad()
     def _figures(self, options: SampleOptions) -> Figures:

@@ -46,7 +46,7 @@ def load_tokenizer(
             - the name of a shipped model, with its stage: ``emoji:base``;
             - a folder: diffusers' ``VQModel``, taming's or MaskGIT-VQGAN's, perhaps with the
               part of it that is meant: ``path:vqvae``;
-            - the file with the weights in such a folder, its configuration beside it;
+            - the file with the weights in such a folder, its configuration next to it;
             - a repository on the Hugging Face hub with any of these, perhaps with a subfolder or
               a file: ``amused/amused-256:vqvae``.
         device: where to put it, the CPU by default.
@@ -217,7 +217,7 @@ def _load_foreign(path: Path, part: str | None) -> ForeignVQGAN:
 
 
 def _read_config(path: Path, family: Family) -> tuple[Path, dict[str, Any]] | None:
-    """The configuration beside the weights; None where there is none and none is needed."""
+    """The configuration next to the weights; None if there is none and none is needed."""
     names = ["config.json"]
     if family == "taming":
         names = [f"{path.stem}.yaml", "model.yaml", "config.yaml", "configs/model.yaml"]
@@ -231,7 +231,7 @@ def _read_config(path: Path, family: Family) -> tuple[Path, dict[str, Any]] | No
             return None
         raise CheckpointError(
             f"{path.with_name('config.json')} is missing: the weights alone do not say how a "
-            "diffusers VQModel normalises; put its config.json beside them"
+            "diffusers VQModel normalises; put its config.json next to them"
         )
     try:
         if family != "taming":

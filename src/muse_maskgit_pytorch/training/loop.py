@@ -70,7 +70,7 @@ class Trainer:
             loss that is not finite ends the run.
         max_skips: after this many skipped steps in a row the run returns to its last checkpoint
             and goes on with the data that follow, other random numbers and half the learning rate.
-        ema_decay: of the averaged weights, saved beside the raw ones.
+        ema_decay: of the averaged weights, saved next to the raw ones.
         mixed_precision: "no", "fp16" or "bf16" (autocast; weights stay float32).
         seed: of everything random in the training.
         num_workers: data loading processes.
@@ -89,7 +89,7 @@ class Trainer:
     """
 
     name = "model"
-    shown: tuple[str, ...] = ("loss",)  # figures beside the progress bar
+    shown: tuple[str, ...] = ("loss",)  # figures next to the progress bar
 
     def __init__(
         self,

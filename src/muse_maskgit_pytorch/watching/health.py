@@ -4,7 +4,7 @@ Nothing here touches the training: `CodeUsage` counts, `Health` reads the lines 
 they remember is in no checkpoint; a resumed run refills it from the log and from the next batches.
 
 A false alarm is worse than silence: one bad line never makes a warning, noise is measured and
-allowed for, and what is normal during the warm-up or while the learning rate falls is no news.
+allowed for, and what is normal during the warm-up or while the learning rate falls is not reported.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A training run as one HTML page: figures, warnings, pictures, curves.
 
-The page needs nothing beside itself: pictures are embedded, curves are SVG, there is no script. It
+The page needs no other file: pictures are embedded, curves are SVG, there is no script. It
 is drawn from what the training wrote (``metrics.jsonl`` and ``samples/``), during a run or after.
 """
 
@@ -47,7 +47,7 @@ SHARES = {"codebook_usage", "discriminator_accuracy"}  # always drawn from 0 to 
 ADVERSARY = ("gan_weight", "generator", "discriminator")
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 520, 230, 52, 12, 10, 26  # of a chart, in its own units
 POINTS = 240  # drawn of a curve: more cannot be told apart
-EARLIER = 6  # pictures beside the last one
+EARLIER = 6  # pictures next to the last one
 MAX_PICTURE = 1_500_000, 250_000  # bytes of the last picture, of an earlier one
 
 
@@ -70,7 +70,7 @@ def read_metrics(folder: str | os.PathLike) -> dict[str, Run]:
     """Read the log of a run, stage by stage, in the order in which they began.
 
     Raises:
-        ValueError: there is no ``metrics.jsonl``, or not one good line in it.
+        ValueError: there is no ``metrics.jsonl``, or no valid line in it.
     """
     path = Path(folder) / "metrics.jsonl"
     if not path.is_file():
