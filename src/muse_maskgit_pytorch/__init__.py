@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from .transformer import MaskGitTransformer, SelfCritic, TokenCritic
     from .vqgan_vae import VQGanVAE
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "CheckpointError": "checkpoint",
