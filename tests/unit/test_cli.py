@@ -29,6 +29,7 @@ from muse_maskgit_pytorch import (
     TokenCritic,
     VQGanVAE,
     VQGanVAETrainer,
+    __version__,
 )
 from muse_maskgit_pytorch import testing as tiny
 from muse_maskgit_pytorch.checkpoint import SHIPPED, load_tree
@@ -732,4 +733,4 @@ def test_version_and_help_are_quick_and_load_no_torch():
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("muse 0.1.0\n")
+    assert done.stdout.startswith(f"muse {__version__}\n")
