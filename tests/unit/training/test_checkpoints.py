@@ -1,0 +1,175 @@
+"""Checkpoints and resume."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from muse_maskgit_pytorch import (
+    CheckpointError,
+    MaskGit,
+    MaskGitTrainer,
+    VQGanVAE,
+    VQGanVAETrainer,
+)
+from muse_maskgit_pytorch.checkpoint import load_tree
+from tests.runs import (
+    assert_same,
+    checkpoints,
+    first_weight,
+    interrupt,
+    last_checkpoint,
+    last_state,
+    make_maskgit,
+    make_vae,
+    maskgit_trainer,
+    snapshot,
+    vae_trainer,
+)
+
+
+@pytest.mark.parametrize("quantizer", ["vq", "fsq"])
+def test_an_interrupted_tokenizer_run_ends_as_an_unbroken_one(
+    images: Path, tmp_path: Path, resnet: str, quantizer: str
+):
+    def trainer(name: str, seed: int, **changes: Any) -> VQGanVAETrainer:
+        vae = make_vae(seed, quantizer=quantizer)
+        return vae_trainer(
+            images, tmp_path / name, vae, num_train_steps=6, gan_weight=0.1, gan_start=1,
+            gradient_penalty_weight=1.0, perceptual_weight=0.1, perceptual_model=resnet, **changes,
+        )  # fmt: skip
+
+    trainer("unbroken", 0).train()
+    torch.manual_seed(0)
+    interrupt(trainer("broken", 0), step=3)
+    assert last_checkpoint(tmp_path / "broken")["step"] == 3
+    assert not (tmp_path / "broken" / "vae.safetensors").exists()
+    trainer("broken", seed=1, resume=True).train()
+    assert_same(last_state(tmp_path / "broken"), last_state(tmp_path / "unbroken"))
+    assert_same(
+        load_tree(tmp_path / "broken" / "vae-ema.safetensors")[0]["state"],
+        load_tree(tmp_path / "unbroken" / "vae-ema.safetensors")[0]["state"],
+    )
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_an_interrupted_transformer_run_ends_as_an_unbroken_one(
+    images: Path, tmp_path: Path, t5: str, cached: bool
+):
+    def trainer(name: str, seed: int, **changes: Any) -> MaskGitTrainer:
+        maskgit = make_maskgit(t5, seed, critic=True)
+        changes |= dict(cache_tokens=cached, num_train_steps=6, grad_accum_every=2)
+        return maskgit_trainer(images, tmp_path / name, maskgit, **changes)
+
+    trainer("unbroken", 0).train()
+    interrupt(trainer("broken", 0), step=3)
+    trainer("broken", seed=1, resume=True).train()
+    whole = last_state(tmp_path / "unbroken")
+    assert_same(last_state(tmp_path / "broken"), whole)
+    assert whole["step"] == 6
+    steps = {float(s["step"]) for s in whole["optimizers"]["model"].values()}
+    assert steps == {6.0}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_waits_for_the_step_and_saves(images: Path, tmp_path: Path, number: int):
+    before = signal.getsignal(number)
+    trainer = vae_trainer(images, tmp_path / "r", num_train_steps=9)
+    interrupt(trainer, step=2, number=number)
+    assert trainer.step == 2
+    assert last_checkpoint(tmp_path / "r")["step"] == 2
+    assert signal.getsignal(number) is before
+
+
+def test_resuming_a_finished_run_changes_nothing(images: Path, tmp_path: Path):
+    results = tmp_path / "r"
+    vae_trainer(images, results).train()
+    before = load_tree(results / "vae.safetensors")[0]
+    vae_trainer(images, results, make_vae(1), resume=True).train()
+    assert_same(load_tree(results / "vae.safetensors")[0], before)
+
+
+def test_a_folder_with_a_run_is_refused_and_left_alone(images: Path, tmp_path: Path):
+    results = tmp_path / "r"
+    vae_trainer(images, results).train()
+    before = snapshot(results)
+    with pytest.raises(CheckpointError, match="resume=True") as caught:
+        vae_trainer(images, results).train()
+    assert "\n" not in str(caught.value)
+    assert snapshot(results) == before
+
+
+@pytest.mark.parametrize(
+    "other", [dict(dim=12), dict(quantizer="fsq"), dict(num_res_blocks=2), dict(layers=1)]
+)
+def test_a_checkpoint_of_another_model_is_refused(
+    images: Path, tmp_path: Path, other: dict[str, Any]
+):
+    results = tmp_path / "r"
+    vae_trainer(images, results).train()
+    before = snapshot(results)
+    vae = make_vae(**other)
+    weights = {k: v.clone() for k, v in vae.state_dict().items()}
+    with pytest.raises(CheckpointError, match="another model"):
+        vae_trainer(images, results, vae, resume=True).train()
+    assert snapshot(results) == before
+    assert_same(dict(vae.state_dict()), weights)
+
+
+def test_a_damaged_checkpoint_is_named(images: Path, tmp_path: Path):
+    results = tmp_path / "r"
+    vae_trainer(images, results).train()
+    path = next(results.glob("*checkpoint*"))
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(CheckpointError, match=path.name):
+        vae_trainer(images, results, resume=True).train()
+
+
+def test_the_run_keeps_its_last_checkpoints_and_removes_nothing_else(images: Path, tmp_path: Path):
+    """What it wrote before a resume counts; a checkpoint of another run is not its to delete."""
+    results = tmp_path / "r"
+    settings: dict[str, Any] = dict(num_train_steps=9, save_every=2, keep_checkpoints=2)
+    interrupt(vae_trainer(images, results, **settings), step=5)
+    assert checkpoints(results) == [4, 5]
+    (results / "mine.safetensors").write_bytes(b"mine")
+    (results / "vae-checkpoint-notes.txt").write_text("mine")
+    (results / "vae-checkpoint-00000003.safetensors").write_bytes(b"another run's")
+    (results / "base-checkpoint-00000002.safetensors").write_bytes(b"another stage's")
+    vae_trainer(images, results, resume=True, **settings).train()
+    left = sorted(path.name for path in results.iterdir() if path.is_file())
+    assert left == [
+        "base-checkpoint-00000002.safetensors",
+        "metrics.jsonl",
+        "mine.safetensors",
+        "report.html",
+        "vae-checkpoint-00000003.safetensors",
+        "vae-checkpoint-00000008.safetensors",
+        "vae-checkpoint-00000009.safetensors",
+        "vae-checkpoint-notes.txt",
+        "vae-ema.safetensors",
+        "vae.safetensors",
+    ]
+
+
+def test_saved_weights_load_as_models(images: Path, tmp_path: Path, t5: str):
+    vae_results, results = tmp_path / "vae", tmp_path / "base"
+    trainer = vae_trainer(images, vae_results)
+    trainer.train()
+    averaged = VQGanVAE.from_pretrained(vae_results / "vae-ema.safetensors")
+    assert_same(dict(averaged.state_dict()), dict(trainer.ema.average))
+    raw = VQGanVAE.from_pretrained(vae_results / "vae.safetensors")
+    assert_same(dict(raw.state_dict()), dict(trainer.vae.state_dict()))
+    assert not torch.equal(first_weight(raw), first_weight(averaged))
+    make_vae(3).load(vae_results / "vae-ema.safetensors")
+
+    maskgit = make_maskgit(t5)
+    trainer = maskgit_trainer(images, results, maskgit)
+    trainer.train()
+    averaged = MaskGit.from_pretrained(results / "base-ema.safetensors")
+    for name, value in trainer.ema.average.items():
+        assert torch.equal(averaged.state_dict()[name], value)
+    assert not any(name.startswith("vae.") for name in trainer.ema.average)

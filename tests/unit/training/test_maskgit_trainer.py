@@ -1,0 +1,271 @@
+"""The transformers' trainer: parts, critics, caches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from muse_maskgit_pytorch import (
+    ImageFolder,
+    MaskGit,
+    MaskGitTransformer,
+    TextEmbeds,
+    TokenCache,
+)
+from muse_maskgit_pytorch.training.guard import Diverged
+from tests.runs import (
+    CAPTIONS,
+    assert_same,
+    last_checkpoint,
+    make_maskgit,
+    make_vae,
+    maskgit_trainer,
+    metrics,
+    vae_trainer,
+)
+
+
+@pytest.mark.parametrize("own_head", [True, False])
+@pytest.mark.parametrize("part", ["transformer", "critic", "all"])
+def test_a_part_trains_alone(images: Path, tmp_path: Path, t5: str, part: str, own_head: bool):
+    maskgit = make_maskgit(t5, critic=not own_head, self_token_critic=own_head)
+    before = {k: v.clone() for k, v in maskgit.state_dict().items()}
+    maskgit_trainer(
+        images, tmp_path / "r", maskgit, part=part, num_train_steps=3, warmup_steps=0
+    ).train()
+    moved = {k.split(".")[0] for k, v in maskgit.state_dict().items() if (v != before[k]).any()}
+    assert moved == ({"transformer", "critic"} if part == "all" else {part})
+
+
+def test_training_leaves_the_tokenizer_alone(images: Path, tmp_path: Path, t5: str):
+    """Neither its weights nor the codebook's running means move, and it stays in eval mode."""
+    maskgit = make_maskgit(t5)
+    before = {k: v.clone() for k, v in maskgit.vae.state_dict().items()}
+    maskgit_trainer(images, tmp_path / "r", maskgit, sample_every=1, cache_tokens=False).train()
+    assert_same(dict(maskgit.vae.state_dict()), before)
+    assert not any(module.training for module in maskgit.vae.modules())
+
+
+def superres(t5: str) -> MaskGit:
+    torch.manual_seed(0)
+    size = dict(num_tokens=16, seq_len=16, dim=16, depth=1, dim_head=8, heads=2, t5_name=t5)
+    maskgit = MaskGit(
+        vae=make_vae(1),
+        cond_vae=make_vae(2, layers=1),
+        transformer=MaskGitTransformer(**size),
+        image_size=16,
+        cond_image_size=8,
+    )
+    for module in maskgit.transformer.modules():  # zero at first: then nothing conditions
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.2)
+    return maskgit
+
+
+@pytest.mark.parametrize("high", [True, False])
+def test_cached_tokens_give_the_loss_of_the_images(images: Path, t5: str, high: bool):
+    maskgit = superres(t5) if high else make_maskgit(t5)
+    dataset = ImageFolder(images, 16, captions=True)
+    cache = TokenCache(maskgit, dataset, batch_size=3)
+    assert len(cache) == len(dataset)
+    rows = [4, 0, 6]
+    items = [dataset[row] for row in rows]
+    batch = cache.__getitems__(rows)
+    losses = []
+    for arguments in (
+        dict(images_or_ids=batch.ids, text_embeds=batch.text_embeds, cond_ids=batch.cond_ids),
+        dict(
+            images_or_ids=torch.stack([item["image"] for item in items]),
+            texts=[item["text"] for item in items],
+        ),
+    ):
+        torch.manual_seed(3)
+        losses.append(maskgit(**arguments).item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)  # texts are kept in half precision
+
+
+def test_cached_captions_keep_their_order(images: Path, t5: str):
+    maskgit = make_maskgit(t5)
+    dataset = ImageFolder(images, 16, captions=True)
+    cache = TokenCache(maskgit, dataset, batch_size=2)
+    for row in range(len(dataset)):
+        item, cached = dataset[row], cache[row]
+        alone = maskgit.embed_texts([item["text"]])
+        assert item["text"] == CAPTIONS[row]
+        assert cached.text_embeds is not None
+        assert cached.text_embeds.mask.all()
+        assert cached.text_embeds.embeds.shape == alone.embeds.shape
+        assert torch.allclose(cached.text_embeds.embeds, alone.embeds, atol=2e-3)
+        assert cached.ids is not None
+        assert torch.equal(cached.ids, maskgit.vae.encode_to_ids(item["image"][None]).flatten(1))
+
+
+def test_cached_texts_need_not_be_padded_on_the_right(
+    images: Path, t5: str, monkeypatch: pytest.MonkeyPatch
+):
+    maskgit = make_maskgit(t5)
+
+    def left(texts: list[str], **_: Any) -> TextEmbeds:
+        lengths = torch.tensor([len(text) for text in texts])
+        at = torch.arange(25) - 25 + lengths[:, None]
+        embeds = at.float()[..., None].expand(-1, -1, 16)
+        return TextEmbeds(embeds, at >= 0)
+
+    monkeypatch.setattr(maskgit, "embed_texts", left)
+    text = TokenCache(maskgit, ImageFolder(images, 16, captions=True))[1].text_embeds
+    assert text is not None
+    assert text.embeds[0, :, 0].tolist() == list(range(len(CAPTIONS[1])))
+
+
+def test_a_diverging_run_stops_with_a_sentence_and_keeps_its_checkpoint(
+    images: Path, tmp_path: Path
+):
+    trainer = vae_trainer(images, tmp_path / "r", num_train_steps=6, save_every=2)
+    original = trainer.train_step
+
+    def poisoned(batches: Iterator[Any]) -> dict[str, Tensor]:
+        terms = original(batches)
+        return terms if trainer.step < 3 else terms | {"loss": torch.tensor(torch.nan)}
+
+    trainer.train_step = poisoned  # type: ignore[method-assign]
+    with pytest.raises(Diverged, match="the loss is nan at step 4: lower lr"):
+        trainer.train()
+    assert last_checkpoint(tmp_path / "r")["step"] == 2
+
+
+def test_precisions_may_differ_from_trainer_to_trainer(images: Path, tmp_path: Path, t5: str):
+    vae = make_vae()
+    forward = vae.forward
+    vae_trainer(images, tmp_path / "vae", vae, mixed_precision="bf16").train()
+    assert vae.forward == forward  # not wrapped for good
+    maskgit_trainer(images, tmp_path / "base", make_maskgit(t5), mixed_precision="no").train()
+
+
+def test_what_is_frozen_stays_frozen_and_a_part_is_narrowed_for_its_run(
+    images: Path, tmp_path: Path, t5: str
+):
+    model = make_maskgit(t5, critic=True)
+    model.transformer.text_proj.requires_grad_(False)  # by the caller, as LoRA does
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    asked = {name: p.requires_grad for name, p in model.named_parameters()}
+
+    def moved() -> set[str]:
+        return {
+            name.split(".")[0]
+            for name, p in model.named_parameters()
+            if not torch.equal(p, before[name])
+        }
+
+    maskgit_trainer(images, tmp_path / "critic", model, part="critic").train()
+    assert moved() == {"critic"}
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == asked
+    maskgit_trainer(images, tmp_path / "all", model).train()
+    assert moved() == {"critic", "transformer"}
+    assert torch.equal(model.transformer.text_proj.weight, before["transformer.text_proj.weight"])
+    model.transformer.requires_grad_(False)
+    with pytest.raises(ValueError, match="nothing to train with part='transformer'"):
+        maskgit_trainer(images, tmp_path / "none", model, part="transformer")
+
+
+def test_each_masked_token_of_a_step_counts_alike(
+    images: Path, tmp_path: Path, t5: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Micro batches with few masked tokens and with many make the gradient of one large batch."""
+    masks = torch.arange(16) < torch.tensor([1, 16, 3, 12])[:, None]
+    found = []
+    for batch_size, accumulate in ((4, 1), (2, 2), (1, 4)):
+        model = make_maskgit(t5, cond_drop_prob=0.0)
+        trainer = maskgit_trainer(
+            images, tmp_path / f"r{batch_size}", model, batch_size=batch_size,
+            grad_accum_every=accumulate, num_train_steps=1, valid_fraction=0,
+        )  # fmt: skip
+        shares = iter(masks.split(batch_size))
+        monkeypatch.setattr(model, "draw_mask", lambda rows, shares=shares: next(shares))
+        grads: dict[str, Tensor] = {}
+
+        def keep(name: str, model=model, grads=grads) -> Tensor:
+            grads |= {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+            return torch.ones(())
+
+        trainer.optimizer_step = keep  # type: ignore[method-assign]
+        monkeypatch.setattr(trainer, "save", lambda: None)
+        monkeypatch.setattr(trainer, "_look", lambda: None)
+        trainer.train()
+        [line] = metrics(tmp_path / f"r{batch_size}")
+        found.append((line["loss"], grads))
+    (loss, whole), *others = found
+    assert whole["transformer.to_logits.weight"].abs().max() > 1e-3
+    for other, grads in others:
+        assert other == pytest.approx(loss, rel=1e-5)
+        assert grads.keys() == whole.keys()
+        for name, grad in grads.items():
+            torch.testing.assert_close(grad, whole[name], rtol=1e-4, atol=1e-7, msg=name)
+
+
+def test_validation_is_a_mean_over_masked_tokens(images: Path, tmp_path: Path, t5: str):
+    figures = []
+    for batch_size in (7, 2):
+        trainer = maskgit_trainer(
+            images, tmp_path / "r", make_maskgit(t5), batch_size=batch_size, cache_tokens=False
+        )
+        trainer.model.to(trainer.device).eval()
+        loader = torch.utils.data.DataLoader(
+            trainer.dataset, batch_size=batch_size, collate_fn=trainer.collate
+        )
+        torch.manual_seed(3)
+        with torch.no_grad():
+            figures.append(trainer.validate(loader))
+    assert figures[0] == pytest.approx(figures[1], rel=1e-5)
+    assert figures[0]["loss"] == figures[0]["ce"]
+
+
+def test_the_critics_term_is_in_the_log(images: Path, tmp_path: Path, t5: str):
+    maskgit_trainer(images, tmp_path / "r", make_maskgit(t5, critic=True)).train()
+    lines = [line for line in metrics(tmp_path / "r") if "loss" in line]
+    for line in lines:
+        assert line["loss"] == pytest.approx(line["ce"] + line["critic"], rel=1e-5)
+    maskgit_trainer(images, tmp_path / "plain", make_maskgit(t5)).train()
+    assert all("ce" not in line for line in metrics(tmp_path / "plain"))
+
+
+def test_no_checkpoint_is_written_over_a_good_one_once_the_loss_is_no_number(
+    images: Path, tmp_path: Path
+):
+    trainer = vae_trainer(images, tmp_path / "r", num_train_steps=9, save_every=1, log_every=50)
+    original = trainer.train_step
+
+    def poisoned(batches: Iterator[Any]) -> dict[str, Tensor]:
+        terms = original(batches)
+        return terms if trainer.step < 4 else terms | {"loss": torch.tensor(torch.nan)}
+
+    trainer.train_step = poisoned  # type: ignore[method-assign]
+    with pytest.raises(Diverged):
+        trainer.train()
+    assert last_checkpoint(tmp_path / "r")["step"] == 4
+
+
+def test_a_checkpoint_leaves_the_tokenizers_out(images: Path, tmp_path: Path, t5: str):
+    vae = make_vae(123)
+    size = dict(num_tokens=16, seq_len=16, dim=16, depth=1, dim_head=8, heads=2, t5_name=t5)
+    model = MaskGit(
+        vae=vae, transformer=MaskGitTransformer(**size), image_size=16, cond_image_size=8
+    )
+    maskgit_trainer(images, tmp_path / "r", model).train()
+    saved = last_checkpoint(tmp_path / "r")["modules"]["model"]
+    assert saved
+    assert all(name.startswith("transformer.") for name in saved)
+
+
+def test_resume_takes_the_settings_of_today(images: Path, tmp_path: Path):
+    vae_trainer(images, tmp_path / "r", num_train_steps=2).train()
+    again = vae_trainer(
+        images, tmp_path / "r", num_train_steps=3, resume=True, betas=(0.5, 0.6), weight_decay=0.7
+    )
+    again.train()
+    assert {group["betas"] for group in again.optimizers["vae"].param_groups} == {(0.5, 0.6)}
+    assert [g["weight_decay"] for g in again.optimizers["vae"].param_groups] == [0.7, 0.0]
