@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .arguments import as_path
+
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
@@ -23,7 +25,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     Args:
         path: where to; its folder is made. The temporary path has the same name and ending.
     """
-    path = Path(path)
+    path = as_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # A folder, since some libraries write next to the path they are given.
     folder = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -1,0 +1,146 @@
+"""Values from outside (callers, command lines, files), checked and converted in one place.
+
+A number of any library is a number, a path may begin with ``~``, a text may hold half a character.
+Whatever lies behind these functions may trust what they return. All of them raise a `ValueError`
+that names the argument, its value and what is wanted.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import unicodedata
+import warnings
+from collections.abc import Iterable
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import torch
+
+
+def plain(value: Any) -> Any:
+    """Arrays, tensors and iterables as lists; NumPy's and torch's scalars as Python's."""
+    if isinstance(value, (torch.Tensor, np.ndarray, np.generic)):
+        return value.tolist()
+    if isinstance(value, Iterable) and not isinstance(value, (str, bytes, dict)):
+        return [plain(item) for item in value]
+    return value
+
+
+def whole(name: str, value: Any, low: int | None = None, high: int | None = None) -> int:
+    """A whole number in [low, high]; None is no limit. Neither a bool nor 4.0 is one.
+
+    Raises:
+        ValueError: anything else.
+    """
+    number = plain(value)
+    if isinstance(number, bool) or not isinstance(number, Integral):
+        raise ValueError(f"{name} must be a whole number, not {shown(value)}")
+    return int(_in_range(name, int(number), low, high))
+
+
+def real(name: str, value: Any, low: float | None = None, high: float | None = None) -> float:
+    """A finite number in [low, high]; None is no limit.
+
+    Raises:
+        ValueError: anything else.
+    """
+    number = plain(value)
+    if isinstance(number, bool) or not isinstance(number, Real):
+        raise ValueError(f"{name} must be a number, not {shown(value)}")
+    try:
+        number = float(number)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be a finite number, not {shown(value)}")
+    return float(_in_range(name, number, low, high))
+
+
+def _in_range(name: str, number: Any, low: Any, high: Any) -> Any:
+    if (low is None or number >= low) and (high is None or number <= high):
+        return number
+    if low is not None and high is not None:
+        wanted = f"in [{low}, {high}]"
+    else:
+        wanted = f"at least {low}" if low is not None else f"at most {high}"
+    raise ValueError(f"{name} must be {wanted}, not {shown(number)}")
+
+
+def one_of(name: str, value: Any, kind: Any, more: str = "") -> Any:
+    """One of the values of a `Literal`.
+
+    Args:
+        name: of the argument.
+        value: what was given.
+        kind: the `Literal`.
+        more: what else would do, for the message.
+
+    Raises:
+        ValueError: another value.
+    """
+    if not isinstance(value, (str, int)) or value not in get_args(kind):
+        raise ValueError(f"{name} must be one of {get_args(kind)}{more}, not {shown(value)}")
+    return value
+
+
+def as_path(value: Any, name: str = "path") -> Path:
+    """A path, with ``~`` for the home folder.
+
+    Raises:
+        ValueError: no path.
+    """
+    if not isinstance(value, (str, os.PathLike)) or not (text := os.fspath(value)):
+        raise ValueError(f"{name} must be a path, not {shown(value)}")
+    if not isinstance(text, str) or "\0" in text:
+        raise ValueError(f"{name} {shown(text)} is no path")
+    return Path(text).expanduser()
+
+
+def as_text(value: Any, name: str) -> str:
+    """A text that is whole: bytes that are no UTF-8 and halves of an emoji become U+FFFD.
+
+    Both come as lone surrogates: from a command line or a file name, or out of JSON. A warning
+    says so. A NUL stands for no letter, and becomes U+FFFD too.
+
+    Raises:
+        ValueError: no text.
+    """
+    if not isinstance(value, str):
+        raise ValueError(f"{name} must be a string, not {shown(value)}")
+    good = "".join(
+        "\ufffd" if letter == "\0" or "\ud800" <= letter <= "\udfff" else letter for letter in value
+    )
+    if good != value:
+        warnings.warn(
+            f"{name} has characters that are cut in half or no text, now U+FFFD: {shown(good)}",
+            stacklevel=3,
+        )
+    return good
+
+
+def shown(value: Any, limit: int = 80) -> str:
+    """A value as a message shows it: on one line, short, without control characters."""
+    try:
+        text = repr(value)
+    except Exception:  # of a foreign class, or an int with more digits than Python prints
+        text = type(value).__name__
+    return printable(text, limit)
+
+
+def printable(text: str, limit: int | None = None) -> str:
+    """Text for a terminal: control and format characters escaped, cut at ``limit`` characters.
+
+    In a foreign file they may be meant for the terminal, or turn the direction of a line.
+    """
+    # a joiner and a variation selector are parts of an emoji
+    letters = (
+        letter
+        if letter in "\u200d\ufe0f" or unicodedata.category(letter) not in ("Cc", "Cf", "Cs")
+        else letter.encode("unicode_escape").decode("ascii")
+        for letter in text
+    )
+    line = "".join(letters)
+    return line if limit is None or len(line) <= limit else line[: limit - 3] + "..."
