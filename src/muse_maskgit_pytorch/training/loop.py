@@ -24,6 +24,7 @@ from ..checkpoint import CheckpointError, Saveable
 from ..data.order import EndlessBatches
 from ..files import digest_state
 from ..watching.health import Health
+from ..watching.interval import Interval
 from ..watching.log import Log, writing
 from ..watching.progress import Progress
 from ..watching.report import read_curves, write_report
@@ -76,7 +77,8 @@ class Trainer:
         num_workers: data loading processes.
         results_folder: where checkpoints, weights, metrics and pictures go.
         resume: continue from the newest checkpoint in ``results_folder``; without one, start.
-        log_every: optimizer steps between lines in ``metrics.jsonl``.
+        log_every: optimizer steps between lines in ``metrics.jsonl``, whose figures are means over
+            these steps; the first step has a line of its own.
         sample_every: optimizer steps between validations with a picture; 0: only at the end.
         save_every: optimizer steps between checkpoints; one is always written at the end and on
             Ctrl-C or SIGTERM, after the step in progress.
@@ -169,6 +171,7 @@ class Trainer:
         self._saved_at = self._looked_at = -1  # steps
         self._minutes = 0.0
         self._loss = torch.zeros(())
+        self.interval = Interval()
         self._losses: list[Tensor] = []  # of the micro batches since the last optimizer step
 
     # What a trainer adds ---------------------------------------------------------------------
@@ -269,7 +272,8 @@ class Trainer:
         main = self.parallel.is_main
         self.progress = Progress(self.name, self.num_train_steps, self.step, shown=main)
         self.log = Log(self.results_folder, self.name, health, self.progress.say)
-        self._started, first_step = time.monotonic(), self.step
+        self._started = time.monotonic()
+        self.interval.start(self.step)
         with closing(self.progress), self._signals_wait(), self._saved_on_failure():
             while self.step < self.num_train_steps and not self._out_of_time():
                 self._seed_step()
@@ -283,20 +287,15 @@ class Trainer:
                     self._return_to_checkpoint()
                     batches = self._batches(train_set)
                     continue
+                self.interval.add(terms)
                 if self.guard.in_a_row == 0:  # what the guard skips has done no harm
                     self._loss = terms["loss"]
                 self.step += 1
                 self.ema.update(self.step)
                 self.progress.step_to(self.step)
-                if self.step % self.log_every == 0 or self.step == self.num_train_steps:
-                    values = {
-                        name: float(self.parallel.reduce(value.detach().float(), "mean"))
-                        for name, value in terms.items()
-                    }
-                    seconds = time.monotonic() - self._started
-                    rate = (self.step - first_step) / seconds
-                    values |= self.measures() | self.guard.counts()
-                    values |= {"lr": self.lr * factor, "steps_per_s": rate}
+                if self.step % self.log_every == 0 or self.step in (1, self.num_train_steps):
+                    values = self.interval.line(self.step, self.parallel.reduce)
+                    values |= self.measures() | self.guard.counts() | {"lr": self.lr * factor}
                     if self.parallel.is_main:
                         self.log.add(self.step, values, self.codes_full())
                     self.progress.figures(
@@ -358,6 +357,7 @@ class Trainer:
         self._load_checkpoint(newest)
         self.samples, self._looked_at = samples, -1
         self.guard.returned(history, failed - self.step)
+        self.interval.start(self.step)
         self.progress.step_to(self.step)
         if self.parallel.is_main:
             self.log.warn(
@@ -566,6 +566,7 @@ class Trainer:
 
     def _save_checkpoint(self) -> None:
         self._check_weights()
+        self.interval.gather(self.parallel.reduce, keep=self.parallel.is_main)
         self._write_checkpoint()
 
     def _write_checkpoint(self) -> None:
@@ -581,6 +582,7 @@ class Trainer:
             "ema": self.ema.average,
             "scaler": self.parallel.scaler_state(),
             "guard": self.guard.state(),
+            "interval": self.interval.state(),
             "config": self.model.config,
             "frozen": self._frozen,
         }
@@ -608,6 +610,7 @@ class Trainer:
         self.parallel.load_scaler(tree["scaler"])
         self.ema.load(tree["ema"])
         self.guard.load(tree["guard"])
+        self.interval.load(tree.get("interval", []), self.device, keep=self.parallel.is_main)
         self.step = tree["step"]
         share = self.batch_size * self.grad_accum_every * self.parallel.world
         # older checkpoints count no samples: they are taken to have had today's batches

@@ -186,14 +186,14 @@ def _figures(run: Run) -> str:
         for (before, _), (step, speed) in pairwise([(0, 0.0), *speeds])
         if speed > 0
     )
-    usage, perplexity, psnr = (
-        last(name) for name in ("codebook_usage", "codebook_perplexity", "psnr")
+    usage, perplexity, psnr, speed = (
+        last(name) for name in ("codebook_usage", "codebook_perplexity", "psnr", "steps_per_s")
     )
     loss, skipped = last("loss"), run.curves.get("skipped_steps", [(0, 0.0)])[-1][1]
     tiles = {
         "steps": f"{run.step:,}",
         "training time": seconds and f"{_duration(seconds)}",
-        "steps per second": speeds and f"{speeds[-1][1]:.3g}",
+        "steps per second": speed and f"{speed:.3g}",
         "validation PSNR, dB": best("valid_psnr", max),
         "training PSNR, dB": psnr is not None and f"{psnr:.4g}",
         "validation loss": best("valid_loss", min),
