@@ -261,25 +261,29 @@ class Health:
             )
 
     def _overfitting(self) -> Iterator[Finding]:
-        """Validation worse and worse than its best while training goes on improving."""
+        """Validation twice in a row worse than its best, the second time clearly and no better.
+
+        All the while training must have improved. Validation sees the same images and masks each
+        time, so two in a row are not noise.
+        """
         name, sign, unit = ("psnr", 1, " dB") if self.stage == "vae" else ("loss", -1, "")
         valid, train = self.curves.get(f"valid_{name}", []), self.curves.get(name, [])
-        if len(valid) < 4:
+        if len(valid) < 3:
             return
         best_step, best = max(valid, key=lambda point: sign * point[1])
         margin = 0.3 if self.stage == "vae" else 0.02 * abs(best)
-        lost = [sign * (best - value) for _, value in valid[-3:]]
-        before = [value for step, value in train if step <= best_step][-SMOOTH:]
+        first, second = (sign * (best - value) for _, value in valid[-2:])
         after = [value for step, value in train if step > best_step][-SMOOTH:]
-        worsening = valid[-3][0] > best_step and margin < lost[0] <= lost[-1] and lost[1] > margin
-        if not worsening or min(len(before), len(after)) < 5:
+        before = [value for step, value in train if step <= best_step][-max(2, len(after)) :]
+        worsening = valid[-2][0] > best_step and margin / 2 < first <= second and second > margin
+        if not worsening or min(len(before), len(after)) < 2:
             return
         gained = sign * (fmean(after) - fmean(before))
-        if gained > margin + 3 * math.hypot(_error(before), _error(after)):
+        if gained > margin + 2 * math.hypot(_error(before), _error(after)):
             images = f" of {self.images:,} images" if self.images else ""
             yield Finding(
                 "overfitting",
-                lost[-1],
+                second,
                 f"validation {name.upper() if sign > 0 else name} has worsened from {best:.4g} to "
                 f"{valid[-1][1]:.4g}{unit} since step {best_step:,} while training's has "
                 f"improved: the model learns its training set{images} by heart; stop near step "

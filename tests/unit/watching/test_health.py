@@ -360,7 +360,7 @@ def test_overfitting():
         if "psnr" in line:
             line["psnr"] = 20 + step / 2500
 
-    found = warnings(tokenizer_run(by_heart))
+    found = warnings(tokenizer_run(by_heart, gan_start=10**9))
     words = ("validation PSNR", "of 1,000 images", "by heart")
     assert 12_500 < only(found[:1], *words) < 16_000
     assert all("by heart" in text for _, text in found)
@@ -373,6 +373,23 @@ def test_overfitting():
 
     found = warnings(transformer_run(transformer_by_heart), "base")
     only(found[:1], "validation loss", "by heart")
+
+
+@pytest.mark.parametrize("lines", [1, 20])  # of training, to a validation
+def test_overfitting_is_named_after_the_second_worse_validation(lines: int):
+    def run(*valid: float, fall: float = 0.2) -> list[int]:
+        history: list[Line] = [dict(step=1, loss=9.0)]
+        for number, value in enumerate(valid):
+            for i in range(lines):
+                step = 1000 * number + 1000 * (i + 1) // lines
+                history.append(dict(step=step, loss=4 - fall * step / 1000))
+            history.append(dict(step=1000 * (number + 1), valid_loss=value))
+        return [step for step, _ in warnings(history, "base")]
+
+    assert run(4.0, 3.7, 3.6, 3.65, 3.8, 3.9) == [5000]
+    assert run(4.0, 3.7, 3.6, 3.8, 3.7, 3.6) == []  # it has come back
+    assert run(4.0, 3.7, 3.6, 3.61, 3.62) == []  # too little to tell
+    assert run(4.0, 3.7, 3.6, 3.65, 3.8, 3.9, fall=0.0) == []  # training does not improve either
 
 
 # Saying it once ----------------------------------------------------------------------------------
