@@ -16,7 +16,7 @@ from .checkpoint import Saveable
 from .geometry import ImageSize, Size
 from .images import to_pil
 from .maskgit import MaskGit
-from .provenance import Record, attach, fingerprint, read_records
+from .provenance import Record, attach, fingerprint, read_records, warn_of_other_bits
 from .request import Drawn, Request
 from .sampling import Callback, SampleOptions, Step, step
 from .structures import SampleStep, TextEmbeds
@@ -95,6 +95,7 @@ class Muse(Saveable):
         preset: str | None = None,
         image_size: ImageSize | None = None,
         canvases: Mapping[str, Int[Tensor, "B N"]] | None = None,
+        large: bool = False,
     ) -> Request:
         """Complete a call, for `draw`.
 
@@ -112,6 +113,7 @@ class Muse(Saveable):
             image_size: of the final pictures, as in `MaskGit.generate`.
             canvases: token ids that are given, by stage, as in `MaskGit.generate`. With them, a
                 text may be empty: none at all.
+            large: allow more pictures, pixels and steps than `Request.check_size` does.
 
         Raises:
             ValueError: arguments that fit neither each other nor the model.
@@ -123,7 +125,9 @@ class Muse(Saveable):
         given = {"base": base_options, "superres": superres_options}
         options = {stage: given[stage] or usual for stage, usual in self.options(preset).items()}
         size = list(self.sizes(image_size).values())[-1]
-        return Request.of(texts, text_embeds, negative_texts, seeds, options, size, canvases)
+        return Request.of(
+            texts, text_embeds, negative_texts, seeds, options, size, canvases, large=large
+        )
 
     @torch.no_grad()
     def draw(
@@ -140,7 +144,11 @@ class Muse(Saveable):
             callback: as in calling the model.
             steps: what advances the sampling of a stage, by its name, in place of
                 `sampling.step`.
+
+        Raises:
+            ValueError: more than one batch may ask for (`Request.check_size`).
         """
+        request.check_size()
         stopped = False
 
         def watch(seen: SampleStep) -> bool:
@@ -191,22 +199,31 @@ class Muse(Saveable):
         return fingerprint(self)
 
     def like(
-        self, source: str | PathLike[str] | Record, callback: Callback | None = None
+        self,
+        source: str | PathLike[str] | Record,
+        callback: Callback | None = None,
+        large: bool = False,
     ) -> list[Image.Image]:
-        """Draw the picture of a PNG again, or all of a sheet's: bit for bit on the same device.
+        """Draw the picture of a PNG again, or all of a sheet's.
 
-        Whatever was drawn in the same batch is drawn along with it.
+        Bit for bit on the same kind of device, with the same torch and, on a CPU, the same number
+        of threads (`torch.set_num_threads`); otherwise single pixels may differ, and a warning
+        says so. Whatever was drawn in the same batch is drawn along with it.
 
         Args:
             source: file of `save_png`, or one entry of `provenance.read_records`.
             callback: as in calling the model.
+            large: as in `request`; to be used for pictures that you trust.
 
         Raises:
-            ValueError: a file without a record, or another model's.
+            ValueError: a file without a record, another model's, or one that asks for too much.
         """
         records = [source] if isinstance(source, Record) else read_records(source)
+        name = "the picture" if isinstance(source, Record) else source
+        records = [record.allowing(large) for record in records]
         for record in records:  # before any work
-            record.check(self.fingerprint, "the picture" if isinstance(source, Record) else source)
+            record.check(self.fingerprint, name)
+        warn_of_other_bits(records, self.device, name)
         pictures = []
         for record in records:
             batch = self.pictures(self.draw(record.request, callback))

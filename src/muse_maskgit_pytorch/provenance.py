@@ -8,7 +8,8 @@ pictures.
 In the file it is one JSON document in an uncompressed iTXt chunk named "muse", in UTF-8::
 
     {"format": "muse_maskgit_pytorch picture", "version": 2, "drawings": [
-        {"model": fingerprint, "made_by": {"package": ..., "torch": ..., "device": ...},
+        {"model": fingerprint, "made_by": {"package": ..., "torch": ..., "device": ...,
+         "threads": ...},
          "prompts": [...], "negative_prompts": [...] or null,
          "options": {"base": {field of SampleOptions: value}, "superres": {...}}, "rows": [0],
          "image_size": [height, width], "edit": {"kind": ..., setting: value} or null}]}
@@ -21,7 +22,7 @@ from __future__ import annotations
 
 import json
 import string
-import unicodedata
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from os import PathLike
@@ -31,10 +32,11 @@ import torch
 from PIL import Image
 
 from . import __version__
+from .arguments import printable
 from .checkpoint import Saveable, weights_key
 from .files import digest_state
 from .images import read_record, record_of, set_record
-from .request import Drawn, Request
+from .request import MAX_ROWS, Drawn, Request
 from .sampling import SampleOptions, upgraded
 
 FORMAT, VERSION = "muse_maskgit_pytorch picture", 2
@@ -60,7 +62,8 @@ class Record:
         request: the call, with its whole batch.
         rows: which pictures of the batch are shown, 0-based.
         model: `fingerprint` of the model.
-        made_by: "package" and "torch", the versions, and "device", its type.
+        made_by: "package" and "torch", the versions, "device", its type, and on a CPU "threads",
+            their number: it decides the order of sums, and so single pixels.
         version: of the format in which it was written.
     """
 
@@ -77,17 +80,17 @@ class Record:
         return [self.request.prompts[row] for row in self.rows]
 
     def check(self, model: str, source: str | PathLike[str]) -> None:
-        """Refuse what the model with the fingerprint ``model`` cannot draw again.
+        """Refuse what the model with the fingerprint ``model`` cannot draw again, or should not.
 
         Raises:
-            ValueError: an edit, an older version, or another model; says which.
+            ValueError: an edit, an older version, another model, or more than one batch may ask
+                for (`Request.check_size`); says which.
         """
+        source = printable(str(source))
         if (edit := self.request.edit) is not None:
             raise ValueError(
-                plain(
-                    f"{source} was edited ({edit['kind']}) and does not hold everything that it "
-                    "was made from: repeat the edit, whose settings muse inspect shows"
-                )
+                f"{source} was edited ({printable(edit['kind'], 80)}) and does not hold everything "
+                "that it was made from: repeat the edit, whose settings muse inspect shows"
             )
         if self.version < VERSION:
             raise ValueError(
@@ -100,6 +103,16 @@ class Record:
                 f"{source} was drawn by the model {self.model}, this one is {model}: load the "
                 "model that drew it"
             )
+        self.request.check_size(source)
+        if len(self.rows) > MAX_ROWS and not self.request.large:
+            raise ValueError(
+                f"{source} shows {len(self.rows)} pictures of one batch, the limit is {MAX_ROWS}: "
+                "say large=True (muse ... --large true) if you trust it"
+            )
+
+    def allowing(self, large: bool) -> Record:
+        """The same, which may go beyond the limits or not."""
+        return replace(self, request=replace(self.request, large=large))
 
 
 def fingerprint(model: Saveable) -> str:
@@ -151,7 +164,29 @@ def attach_to_sheet(sheet: Image.Image, pictures: Sequence[Image.Image]) -> None
 
 def made_on(device: torch.device) -> dict[str, str]:
     """What else the bits of a picture depend on."""
-    return {"package": __version__, "torch": torch.__version__, "device": device.type}
+    made = {"package": __version__, "torch": str(torch.__version__), "device": device.type}
+    if device.type == "cpu":
+        made["threads"] = str(torch.get_num_threads())
+    return made
+
+
+def warn_of_other_bits(
+    records: Sequence[Record], device: torch.device, source: str | PathLike[str]
+) -> None:
+    """Warn where single pixels may differ, since other arithmetic drew them.
+
+    Records of earlier versions do not say the number of threads.
+    """
+    here = made_on(device)
+    for name in ("device", "torch", "threads"):
+        there = {record.made_by.get(name, here.get(name)) for record in records}
+        if name in here and (others := there - {here[name]}):
+            warnings.warn(
+                f"{printable(str(source))} was drawn with {name} "
+                f"{printable(', '.join(sorted(map(str, others))), 80)}, this is {here[name]}: "
+                "single pixels may differ",
+                stacklevel=3,
+            )
 
 
 def read_records(path: str | PathLike[str]) -> list[Record]:
@@ -208,15 +243,11 @@ def from_json(text: str, source: str | PathLike[str]) -> list[Record]:
             raise ValueError("it lists no pictures")
         return records
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        what = f"{error} is missing" if isinstance(error, KeyError) else error
+        what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise ValueError(
-            plain(f"{source}: the record of how it was drawn cannot be used: {what}")
+            f"{printable(str(source))}: the record of how it was drawn cannot be used: "
+            f"{printable(what, 300)}"
         ) from error
-
-
-def plain(text: str) -> str:
-    """Without control characters, which in a foreign file might be meant for the terminal."""
-    return "".join("?" if unicodedata.category(letter) == "Cc" else letter for letter in text)
 
 
 def _record(drawing: dict[str, Any], version: int) -> Record:

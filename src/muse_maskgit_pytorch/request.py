@@ -13,10 +13,19 @@ from typing import Any
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from .arguments import shown
 from .conditioning import check_texts, one_each
 from .geometry import Size
-from .sampling import SampleOptions, stream_seed
+from .sampling import SampleOptions, per_row, stream_seed
 from .structures import TextEmbeds
+
+# What one batch may ask for unless it is `large` on purpose: the record of a stranger's picture
+# asks for as much as a caller does, in one kilobyte.
+MAX_ROWS = 1024
+MAX_SIDE = 2048  # pixels
+MAX_STEPS = 10_000
+MAX_PIXELS = 2**25  # of all its pictures: 128 of 512 x 512
+MAX_WORK = 2**32  # pixels x steps: the noise of every step is drawn beforehand
 
 
 @dataclass(frozen=True)
@@ -33,6 +42,7 @@ class Request:
         canvases: token ids that are given, by stage, as in `MaskGit.generate`.
         edit: of an edited picture, "kind" (the function of `editing`, or "words"), its settings,
             and digests of the pixels it was made from.
+        large: whether it may go beyond the limits of `check_size`. No record has it.
     """
 
     prompts: list[str] | None
@@ -42,6 +52,7 @@ class Request:
     text_embeds: TextEmbeds | None = None
     canvases: dict[str, Int[Tensor, "B N"]] = field(default_factory=dict)
     edit: dict[str, Any] | None = None
+    large: bool = False
 
     @classmethod
     def of(
@@ -54,6 +65,7 @@ class Request:
         image_size: Size,
         canvases: Mapping[str, Int[Tensor, "B N"]] | None = None,
         edit: dict[str, Any] | None = None,
+        large: bool = False,
     ) -> Request:
         """Complete a call: the one place where its arguments are checked and given rows.
 
@@ -67,6 +79,7 @@ class Request:
             image_size: height and width.
             canvases: of each stage; with them, a text may be empty.
             edit: see the attribute.
+            large: see the attribute.
 
         Raises:
             ValueError: counts that differ, no texts, seeds that are not integers.
@@ -92,7 +105,35 @@ class Request:
             text_embeds=text_embeds,
             canvases=dict(canvases or {}),
             edit=edit,
+            large=large,
         )
+
+    def check_size(self, source: str = "the call") -> None:
+        """Refuse more pictures, pixels or steps than one batch may ask for, unless it is `large`.
+
+        Args:
+            source: what asks for them, for the message.
+
+        Raises:
+            ValueError: naming the number, the limit and the switch.
+        """
+        if self.large:
+            return
+        height, width = self.image_size
+        pixels = len(self) * height * width
+        steps = max(max(per_row(o.timesteps, len(self), "")) for o in self.options.values())
+        for number, limit, what in (
+            (len(self), MAX_ROWS, "pictures in one batch"),
+            (max(height, width), MAX_SIDE, "pixels a side"),
+            (steps, MAX_STEPS, "steps"),
+            (pixels, MAX_PIXELS, "pixels in one batch"),
+            (pixels * steps, MAX_WORK, "pixels in one batch times steps"),
+        ):
+            if number > limit:
+                raise ValueError(
+                    f"{source} asks for {shown(number)} {what}, the limit is {limit}: take fewer, "
+                    "or say large=True (muse ... --large true) if you mean it"
+                )
 
     def __len__(self) -> int:
         return len(next(iter(self.options.values())).seeds)  # type: ignore[arg-type]

@@ -40,7 +40,8 @@ from muse_maskgit_pytorch.cli.film import Film
 from muse_maskgit_pytorch.cli.main import main
 from muse_maskgit_pytorch.cli.parser import nearest
 from muse_maskgit_pytorch.images import save_png, set_record, to_tensor
-from muse_maskgit_pytorch.provenance import read_records, to_json
+from muse_maskgit_pytorch.provenance import Record, read_records, to_json
+from muse_maskgit_pytorch.request import Request
 from muse_maskgit_pytorch.training.loop import Trainer
 from tests import hub
 
@@ -370,7 +371,7 @@ def test_inspect_says_how_a_picture_was_drawn(muse_file: Path, tmp_path: Path, c
     assert sheet[0] == f"{tmp_path}/a.png"
     assert sheet[1].startswith(f"model {Muse.from_pretrained(muse_file).fingerprint} (package ")
     assert "  prompt    a red cross" in sheet
-    assert "  prompt    a ?[31mblue square" in sheet  # nothing that a terminal would obey
+    assert "  prompt    a \\x1b[31mblue square" in sheet  # nothing that a terminal would obey
     (last,) = (tmp_path / "each").glob("002*")
     assert main(["inspect", str(last)]) == 0
     words = capsys.readouterr().out
@@ -467,6 +468,36 @@ def test_a_base_alone_draws(muse_file: Path, tmp_path: Path, capsys):
     assert Image.open(tmp_path / "a.png").size == (8, 8)
     assert main([*command, "--superres.timesteps=2"]) == 2
     assert "no such stage" in capsys.readouterr().err
+
+
+def test_inspect_shows_foreign_text_escaped_cut_and_counted(tmp_path: Path, capsys):
+    """Control characters may be meant for the terminal; rows may be without end."""
+    base = {"base": SampleOptions(seeds=[1, 2]).with_rows(2)}
+    prompts = ["\x1b[2J\x9b31m\u202egnp", "x" * 10_000]
+    request = Request(prompts=prompts, negatives=None, options=base, image_size=(16, 16))
+    image = Image.new("RGB", (2, 2))
+    record = Record(request, (0, 1) * 200, "0a", {"torch": "\x1b]0;title\x07"})
+    set_record(image, to_json([record]))
+    save_png(image, tmp_path / "a.png")
+    for more in ([], ["--json", "true"]):
+        assert main(["inspect", f"{tmp_path}/a.png", *more]) == 0
+        out = capsys.readouterr().out
+        assert not set(out) & set("\x1b\x9b\x07\u202e")
+        if more:
+            assert json.loads(out)["drawings"][0]["prompts"] == prompts
+        else:
+            assert out.count("prompt") == 100
+            assert "... and 300 more: --json true shows them all" in out
+            assert max(map(len, out.splitlines())) <= 2000
+
+
+def test_more_than_is_sensible_needs_a_switch(muse_file: Path, tmp_path: Path, capsys):
+    make = ["generate", "a", f"--model={muse_file}", f"--out={tmp_path}/a.png"]
+    assert "4096 pixels a side" in fails([*make, "--image_size=4096"], capsys)
+    error = fails([*make, "--base.timesteps=10001", "--large=false"], capsys)
+    assert "the command asks for 10001 steps" in error
+    assert list(tmp_path.iterdir()) == []
+    assert main([*make, "--base.timesteps=10001", "--large=true"]) == 0
 
 
 # Keys ------------------------------------------------------------------------------------------

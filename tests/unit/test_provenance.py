@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -388,3 +389,76 @@ def test_pictures_without_a_record(tmp_path: Path):
 def test_counts_of_negative_prompts(muse: Any):
     with pytest.raises(ValueError, match="2 negative_texts for 3 texts"):
         muse(PROMPTS, negative_texts=["a", "b"])
+
+
+# Limits --------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:.* was drawn with torch 2")
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        (dict(options={"base": {"seeds": [1], "timesteps": 10**7}}), "10000000 steps"),
+        (dict(image_size=[16384, 16]), "16384 pixels a side, the limit is 2048"),
+        (dict(rows=[0] * 1025), "shows 1025 pictures of one batch"),
+        (
+            dict(prompts=["a"] * 2000, options={"base": {"seeds": [1] * 2000}}),
+            "2000 pictures in one batch, the limit is 1024",
+        ),
+        (
+            dict(prompts=["a"] * 9, options={"base": {"seeds": [1] * 9}}, image_size=[2048, 2048]),
+            "37748736 pixels in one batch",
+        ),
+        (
+            dict(options={"base": {"seeds": [1], "timesteps": 9000}}, image_size=[2048, 2048]),
+            "pixels in one batch times steps",
+        ),
+    ],
+)
+def test_what_a_record_may_not_ask_for_unless_it_is_trusted(
+    muse: Any, changes: dict, says: str, tmp_path: Path, monkeypatch: Any
+):
+    path = png_with(document(model=muse.fingerprint, **changes), tmp_path / "a.png")
+    assert read_records(path)  # muse inspect shows it
+    with pytest.raises(ValueError, match=says) as error:
+        muse.like(path)
+    assert "a.png" in str(error.value)
+    assert "--large true" in str(error.value)
+    drawn = []
+    monkeypatch.setattr(Muse, "draw", lambda self, request, callback: drawn.append(request))
+    monkeypatch.setattr(Muse, "pictures", lambda self, drawn: [None] * 3000)
+    muse.like(path, large=True)
+    assert drawn[0].large
+
+
+def test_calls_have_the_limits_of_records(muse: Any):
+    with pytest.raises(ValueError, match="the call asks for 10000000 steps, the limit is 10000"):
+        muse("a", base_options=SampleOptions(timesteps=10**7))
+    with pytest.raises(ValueError, match="4096 pixels a side"):
+        muse("a", image_size=4096)
+    muse.request("a", image_size=4096, large=True).check_size()
+
+
+# Bits ----------------------------------------------------------------------------------------
+
+
+def test_another_number_of_threads_is_said(muse: Any, pictures: list, tmp_path: Path):
+    """It decides the order of sums, and so single pixels."""
+    path = save_png(pictures[0], tmp_path / "a.png")
+    [record] = read_records(path)
+    threads = torch.get_num_threads()
+    assert record.made_by["threads"] == str(threads)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        muse.like(path)
+    torch.set_num_threads(threads + 1)
+    try:
+        here = f"drawn with threads {threads}, this is {threads + 1}: single pixels may differ"
+        with pytest.warns(UserWarning, match=here):
+            muse.like(path)
+        earlier = {k: v for k, v in record.made_by.items() if k != "threads"}
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            muse.like(replace(record, made_by=earlier))
+    finally:
+        torch.set_num_threads(threads)

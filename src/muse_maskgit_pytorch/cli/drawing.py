@@ -52,6 +52,12 @@ def add_options(parser: Parser, base: Collection[str] | None = None) -> None:
     )
     parser.add_argument("--each", type=str | None, help="folder for every picture as its own PNG")
     parser.add_argument("--batch_size", type=int, default=16, help="pictures drawn together")
+    parser.add_argument(
+        "--large",
+        type=bool,
+        default=False,
+        help="allow more pixels, steps and pictures in a batch than is sensible (true)",
+    )
     parser.add_argument("--device", type=str | None, help="by default a GPU where there is one")
     parser.add_optional(SampleOptions, "base", skip={"seeds"}, only=base)
     parser.add_optional(SampleOptions, "superres", skip={"seeds"})
@@ -92,7 +98,7 @@ def new_requests(prompts: Sequence[str], config: Namespace, model: Muse) -> list
 
     Raises:
         ValueError: no such preset; negative prompts, seeds or options whose number differs from
-            the number of pictures.
+            the number of pictures; more than one batch may ask for.
     """
     options = {
         name: usual.replace(**stated(config[name]))
@@ -106,9 +112,13 @@ def new_requests(prompts: Sequence[str], config: Namespace, model: Muse) -> list
         superres_options=options.get("superres"),
         image_size=config.image_size,
         canvases={},
+        large=config.large,
     )
     every, size = range(len(whole)), config.batch_size
-    return [whole.take(every[at : at + size]) for at in range(0, len(whole), size)]
+    batches = [whole.take(every[at : at + size]) for at in range(0, len(whole), size)]
+    for batch in batches:
+        batch.check_size("the command")
+    return batches
 
 
 def num_steps(request: Request) -> int:

@@ -311,6 +311,7 @@ def draw(
                 base_options=request.options["base"],
                 superres_options=request.options.get("superres"),
                 image_size=config.image_size,
+                large=config.large,
                 callback=bar,
                 **arguments,
             )

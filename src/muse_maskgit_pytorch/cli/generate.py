@@ -8,23 +8,23 @@ from __future__ import annotations
 import json
 import math
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jsonargparse import Namespace
 from PIL import Image
 
+from ..arguments import printable
 from ..conditioning import one_each
 from ..foreign import load_tokenizer
 from ..images import image_grid, read_record, save_gif, save_png
 from ..loading import open_model
 from ..maskgit import MaskGit
 from ..muse import Muse
-from ..provenance import Record, attach_to_sheet, made_on, plain, read_records
+from ..provenance import Record, attach_to_sheet, read_records, warn_of_other_bits
 from ..request import Request
 from ..sampling import ROW_WISE, row_seeds
 from ..structures import SampleStep
@@ -41,6 +41,7 @@ from .film import Film
 from .parser import Parser, stated
 
 GIF_PICTURES = 64  # more would be a large file of small pictures
+ROWS, LINE = 100, 2000  # what `muse inspect` shows of a file: pictures, and characters of a line
 
 
 def generate_parser() -> Parser:
@@ -74,6 +75,7 @@ def generate(argv: list[str]) -> None:
         raise ValueError('give at least one prompt, and no empty one: muse generate "a red heart"')
     check_options(config, {"out": ".png", "gif": ".gif"})
     like = read_records(config.like) if config.like else []
+    like = [record.allowing(config.large) for record in like]
     model = open_drawing_model(config)
     for record in like:
         record.check(model.fingerprint, config.like)
@@ -124,18 +126,31 @@ def inspect(argv: list[str]) -> None:
     for path in config.pictures:
         records = read_records(path)
         if config.json:
-            print(json.dumps(json.loads(read_record(path) or ""), ensure_ascii=False, indent=2))
+            print(_safe_json(json.loads(read_record(path) or "")))
             continue
-        print(path)
+        print(printable(path))
+        left = ROWS
         for record in records:
             made = ", ".join(f"{name} {value}" for name, value in record.made_by.items())
-            print(plain(f"model {record.model} ({made})"))
-            for row in record.rows:
+            print(printable(f"model {record.model} ({made})", LINE))
+            for row in record.rows[:left]:
                 for name, value in _facts(record.request.take([row])).items():
-                    print(plain(f"  {name:<9} {value}"))
+                    print(printable(f"  {name:<9} {value}", LINE))
             if record.request.edit:
                 edit = " ".join(f"{name}={value}" for name, value in record.request.edit.items())
-                print(plain(f"  {'edit':<9} {edit}"))
+                print(printable(f"  {'edit':<9} {edit}", LINE))
+            left -= min(left, len(record.rows))
+            if not left:
+                break
+        if more := sum(len(record.rows) for record in records) - ROWS + left:
+            print(f"... and {more} more: --json true shows them all")
+
+
+def _safe_json(document: Any) -> str:
+    """As it stands, but what a terminal might obey, or cannot show, is escaped."""
+    plain = (getattr(sys.stdout, "encoding", None) or "").lower().startswith("utf")
+    text = json.dumps(document, ensure_ascii=not plain, indent=2)
+    return "".join(c if c == "\n" or printable(c) == c else json.dumps(c)[1:-1] for c in text)
 
 
 def _facts(request: Request) -> dict[str, str]:
@@ -225,15 +240,7 @@ def _again(
             changes[name] = preset | changes[name]
     given = prompts, negatives is not None, seeds is not None, config.image_size
     if not (any(given) or any(changes.values())):
-        here = made_on(model.device)
-        for name in ("device", "torch"):
-            others = {record.made_by.get(name, "unknown") for record in like} - {here[name]}
-            if others:
-                warnings.warn(
-                    f"{config.like} was drawn with {name} {', '.join(sorted(others))}, this is "
-                    f"{here[name]}: single pixels may differ",
-                    stacklevel=2,
-                )
+        warn_of_other_bits(like, model.device, config.like)
         return [(record.request, record.rows) for record in like]
     size = list(model.sizes(config.image_size).values())[-1] if config.image_size else None
     jobs, done = [], 0
@@ -250,6 +257,7 @@ def _again(
             options={name: changed.with_rows(len(rows)) for name, changed in options.items()},
             image_size=size or old.image_size,
         )
+        request.check_size("the command")
         jobs.append((request, rows))
     return jobs
 
