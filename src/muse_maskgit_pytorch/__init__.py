@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from .training.maskgit_trainer import MaskGitTrainer
     from .training.vae_trainer import VQGanVAETrainer
     from .transformer import MaskGitTransformer, SelfCritic, TokenCritic
-    from .vqgan_vae import VQGanVAE
+    from .vqgan_vae import ImageTokenizer, VQGanVAE
 
 __version__ = "0.2.0"
 
@@ -39,6 +39,7 @@ _HOMES = {
     "FeatureNet": "features",
     "ForeignVQGAN": "foreign",
     "ImageFolder": "data.folder",
+    "ImageTokenizer": "vqgan_vae",
     "LossTerms": "structures",
     "MaskGit": "maskgit",
     "MaskGitTrainer": "training.maskgit_trainer",

@@ -11,13 +11,17 @@ import math
 import os
 import unicodedata
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, get_args
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 import numpy as np
 import torch
+
+LARGEST = 2**63 - 1  # number that torch takes
+PLAIN = (str, bytes, int, float, bool, list, tuple, dict, NoneType)  # short in a message
 
 
 def plain(value: Any) -> Any:
@@ -84,6 +88,79 @@ def one_of(name: str, value: Any, kind: Any, more: str = "") -> Any:
     if not isinstance(value, (str, int)) or value not in get_args(kind):
         raise ValueError(f"{name} must be one of {get_args(kind)}{more}, not {shown(value)}")
     return value
+
+
+def fitting(name: str, value: Any, kind: Any) -> Any:
+    """A value of the kind that an annotation names: numbers of any library are numbers.
+
+    An int stays one where a float is wanted. Items of lists, tuples and dicts are converted too,
+    and all sequences become lists, as JSON has them.
+
+    Args:
+        name: of the argument.
+        value: what was given.
+        kind: the annotation; of one that is not understood every value is.
+
+    Raises:
+        ValueError: a value of another kind.
+    """
+    if isinstance(value, np.generic):
+        value = value.item()
+    origin, inner = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return _plain_inside(value)
+    if origin in (Union, UnionType):
+        return _fitting_any(name, value, inner)
+    if origin is Literal:
+        return one_of(name, value, kind)
+    if kind is int:
+        return whole(name, value, -LARGEST, LARGEST)
+    if kind is float:
+        number = plain(value)
+        return int(number) if type(number) is int and real(name, number) else real(name, number)
+    if kind is bool and not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, not {shown(value)}")
+    if kind is str:
+        if not isinstance(value, (str, os.PathLike)):
+            raise ValueError(f"{name} must be a string, not {shown(value)}")
+        return value if isinstance(value, str) else str(as_path(value, name))
+    if isinstance(origin, type) and issubclass(origin, Sequence):
+        items = plain(value)
+        if not isinstance(items, list):
+            raise ValueError(f"{name} must be a list, not {shown(value)}")
+        each = inner[0] if inner else Any
+        return [fitting(f"{name}[{i}]", item, each) for i, item in enumerate(items)]
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{name} must be a dict, not {shown(value)}")
+        return {key: fitting(f"{name}[{key!r}]", item, inner[1]) for key, item in value.items()}
+    if isinstance(kind, type) and origin is None and not isinstance(value, kind):
+        found = shown(value) if isinstance(value, PLAIN) else f"a {type(value).__name__}"
+        raise ValueError(f"{name} must be a {kind.__name__}, not {found}")
+    return value
+
+
+def _fitting_any(name: str, value: Any, kinds: tuple[Any, ...]) -> Any:
+    """A value of one of several kinds."""
+    if value is None and NoneType in kinds:
+        return None
+    errors = []
+    for kind in kinds:
+        if kind is not NoneType:
+            try:
+                return fitting(name, value, kind)
+            except ValueError as error:
+                errors.append(error)
+    raise errors[0]
+
+
+def _plain_inside(value: Any) -> Any:
+    """With NumPy's and torch's numbers in lists, tuples and dicts as Python's."""
+    if isinstance(value, dict):
+        return {key: _plain_inside(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain_inside(item) for item in value]
+    return value.tolist() if isinstance(value, (np.generic, np.ndarray, torch.Tensor)) else value
 
 
 def as_path(value: Any, name: str = "path") -> Path:

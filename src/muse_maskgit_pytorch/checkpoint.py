@@ -13,28 +13,39 @@ import inspect
 import itertools
 import json
 import os
-from collections.abc import Callable, Hashable
+import warnings
+from collections.abc import Callable, Hashable, Iterable
 from importlib import import_module, resources
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, get_type_hints
 
-import safetensors
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .arguments import as_path, fitting, printable, shown
 from .files import digest_state, replacing
+from .weights import (
+    Allowance,
+    CheckpointError,
+    check_weights,
+    is_finite,
+    is_safetensors,
+    read_torch,
+    reading,
+    safetensors_file,
+    sketching,
+)
 
 FORMAT = "muse_maskgit_pytorch"
 VERSION = 1
 SHIPPED = resources.files(FORMAT) / "pretrained"
 _LOADINGS = itertools.count()
+_NOTED: list[Path] = []  # the first file that was saved under another ending
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # a file's weights
+ENDINGS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")  # of files that hold weights
 # Kinds that a saved model may hold although the model's own module does not import theirs.
 ELSEWHERE = {"ForeignVQGAN": ".foreign"}
-
-
-class CheckpointError(ValueError):
-    """A file that is missing, damaged, of another kind or version, or of another geometry."""
 
 
 def save_tree(path: str | os.PathLike, tree: dict[str, Any], kind: str) -> Path:
@@ -75,10 +86,26 @@ def save_tree(path: str | os.PathLike, tree: dict[str, Any], kind: str) -> Path:
     }
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata=header)
+        _in_order(temporary)
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)  # save_file makes it readable for the owner alone
     return Path(path)
+
+
+def _in_order(path: Path) -> None:
+    """Sort the texts of a file's header, which safetensors leaves in random order.
+
+    So the same model is the same file, bit for bit.
+    """
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(text) <= size:  # spaces may follow it
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 @torch.inference_mode(False)
@@ -90,47 +117,85 @@ def load_tree(path: str | os.PathLike, kind: str | None = None) -> tuple[dict[st
     Raises:
         CheckpointError: missing, damaged, not ours, of a newer version, or not of ``kind``.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"no such checkpoint file: {path}")
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            header = file.metadata() or {}
-            if header.get("format") != FORMAT:
-                raise CheckpointError(f"{path} is a safetensors file, but not one of this package")
-            if int(header["version"]) > VERSION:
-                raise CheckpointError(
-                    f"{path} has format version {header['version']}, this package reads up to "
-                    f"{VERSION}: upgrade muse-maskgit-pytorch"
-                )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except CheckpointError:
-        raise
-    except Exception as error:
-        raise CheckpointError(f"{path} is damaged or not a safetensors file ({error})") from error
-    if kind is not None and header["kind"] != kind:
-        raise CheckpointError(f"{path} holds a {header['kind']}, not a {kind}")
+    path = as_path(path)
+    with reading(path), safetensors_file(path) as file:
+        found = _kind(path, file)
+        if kind is not None and found != kind:
+            raise CheckpointError(f"{path} holds a {found}, not a {kind}")
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tree = _rebuilt(path, json.loads(file.metadata()["tree"]), tensors)
+        if not isinstance(tree, dict):
+            raise CheckpointError(f"{path} is damaged: it holds no names")
+        return tree, found
 
+
+def kind_of(path: str | os.PathLike) -> str:
+    """What a file of `save_tree` holds, by its header alone.
+
+    Raises:
+        CheckpointError: missing, damaged, not ours, or of a newer version.
+    """
+    path = as_path(path)
+    with reading(path), safetensors_file(path) as file:
+        return _kind(path, file)
+
+
+def _kind(path: Path, file: Any) -> str:
+    header = file.metadata() or {}
+    if header.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is a safetensors file, but not one of this package")
+    version = header.get("version", "")
+    if not (version.isascii() and version.isdigit() and len(version) < 9 and int(version) > 0):
+        raise CheckpointError(f"{path} is damaged: its format version is {shown(version)}")
+    if int(version) > VERSION:
+        raise CheckpointError(
+            f"{path} has format version {version}, this package reads up to {VERSION}: upgrade "
+            "muse-maskgit-pytorch"
+        )
+    if "kind" not in header or "tree" not in header:
+        raise CheckpointError(f"{path} is damaged: its header lacks what the file holds")
+    return printable(header["kind"], 60)
+
+
+def _rebuilt(path: Path, skeleton: Any, tensors: dict[str, Tensor]) -> Any:
+    """The tree of a skeleton, every node of which is checked."""
     given: set[str] = set()
+    allowance = Allowance(path)
 
-    def rebuild(node: dict[str, Any]) -> Any:
-        if "tensor" in node:
-            name = node["tensor"]
-            # stored once, but not one tensor: what changes in place must not change elsewhere
-            tensor = tensors[name].clone() if name in given else tensors[name]
-            given.add(name)
-            return tensor
-        if "dict" in node:
-            return {key: rebuild(value) for key, value in node["dict"]}
-        if "list" in node:
-            return [rebuild(value) for value in node["list"]]
-        return node["value"]
+    def rebuild(node: Any) -> Any:
+        match node:
+            case {"tensor": str(name)} if name in tensors:
+                tensor = allowance.take(tensors[name])
+                if name in given:
+                    # stored once, but not one: what changes in place must not change elsewhere
+                    return tensor.clone()
+                given.add(name)
+                return tensor
+            case {"dict": list(pairs)}:
+                made = {_key(key): rebuild(value) for key, value in pairs}
+                if len(made) == len(pairs):
+                    return made
+            case {"list": list(nodes)}:
+                return [rebuild(value) for value in nodes]
+            case {"value": None | bool() | int() | float() | str() as value}:
+                return value
+        raise CheckpointError(f"{path} is damaged: {shown(node)} stands in its tree")
 
-    return rebuild(json.loads(header["tree"])), header["kind"]
+    return rebuild(skeleton)
+
+
+def _key(key: Any) -> str | int:
+    if isinstance(key, bool) or not isinstance(key, (str, int)):
+        raise ValueError(f"{shown(key)} is no name")
+    return key
 
 
 class Saveable(nn.Module):
     """A module that remembers its constructor's arguments and can be saved and rebuilt.
+
+    The arguments are checked and converted by the constructor's annotations (`arguments.fitting`),
+    so that a number of any library is a number, here and in a file. Modules among them may be
+    wrapped (by torch.compile, say): a file has the names and arguments of what is inside.
 
     Files of earlier releases are brought up to date by `_upgraded` (the arguments), `_retired`
     (arguments that no longer exist) and `_upgrade` (the weights).
@@ -138,34 +203,56 @@ class Saveable(nn.Module):
 
     _init_args: dict[str, Any]
     _retired: ClassVar[dict[str, Any]] = {}  # argument -> the value that may be left out
+    _stated_always: ClassVar[tuple[str, ...]] = ()  # looked up elsewhere where a file lacks them
     _loaded: int  # which loading or move of weights was the last, of all in this process
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         init: Callable[..., None] = cls.__init__
+        if init is nn.Module.__init__:  # of a class without one of its own; it takes anything
+            init = _no_arguments
         signature = inspect.signature(init)
+        own, *parameters = signature.parameters.values()
+        for parameter in parameters:
+            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.POSITIONAL_ONLY):
+                raise TypeError(
+                    f"{cls.__name__}({parameter}): a model file states arguments by name, so give "
+                    "each a name"
+                )
 
         @functools.wraps(init)
         def remembering_init(self, *args, **kwargs):
+            bound = signature.bind(self, *args, **kwargs)
+            bound.apply_defaults()  # a later version's defaults must not change this model
+            given = {k: v for k, v in bound.arguments.items() if k != own.name}
+            for parameter in parameters:
+                if parameter.kind is parameter.VAR_KEYWORD:
+                    given |= given.pop(parameter.name)
+            hints = _hints(init)
+            for name, value in given.items():
+                inner = unwrapped(value)
+                fitted = fitting(name, inner, hints.get(name, Any))
+                given[name] = value if fitted is inner else fitted
             if "_init_args" not in self.__dict__:  # the outermost class of the hierarchy wins
-                bound = signature.bind(self, *args, **kwargs)
-                bound.apply_defaults()  # a later version's defaults must not change this model
-                given = {k: v for k, v in bound.arguments.items() if k != "self"}
-                object.__setattr__(self, "_init_args", given)
+                object.__setattr__(self, "_init_args", dict(given))
                 object.__setattr__(self, "_loaded", next(_LOADINGS))
-            init(self, *args, **kwargs)
+            init(self, **given)
 
         type.__setattr__(cls, "__init__", remembering_init)
 
     @property
     def config(self) -> dict[str, Any]:
         """The arguments this module was made with; modules among them as kind and config."""
-        return {
-            name: {"kind": type(value).__name__, "config": value.config}
-            if isinstance(value, Saveable)
-            else value
-            for name, value in self._init_args.items()
-        }
+        return {name: self._stated(name, value) for name, value in self._init_args.items()}
+
+    def _stated(self, name: str, value: Any) -> Any:
+        part = unwrapped(value)
+        if not isinstance(part, Saveable):
+            return value
+        # another one may stand in its place now
+        now = unwrapped(self._modules.get(name))
+        part = now if isinstance(now, Saveable) else part
+        return {"kind": type(part).__name__, "config": part.config}
 
     @classmethod
     def _upgraded(cls, config: dict[str, Any], state: dict[str, Tensor]) -> dict[str, Any]:
@@ -197,65 +284,121 @@ class Saveable(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
+    def check_saveable(self) -> None:
+        """Refuse, before any work, a model that could not be rebuilt from its file.
+
+        Raises:
+            ValueError: an argument that a file cannot hold; weights that the arguments do not make
+                (of an adapter, say), or that lie on several processes.
+        """
+        kind, config, state = type(self).__name__, self.config, plain_state(self)
+        for name, value in config.items():
+            try:
+                json.dumps(value)
+            except (TypeError, ValueError) as error:
+                raise ValueError(
+                    f"{name} of this {kind} is {shown(value)}, which a model file cannot hold: "
+                    "give it as numbers, strings or lists of them"
+                ) from error
+        for name, value in state.items():
+            if hasattr(value, "full_tensor"):
+                raise ValueError(
+                    f"{name} of this {kind} is divided among processes: save the model that it was "
+                    "made from, with the weights that torch.distributed.checkpoint.state_dict."
+                    "get_model_state_dict gathers (full_state_dict=True)"
+                )
+        sketch = _sketch(type(self), config, 2 * len(state) + 100)
+        if sketch is None:
+            return
+        made = sketch.state_dict()
+        wrong = made.keys() ^ state.keys()
+        wrong |= {
+            name for name in made.keys() & state.keys() if made[name].shape != state[name].shape
+        }
+        if wrong:
+            raise ValueError(
+                f"{min(wrong)} of this {kind} is not as its arguments make it, so its file could "
+                "not be read: take out what was put into the model (merge an adapter), then save it"
+            )
+
     def save(self, path: str | os.PathLike, dtype: torch.dtype | None = None) -> Path:
-        """Write configuration and weights to one ``.safetensors`` file, atomically.
+        """Write configuration and weights to one safetensors file, atomically.
 
         Args:
-            path: must end in ``.safetensors``.
+            path: of any name; ``.safetensors`` is the usual ending.
             dtype: store floating-point weights in this type (``torch.float16`` halves the file).
+
+        Raises:
+            ValueError: a type that would destroy the weights, or a model that could not be rebuilt
+                (`check_saveable`).
         """
-        if Path(path).suffix != ".safetensors":
-            raise ValueError(f"save: path {str(path)!r} must end in .safetensors")
-        state = {
-            name: value.to(dtype) if dtype and value.is_floating_point() else value
-            for name, value in self.state_dict().items()
+        path = as_path(path)
+        if dtype not in (None, *FLOATS):
+            raise ValueError(f"save: dtype must be one of {FLOATS}, not {shown(dtype)}")
+        self.check_saveable()
+        state = plain_state(self)
+        for name, value in state.items():
+            if not is_finite(value):
+                raise ValueError(f"save: {name} has values that are not finite")
+            if dtype and value.is_floating_point():
+                state[name] = value.to(dtype)
+                if not is_finite(state[name]):
+                    raise ValueError(
+                        f"save: {name} has values up to {float(value.abs().max()):.3g}, beyond "
+                        f"the range of {dtype}: store it in torch.bfloat16"
+                    )
+        if path.suffix != ".safetensors" and not _NOTED:
+            _NOTED.append(path)
+            warnings.warn(
+                f"{path.name} is a safetensors file, whatever its name: load goes by the content, "
+                "other programs by the ending .safetensors",
+                stacklevel=2,
+            )
+        homes = {
+            type(part).__name__: type(part).__module__
+            for part in self.modules()
+            if isinstance(part, Saveable) and not type(part).__module__.startswith(f"{FORMAT}.")
         }
-        tree = {"config": self.config, "state": state}
+        tree = {"config": self.config, "state": state} | ({"homes": homes} if homes else {})
         return save_tree(path, tree, kind=type(self).__name__)
 
     @torch.inference_mode(False)
     def load(self, path: str | os.PathLike) -> Self:
         """Load weights into this module, from ``save``'s file or a ``.pt`` state dict.
 
+        The content decides which of the two a file is, not its name.
+
         Raises:
-            CheckpointError: another kind of model, or weights of another shape.
+            CheckpointError: another kind of model, weights of another shape, or none.
         """
-        if _is_torch_file(path):
-            try:
-                state = torch.load(path, map_location="cpu", weights_only=True)
-            except Exception as error:
-                raise CheckpointError(
-                    f"{path} cannot be read as a plain state dict ({type(error).__name__}); files "
-                    "that hold other Python objects are refused"
-                ) from error
+        path = as_path(path)
+        if is_safetensors(path):
+            state = load_tree(path, kind=type(self).__name__)[0].get("state")
+        else:
+            state = read_torch(path)
             if isinstance(state, dict):
                 state = state.get("model", state)
-            if not (isinstance(state, dict) and all(map(torch.is_tensor, state.values()))):
-                raise CheckpointError(f"{path} holds no state dict (names and tensors)")
-        else:
-            state = load_tree(path, kind=type(self).__name__)[0]["state"]
-        self._load_state(state, path)
+        self._load_state(state_of(state, path), path)
         return self
 
     def _load_state(self, state: dict[str, Tensor], path: Any) -> None:
+        self._upgrade_all(state)
+        names = plain_names(self)
+        kind = type(self).__name__
+        check_weights(
+            plain_state(self),
+            state,
+            path,
+            f"this {kind}",
+            f"make the model with the arguments it was saved with, or use {kind}.from_pretrained",
+        )
+        self.load_state_dict({name: state[plain] for name, plain in names.items()})
+
+    def _upgrade_all(self, state: dict[str, Tensor]) -> None:
+        plain = _plainly(self)
         for name, module in self.named_modules():
             if isinstance(module, Saveable):
-                module._upgrade(state, f"{name}." if name else "")
-        own = self.state_dict()
-        missing, unknown = own.keys() - state.keys(), state.keys() - own.keys()
-        other = [k for k in own.keys() & state.keys() if own[k].shape != state[k].shape]
-        if missing or unknown or other:
-            name = sorted(other or missing or unknown)[0]
-            facts = (
-                f"{name} is {tuple(state[name].shape)} there and {tuple(own[name].shape)} here"
-                if other
-                else f"{name} is {'missing there' if missing else 'unknown here'}"
-            )
-            raise CheckpointError(
-                f"{path} does not fit this {type(self).__name__}: {facts}; make the model with the "
-                f"arguments it was saved with, or use {type(self).__name__}.from_pretrained"
-            )
-        self.load_state_dict(state)
+                module._upgrade(state, plain(f"{name}." if name else ""))
 
     @classmethod
     @torch.inference_mode(False)
@@ -267,23 +410,85 @@ class Saveable(nn.Module):
                 repository on the Hugging Face hub (``owner/name``) with a ``model.safetensors``.
         """
         path = find_file(name)
-        tree, _ = load_tree(path, kind=cls.__name__)
-        model = _build(cls, cls._upgraded(tree["config"], tree["state"]))
-        model._load_state(tree["state"], path)
-        return model.eval()
+        with reading(path):
+            tree, _ = load_tree(path, kind=cls.__name__)
+            return rebuild(cls, tree, path).eval()
 
 
-def _build(cls: type[Saveable], config: dict[str, Any]) -> Any:
+def _no_arguments(self: nn.Module) -> None:
+    nn.Module.__init__(self)
+
+
+def rebuild(cls: type[Saveable], tree: dict[str, Any], path: Path) -> Any:
+    """The model that a file's tree describes, with its weights.
+
+    It is made without values first and compared with the weights, so that a file cannot ask for
+    more than it holds.
+
+    Args:
+        cls: its class.
+        tree: "config", "state" and perhaps "homes", the modules of classes that are not ours.
+        path: of the file, for messages.
+
+    Raises:
+        CheckpointError: arguments and weights that fit neither this release nor each other.
+    """
+    config, state = tree.get("config"), state_of(tree.get("state"), path)
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} is damaged: it states no arguments")
+    config = cls._upgraded(config, state)
+    homes = tree.get("homes")
+    sketch = _sketch(cls, config, 2 * len(state) + 100, homes)
+    if sketch is not None:
+        sketch._upgrade_all(state)
+        check_weights(
+            sketch.state_dict(),
+            state,
+            path,
+            f"the {cls.__name__} of its arguments",
+            "the file is incomplete, or of another release",
+        )
+    model = _build(cls, config, homes)
+    model._load_state(state, path)
+    return model
+
+
+def state_of(node: Any, path: Path) -> dict[str, Tensor]:
+    """Weights by name, as a file should hold them."""
+    if not (isinstance(node, dict) and all(map(torch.is_tensor, node.values()))):
+        raise CheckpointError(f"{path} holds no state dict (names and tensors)")
+    if not all(isinstance(name, str) for name in node):
+        raise CheckpointError(f"{path} holds weights without names")
+    allowance = Allowance(path)
+    return {name: allowance.take(value) for name, value in node.items()}
+
+
+def _sketch(cls: type[Saveable], config: Any, limit: int, homes: Any = None) -> Saveable | None:
+    """The model of these arguments without values; None if its class cannot be made so."""
+    try:
+        with sketching(limit):
+            return _build(cls, config, homes)
+    except (NotImplementedError, RuntimeError) as error:
+        if "meta" not in str(error):  # a class of one's own may read numbers while it is made
+            raise
+        return None
+
+
+def _build(cls: type[Saveable], config: dict[str, Any], homes: Any = None) -> Any:
     def value(argument: Any) -> Any:
         if isinstance(argument, dict) and argument.keys() == {"kind", "config"}:
-            if argument["kind"] in ELSEWHERE:
-                import_module(ELSEWHERE[argument["kind"]], FORMAT)
+            kind = argument["kind"]
+            if kind in ELSEWHERE:
+                import_module(ELSEWHERE[kind], FORMAT)
             known = _classes()
-            if argument["kind"] not in known:
+            if kind not in known:
+                home = homes.get(kind) if isinstance(homes, dict) else None
+                module = f"its module, {printable(str(home), 100)}" if home else "its module"
                 raise CheckpointError(
-                    f"the saved {cls.__name__} has a part of an unknown kind, {argument['kind']}"
+                    f"the saved {cls.__name__} has a part of the unknown kind {shown(kind)}: "
+                    f"import {module}, before you load it"
                 )
-            return _build(known[argument["kind"]], argument["config"])
+            return _build(known[kind], argument["config"], homes)
         return argument
 
     for name, dropped in cls._retired.items():
@@ -292,11 +497,67 @@ def _build(cls: type[Saveable], config: dict[str, Any]) -> Any:
                 f"the saved {cls.__name__} has {name} {config[name]!r}, which this release no "
                 f"longer supports (only {dropped!r}): use the release that saved it"
             )
+    for name in cls._stated_always:
+        if config.get(name) is None:
+            raise CheckpointError(f"the saved {cls.__name__} does not state its {name}")
     kept = {name: argument for name, argument in config.items() if name not in cls._retired}
     try:
         return cls(**{name: value(argument) for name, argument in kept.items()})
     except TypeError as error:
         raise CheckpointError(f"the saved {cls.__name__} has other arguments: {error}") from error
+
+
+# Wrappers ----------------------------------------------------------------------------------------
+
+# Under which name what torch wraps round a module (torch.compile, FSDP, activation checkpointing)
+# holds it.
+HELD = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+def _held(module: Any) -> str | None:
+    """The name under which a wrapper holds its module; None of any other module."""
+    if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return "module"
+    if not isinstance(module, nn.Module):
+        return None
+    return next((name for name in HELD if name in module._modules), None)
+
+
+def unwrapped(module: Any) -> Any:
+    """The module inside of wrappers, which has its class, arguments and names; others unchanged."""
+    while (name := _held(module)) is not None:
+        module = module._modules[name]
+    return module
+
+
+def _plainly(module: nn.Module) -> Callable[[str], str]:
+    """What makes of a name in a module's state the one without wrappers."""
+    parts = [
+        (f"{name}.{held}.".lstrip("."), held)
+        for name, part in module.named_modules(remove_duplicate=False)
+        if (held := _held(part)) is not None
+    ]
+    parts.sort(key=lambda part: -len(part[0]))  # the inner ones first
+
+    def plain(name: str) -> str:
+        for prefix, held in parts:
+            if name.startswith(prefix):
+                name = prefix[: -len(held) - 1] + name[len(prefix) :]
+        return name
+
+    return plain
+
+
+def plain_names(module: nn.Module, names: Iterable[str] | None = None) -> dict[str, str]:
+    """Names in a module's state, by default all, each with what it is without wrappers."""
+    plain = _plainly(module)
+    return {name: plain(name) for name in (module.state_dict() if names is None else names)}
+
+
+def plain_state(module: nn.Module) -> dict[str, Tensor]:
+    """A module's state under the names that it has without wrappers."""
+    names = plain_names(module)
+    return {names[name]: value for name, value in module.state_dict().items()}
 
 
 def weights_key(weights: nn.Module | dict[str, Tensor]) -> Hashable:
@@ -328,23 +589,25 @@ def _classes(base: type = Saveable) -> dict[str, type]:
     return found
 
 
-def _is_torch_file(path: str | os.PathLike) -> bool:
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"no such checkpoint file: {path}")
-    with open(path, "rb") as file:
-        return file.read(4) == b"PK\x03\x04"  # torch.save writes a zip archive
+@functools.cache
+def _hints(init: Callable[..., Any]) -> dict[str, Any]:
+    """The annotations of a constructor's arguments; none where they name what is not imported."""
+    try:
+        return get_type_hints(inspect.unwrap(init))
+    except Exception:
+        return {}
 
 
 def find_file(name: str | os.PathLike) -> Path:
     """Find a saved model by path, by the name of a shipped one, or on the Hugging Face hub."""
-    if Path(name).is_file():
-        return Path(name)
+    path = as_path(name, "model")
+    if path.is_file():
+        return path
     shipped = Path(str(SHIPPED)) / f"{name}.safetensors"
     if shipped.is_file():
         return shipped
     text = str(name)
-    if text.count("/") == 1 and not text.startswith((".", "/")) and not text.endswith("tensors"):
+    if is_repository(text):
         from huggingface_hub import hf_hub_download
 
         try:
@@ -356,6 +619,12 @@ def find_file(name: str | os.PathLike) -> Path:
             ) from error
     known = sorted(p.stem for p in Path(str(SHIPPED)).glob("*.safetensors"))
     raise CheckpointError(
-        f"unknown model {text!r}: not a file, and the shipped models are {known}; "
+        f"unknown model {shown(text, 200)}: not a file, and the shipped models are {known}; "
         "a hub repository is written owner/name"
     )
+
+
+def is_repository(name: str) -> bool:
+    """Whether a name can be that of a hub repository, and is not that of a file."""
+    ours = name.startswith((".", "/", "~")) or name.endswith(ENDINGS)
+    return name.count("/") == 1 and not ours

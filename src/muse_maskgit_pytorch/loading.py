@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from .checkpoint import CheckpointError, find_file, load_tree
+from .checkpoint import CheckpointError, find_file, kind_of
 from .devices import pick_device
 from .maskgit import MaskGit
 from .muse import Muse
@@ -28,7 +28,7 @@ def open_model(name: str | PathLike[str], device: str | None = None) -> Muse:
     """
     where: torch.device = pick_device(device)
     path = find_file(name)
-    kind = load_tree(path)[1]
+    kind = kind_of(path)
     if kind == "Muse":
         return Muse.from_pretrained(path).to(where)
     if kind != "MaskGit":
@@ -52,7 +52,7 @@ def open_stage(name: str | PathLike[str], stage: Stage = "base") -> MaskGit:
         CheckpointError: the file cannot be found, holds something else, or has no such stage.
     """
     path = find_file(name)
-    kind = load_tree(path)[1]
+    kind = kind_of(path)
     if kind == "MaskGit":
         return MaskGit.from_pretrained(path)
     if kind != "Muse":

@@ -2,9 +2,10 @@
 
 Every quantizer takes rows of vectors (B, n, c) and gives codes, ids and named loss terms, in
 float32 whatever the precision around it, and alike on one process and on many: whatever a
-codebook learns from a batch it learns from the batches of all processes. SimVQ and FSQ are
+codebook learns from a batch it learns from the batches of all processes. SimVQ is
 vector-quantize-pytorch's. VQ is ours because a codebook with its dead codes revived must stay
-equal on all processes, LFQ and BSQ because their entropy must not cost a table of all codes.
+equal on all processes, LFQ and BSQ because their entropy must not cost a table of all codes, and
+FSQ because nothing of it needs such a table.
 """
 
 from __future__ import annotations
@@ -194,6 +195,40 @@ def _entropy(chances: Tensor) -> Tensor:
     return -torch.special.xlogy(chances, chances.clamp(min=1e-12)).sum(-1)
 
 
+class FSQ(nn.Module):
+    """Rounding to a few levels in each dimension (Mentzer et al. 2023, appendix A.1).
+
+    A vector is bounded to the range of its levels by tanh, so shifted where their number is even
+    that zero lies between two of them, and rounded; a code is in [-1, 1].
+
+    Args:
+        levels: of each dimension.
+    """
+
+    levels: Tensor
+    basis: Tensor
+
+    def __init__(self, levels: list[int]):
+        super().__init__()
+        sizes = torch.tensor(levels, dtype=torch.int32)
+        self.register_buffer("levels", sizes, persistent=False)
+        basis = [math.prod(levels[:i]) for i in range(len(levels))]
+        self.register_buffer("basis", torch.tensor(basis, dtype=torch.int32), persistent=False)
+
+    def forward(self, rows: Float[Tensor, "B n c"]) -> Codes:
+        half = (self.levels - 1) * 1.001 / 2  # a little more, or the outermost would be rare
+        offset = torch.where(self.levels % 2 == 0, 0.5, 0.0)
+        bounded = torch.tanh(rows + torch.atanh(offset / half)) * half - offset
+        codes = (bounded + (bounded.round() - bounded).detach()) / (self.levels // 2)
+        places = codes * (self.levels // 2) + self.levels // 2
+        ids = (places * self.basis).sum(-1).round().to(torch.int32)
+        return Codes(codes, ids, {})
+
+    def codes_of(self, ids: Int[Tensor, "B n"]) -> Float[Tensor, "B n c"]:
+        places = ids[..., None] // self.basis % self.levels
+        return (places - self.levels // 2) / (self.levels // 2)
+
+
 def fsq_levels(codebook_size: int) -> list[int]:
     """Levels whose product is ``codebook_size``: the fewest, then the most even, of 3 to 8.
 
@@ -314,8 +349,6 @@ class Quantizer(nn.Module):
             width = codebook_size.bit_length() - 1
             self.inner = Binary(width, spherical=kind == "bsq")
         elif kind == "fsq":
-            from vector_quantize_pytorch import FSQ
-
             levels = fsq_levels(codebook_size) if levels is None else list(levels)
             if min(levels, default=3) < 3:
                 raise ValueError(f"fsq_levels {levels} must be at least 3 each")
@@ -325,7 +358,7 @@ class Quantizer(nn.Module):
                     f"codebook_size says {codebook_size}: leave one of them out"
                 )
             width = len(levels)
-            self.inner = FSQ(levels=levels, dim=width)
+            self.inner = FSQ(levels)
         else:
             raise ValueError(f"quantizer {kind!r} is unknown: use vq, simvq, lfq, bsq or fsq")
         # what decides ids and shows in no weight
@@ -355,9 +388,9 @@ class Quantizer(nn.Module):
 
     def _quantize(self, rows: Float[Tensor, "B n c"]) -> Codes:
         if self.kind == "fsq":
-            codes, ids = self.inner(rows)
+            codes, ids, terms = self.inner(rows)
             # a vector that is not finite would get an id outside of the codebook
-            return Codes(codes, ids.clamp(0, self.codebook_size - 1), {})
+            return Codes(codes, ids.clamp(0, self.codebook_size - 1), terms)
         if self.kind == "simvq":
             codes, ids, loss = self.inner(rows)
             return Codes(codes, ids, {"commitment": loss})
@@ -366,6 +399,6 @@ class Quantizer(nn.Module):
     def decode(self, ids: Int[Tensor, "B h w"]) -> Float[Tensor, "B C h w"]:
         """The quantized feature map that ``forward`` gave together with these ids."""
         inner: Any = self.inner
-        look_up = inner.codes_of if self.kind in ("vq", "lfq", "bsq") else inner.indices_to_codes
+        look_up = inner.indices_to_codes if self.kind == "simvq" else inner.codes_of
         codes = look_up(ids.flatten(1)).float().transpose(1, 2)
         return self.project_out(codes.reshape(ids.shape[0], -1, *ids.shape[1:]))

@@ -186,6 +186,8 @@ class MaskGitTransformer(Saveable):
             that is not available while ``text_embed_dim`` is not given.
     """
 
+    _stated_always = ("text_embed_dim",)
+
     def __init__(
         self,
         *,

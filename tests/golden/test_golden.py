@@ -33,7 +33,8 @@ def make() -> MaskGit:
 
 def test_public_names():
     assert set(muse_maskgit_pytorch.__all__) >= {
-        "CheckpointError", "Conditioning", "ImageFolder", "LossTerms", "MaskGit",
+        "CheckpointError", "Conditioning", "ImageFolder", "ImageTokenizer", "LossTerms",
+        "MaskGit",
         "MaskGitTrainer", "MaskGitTransformer", "Muse", "SampleOptions", "SampleStep",
         "SelfCritic", "TextEmbeds", "TextEncoder", "TextEncoderError", "TokenCache",
         "TokenCritic", "VQGanVAE", "VQGanVAETrainer",

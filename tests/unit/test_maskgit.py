@@ -54,7 +54,7 @@ def calls(monkeypatch, module, name: str) -> list[tuple]:
         ),
         (lambda: tiny.maskgit(cond_drop_prob=1.5), r"cond_drop_prob must be in \[0, 1\], not 1.5"),
         (lambda: tiny.maskgit(no_mask_token_prob=-0.1), r"no_mask_token_prob.*-0.1"),
-        (lambda: tiny.maskgit(critic_loss_weight=math.nan), "critic_loss_weight must be finite"),
+        (lambda: tiny.maskgit(critic_loss_weight=math.nan), "critic_loss_weight must be a finite"),
         (lambda: tiny.maskgit(critic_target="real"), "critic_target must be one of.*'real'"),
     ],
 )

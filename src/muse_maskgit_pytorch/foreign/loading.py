@@ -4,19 +4,35 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections import OrderedDict
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 import yaml
-from safetensors.torch import load_file
 from torch import Tensor
 
-from ..checkpoint import FORMAT, CheckpointError, _build, _classes, find_file, load_tree
+from ..arguments import as_path, shown
+from ..checkpoint import (
+    FORMAT,
+    _classes,
+    find_file,
+    is_repository,
+    kind_of,
+    load_tree,
+    rebuild,
+    state_of,
+)
 from ..vqgan_vae import ImageTokenizer
+from ..weights import (
+    CheckpointError,
+    check_weights,
+    is_safetensors,
+    read_torch,
+    reading,
+    safetensors_file,
+    sketching,
+)
 from .names import PARTS, UNDERSTOOD, family_of, geometry, renamed, stated_arguments
 from .network import Family, ForeignVQGAN
 
@@ -24,12 +40,17 @@ from .network import Family, ForeignVQGAN
 WEIGHTS = (
     "diffusion_pytorch_model.safetensors",
     "diffusion_pytorch_model.bin",
+    "diffusion_pytorch_model.fp16.safetensors",
+    "diffusion_pytorch_model.fp16.bin",
     "model.safetensors",
+    "model.fp16.safetensors",
     "pytorch_model.safetensors",
     "pytorch_model.bin",
+    "pytorch_model.fp16.bin",
     "last.ckpt",
     "checkpoints/last.ckpt",
 )
+CONFIG_BYTES = 2**20  # of the largest configuration that is read
 
 
 @torch.inference_mode(False)
@@ -54,17 +75,20 @@ def load_tokenizer(
     Raises:
         CheckpointError: not found, damaged, or nothing that this package understands.
     """
+    as_path(name, "tokenizer")
     path, part = _find(str(name))
-    tokenizer = _load_own(path, part) if _is_own(path) else _load_foreign(path, part)
+    with reading(path):
+        tokenizer = _load_own(path, part) if _is_own(path) else _load_foreign(path, part)
     return tokenizer.to(device).eval()
 
 
 def _find(name: str) -> tuple[Path, str | None]:
     """The file with the weights, and what of the name is left to choose a part of it."""
-    whole = Path(name).exists() or ":" not in name
+    whole = as_path(name).exists() or ":" not in name
     stem, part = (name, "") if whole else name.rsplit(":", 1)
-    folder = Path(stem, part)
-    if Path(stem).is_dir():
+    place = as_path(stem or name)
+    folder = place / part
+    if place.is_dir():
         if folder.is_file():
             return folder, None
         found = [folder / weights for weights in WEIGHTS if (folder / weights).is_file()]
@@ -76,8 +100,7 @@ def _find(name: str) -> tuple[Path, str | None]:
             f"{folder} has no weights of a tokenizer, or several: name the file or the part"
             f"{f' ({parts})' if parts else ''}; {UNDERSTOOD}"
         )
-    hub = not stem.startswith((".", "/", "~")) and stem.count("/") == 1
-    if hub and not Path(stem).exists() and not stem.endswith((".safetensors", ".ckpt", ".bin")):
+    if is_repository(stem) and not place.exists():
         return _download(stem, part)
     return find_file(stem), part or None
 
@@ -111,23 +134,22 @@ def _download(repository: str, part: str) -> tuple[Path, str | None]:
 
 
 def _is_own(path: Path) -> bool:
-    if path.suffix != ".safetensors":
+    if not is_safetensors(path):
         return False
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            return (file.metadata() or {}).get("format") == FORMAT
-    except Exception as error:
-        raise CheckpointError(f"{path} is damaged or not a safetensors file ({error})") from error
+    with safetensors_file(path) as file:
+        return (file.metadata() or {}).get("format") == FORMAT
 
 
 def _load_own(path: Path, part: str | None) -> ImageTokenizer:
-    tree, kind = load_tree(path)
+    kind = kind_of(path)
     known: dict[str, Any] = _classes(ImageTokenizer)
     if kind not in ("Muse", "MaskGit", *known):
         raise CheckpointError(f"{path} holds a {kind}, not a tokenizer or a model that has one")
+    tree, _ = load_tree(path)
+    config: Any = tree["config"]
     steps = ["vae"] if kind == "MaskGit" else []
     if kind == "Muse":
-        stages = [stage for stage in ("base", "superres") if tree["config"].get(stage)]
+        stages = [stage for stage in ("base", "superres") if config.get(stage)]
         if part not in stages:
             raise CheckpointError(
                 f"{path} holds a Muse, with a tokenizer in each stage: add :{' or :'.join(stages)}"
@@ -135,40 +157,22 @@ def _load_own(path: Path, part: str | None) -> ImageTokenizer:
         steps = [part, "vae"]
     elif part:
         raise CheckpointError(f"{path} holds a {kind} with one tokenizer: leave out ':{part}'")
-    node: dict[str, Any] = {"kind": kind, "config": tree["config"]}
     for step in steps:
-        node = node["config"][step]
+        kind, config = config[step]["kind"], config[step]["config"]
     prefix = "".join(f"{step}." for step in steps)
-    state = {k.removeprefix(prefix): v for k, v in tree["state"].items() if k.startswith(prefix)}
-    cls = known[node["kind"]]
-    tokenizer = _build(cls, cls._upgraded(node["config"], state))
-    tokenizer._load_state(state, path)
-    return tokenizer
-
-
-class _Inert:
-    """What stands for any class that a pickle names: called or built, an empty dict."""
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        return OrderedDict()
+    state = state_of(tree["state"], path)
+    own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    if kind not in known:
+        raise CheckpointError(f"{path} has a tokenizer of the unknown kind {shown(kind)}")
+    return rebuild(known[kind], {**tree, "config": config, "state": own}, path)
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:
     """Names and tensors of a file; nothing in it is executed."""
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        unsafe = []
-        with open(path, "rb") as file:
-            if file.read(4) == b"PK\x03\x04":  # what torch writes since 1.6
-                unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        with torch.serialization.safe_globals([(_Inert, name) for name in unsafe]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise CheckpointError(
-            f"{path} cannot be read as tensors alone ({type(error).__name__}): it is damaged, no "
-            "checkpoint, or holds objects that would have to be executed, which is refused"
-        ) from error
+    if is_safetensors(path):
+        with safetensors_file(path) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    content = read_torch(path, inert=True)
     if isinstance(content, dict):
         content = content.get("state_dict", content)  # Lightning's
     if not isinstance(content, dict):
@@ -179,39 +183,35 @@ def _read_state(path: Path) -> dict[str, Tensor]:
 def _load_foreign(path: Path, part: str | None) -> ForeignVQGAN:
     if part:
         raise CheckpointError(f"{path} holds one tokenizer: leave out ':{part}'")
-    state = {k: v for k, v in _read_state(path).items() if k.startswith(PARTS)}
+    read = _read_state(path).items()
+    state = state_of({k: v for k, v in read if k.startswith(PARTS)}, path)
     family = family_of(state, path)
     state = renamed(state)
     arguments = geometry(state, path, family)
     if found := _read_config(path, family):
         file, config = found
-        try:
-            stated = stated_arguments(config, family)
-        except (KeyError, TypeError) as error:
-            raise CheckpointError(
-                f"{file}: {error} is missing or not supported in a {family} VQGAN"
-            ) from error
+        with reading(file):
+            try:
+                stated = stated_arguments(config, family)
+            except (KeyError, TypeError, AttributeError) as error:
+                raise CheckpointError(
+                    f"{file}: {error} is missing or not supported in a {family} VQGAN"
+                ) from error
         for name, value in stated.items():
             if value != arguments[name]:
                 raise CheckpointError(
-                    f"{file} says {name} {value}, the weights in {path.name} have "
-                    f"{arguments[name]}: one of the two belongs to another model"
+                    f"{file} says {name} {shown(value)}, the weights in {path.name} have "
+                    f"{shown(arguments[name])}: one of the two belongs to another model"
                 )
         if family == "diffusers":
             arguments["groups"] = config.get("norm_num_groups", 32)
             arguments["signed"] = not config.get("lookup_from_codebook", False)
-    try:
-        tokenizer = ForeignVQGAN(**arguments)
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    own = tokenizer.state_dict()
-    for name in sorted(own.keys() | state.keys()):
-        there, here = (list(d[name].shape) if name in d else "missing" for d in (state, own))
-        if there != here:
-            raise CheckpointError(
-                f"{path}: {name} is {there}, and would be {here} in a {family} VQGAN with the rest "
-                "of these weights: the file is incomplete, or another kind of network"
-            )
+    with sketching(2 * len(state) + 100):
+        sketch = ForeignVQGAN(**arguments)
+    network = f"a {family} VQGAN with the rest of these weights"
+    advice = "the file is incomplete, or another kind of network"
+    check_weights(sketch.state_dict(), state, path, network, advice)
+    tokenizer = ForeignVQGAN(**arguments)
     tokenizer.load_state_dict(state)
     return tokenizer
 
@@ -234,10 +234,25 @@ def _read_config(path: Path, family: Family) -> tuple[Path, dict[str, Any]] | No
             "diffusers VQModel normalises; put its config.json next to them"
         )
     try:
-        if family != "taming":
-            return file, dict(json.loads(file.read_text()))
-        return file, dict(yaml.safe_load(file.read_text())["model"]["params"])
-    except (yaml.YAMLError, ValueError, KeyError, TypeError) as error:
+        if file.stat().st_size > CONFIG_BYTES:
+            raise ValueError(f"more than {CONFIG_BYTES} bytes")
+        text = file.read_text(encoding="utf-8")
+        content = json.loads(text) if family != "taming" else yaml.safe_load(text)
+        _check_count(content)
+        return file, dict(content if family != "taming" else content["model"]["params"])
+    except (yaml.YAMLError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(
-            f"{file} is not the configuration of a {family} VQGAN ({type(error).__name__}: {error})"
+            f"{file} is not the configuration of a {family} VQGAN "
+            f"({type(error).__name__}: {shown(error, 200)})"
         ) from error
+
+
+def _check_count(content: Any) -> None:
+    """Refuse what names the same lists again and again (YAML's aliases): it has no end."""
+    waiting, count = [content], 0
+    while waiting:
+        node, count = waiting.pop(), count + 1
+        if count > CONFIG_BYTES:
+            raise ValueError("more values than a configuration has")
+        if isinstance(node, (dict, list)):
+            waiting += node.values() if isinstance(node, dict) else node

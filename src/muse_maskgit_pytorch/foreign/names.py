@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..checkpoint import CheckpointError
+from ..arguments import whole
+from ..weights import CheckpointError
 from .network import Family
 
 UNDERSTOOD = (
@@ -109,6 +110,13 @@ def stated_arguments(config: dict[str, Any], family: Family) -> dict[str, Any]:
     Raises:
         KeyError: one is missing, or its value is not one that this network has.
     """
+
+    def size(of: dict[str, Any], name: str) -> int:
+        return whole(name, of[name], 1)
+
+    def sizes(of: dict[str, Any], name: str) -> list[int]:
+        return [whole(name, value, 1) for value in of[name]]
+
     c = config
     if family == "diffusers":
         for key, known in {"norm_type": ("group",), "act_fn": ("silu", "swish")}.items():
@@ -117,31 +125,33 @@ def stated_arguments(config: dict[str, Any], family: Family) -> dict[str, Any]:
         down = {"DownEncoderBlock2D": False, "AttnDownEncoderBlock2D": True}
         up = {"UpDecoderBlock2D": False, "AttnUpDecoderBlock2D": True}
         return dict(
-            channels=c["block_out_channels"],
-            blocks=c["layers_per_block"],
-            latent_channels=c["latent_channels"],
-            code_dim=c.get("vq_embed_dim") or c["latent_channels"],
-            codebook_size=c["num_vq_embeddings"],
+            channels=sizes(c, "block_out_channels"),
+            blocks=size(c, "layers_per_block"),
+            latent_channels=size(c, "latent_channels"),
+            code_dim=size(c, "vq_embed_dim" if c.get("vq_embed_dim") else "latent_channels"),
+            codebook_size=size(c, "num_vq_embeddings"),
             encoder_attention=[down[name] for name in c["down_block_types"]],
             decoder_attention=[up[name] for name in reversed(c["up_block_types"])],
             mid_attention=c.get("mid_block_add_attention", True),
         )
     if family == "maskgit":
         return dict(
-            channels=[c["hidden_channels"] * mult for mult in c["channel_mult"]],
-            blocks=c["num_res_blocks"],
-            latent_channels=c["z_channels"],
-            code_dim=c["quantized_embed_dim"],
-            codebook_size=c["num_embeddings"],
+            channels=[size(c, "hidden_channels") * mult for mult in sizes(c, "channel_mult")],
+            blocks=size(c, "num_res_blocks"),
+            latent_channels=size(c, "z_channels"),
+            code_dim=size(c, "quantized_embed_dim"),
+            codebook_size=size(c, "num_embeddings"),
         )
     d = c["ddconfig"]
-    sizes = [d["resolution"] // 2**i for i in range(len(d["ch_mult"]))]
+    mults = sizes(d, "ch_mult")
+    sides = [size(d, "resolution") // 2**i for i in range(len(mults))]
+    attended = sizes(d, "attn_resolutions")
     return dict(
-        channels=[d["ch"] * mult for mult in d["ch_mult"]],
-        blocks=d["num_res_blocks"],
-        latent_channels=d["z_channels"],
-        code_dim=c["embed_dim"],
-        codebook_size=c["n_embed"],
-        encoder_attention=[size in d["attn_resolutions"] for size in sizes],
-        decoder_attention=[size in d["attn_resolutions"] for size in sizes],
+        channels=[size(d, "ch") * mult for mult in mults],
+        blocks=size(d, "num_res_blocks"),
+        latent_channels=size(d, "z_channels"),
+        code_dim=size(c, "embed_dim"),
+        codebook_size=size(c, "n_embed"),
+        encoder_attention=[side in attended for side in sides],
+        decoder_attention=[side in attended for side in sides],
     )

@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from ..arguments import whole
 from ..devices import exact
 from ..vqgan_vae import ImageTokenizer, Upsample
 
+MAX_BLOCKS = 1000  # of one resolution; published networks have 1 to 4
 Family = Literal["diffusers", "taming", "maskgit"]
 
 
@@ -158,7 +160,14 @@ class ForeignVQGAN(ImageTokenizer):
     ):
         super().__init__()
         maskgit = family == "maskgit"
-        stem = channels[0] if stem is None else stem
+        counts = dict(blocks=blocks, latent_channels=latent_channels, code_dim=code_dim)
+        counts |= dict(codebook_size=codebook_size, groups=groups)
+        for name, value in counts.items():
+            whole(name, value, 1)
+        whole("blocks", blocks, 1, MAX_BLOCKS)
+        if not channels or min(channels) < 1:
+            raise ValueError(f"channels {list(channels)} must be at least one, and each at least 1")
+        stem = channels[0] if stem is None else whole("stem", stem, 1)
         odd = [width for width in [stem, *channels] if width % groups]
         if odd:
             raise ValueError(f"channels {odd[0]} are not divisible by the norms' {groups} groups")
