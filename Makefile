@@ -10,12 +10,13 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help env demo test lint format data clean
+.PHONY: help env demo test fuzz lint format data clean
 
 help:
 	@echo 'make env      an environment in .venv (Python 3.11 or newer; 2 GB and up)'
 	@echo 'make demo     draw a sheet of prompts with the shipped model'
 	@echo 'make test     linters, types, import rules and tests'
+	@echo 'make fuzz     damaged files and odd calls by the thousand (MUSE_FUZZ_CASES=3000)'
 	@echo 'make lint     the same without the tests'
 	@echo 'make format   put the code into shape'
 	@echo 'make data     draw the emoji set into data/emoji (needs the Noto Color Emoji font)'
@@ -29,6 +30,11 @@ demo: env
 test: export HF_HUB_OFFLINE = 1
 test: lint
 	$(BIN)/python -m pytest
+
+fuzz: export HF_HUB_OFFLINE = 1
+fuzz: export MUSE_FUZZ_CASES ?= 3000
+fuzz: .venv/dev.stamp
+	$(BIN)/python -m pytest tests/fuzz -s -q --timeout=0
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check
