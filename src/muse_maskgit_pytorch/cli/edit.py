@@ -92,8 +92,7 @@ def outpaint_parser() -> Parser:
     parser.add_argument(
         "--aspect",
         type=str | float | None,
-        help="instead of sides: width:height or their ratio to reach, such as 16:9 (in YAML with "
-        "quotes) or 1.5",
+        help="instead of sides: width:height or their ratio to reach, such as 16:9 or 1.5",
     )
     return parser
 

@@ -7,14 +7,32 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from itertools import zip_longest
+import json
+import re
+from argparse import ArgumentError
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Optional, get_type_hints
 
 import docstring_parser
 import yaml
 from jsonargparse import ArgumentParser, Namespace
+
+from ..arguments import as_path, shown
+
+MAX_VALUES = 10_000  # in one YAML file
+WRONG_TYPE = re.compile(
+    r'Parser key "(?P<key>[^"]+)": (?:'
+    r"Does not validate against any of the Union subtypes Subtypes: \[(?P<kinds>.*?)\] Errors: .* "
+    r"Given value: (?P<union_value>.*)|Expected a (?P<kind>.*)\. Got value: (?P<value>.*))"
+)
+KINDS = {
+    r"<class 'NoneType'>": "null",
+    r"<class '([\w.]+)'>": r"\1",
+    r"typing\.": "",
+    r"Literal\[([^\]]+)\]": r"one of \1",
+    r", (?=[^,]+$)": " or ",
+}
 
 
 class Parser(ArgumentParser):
@@ -55,7 +73,8 @@ class Parser(ArgumentParser):
         """Parse a command line and the YAML files it names.
 
         Raises:
-            ValueError: an unknown key; the message names the nearest known one.
+            ValueError: an unknown key; the message names the nearest known one. A file that is no
+                YAML, or says a key twice.
             ArgumentError: a value of another type, a required key without a value.
         """
         keys = self.keys()
@@ -64,13 +83,12 @@ class Parser(ArgumentParser):
         for flag in _flags(argv):
             if flag.removesuffix("+") not in flags:
                 _refuse(f"unknown option --{flag}", "--", flag, flags)
-        for path in _configs(argv):
-            for key, value in _leaves(path, sections):
-                if key in sections and not isinstance(value, str):
-                    raise ValueError(f"{path}: {key} must hold options, not {value!r}")
-                if key not in keys | sections:
-                    _refuse(f"{path}: unknown key {key!r}", "", key, keys | sections)
-        return self.parse_args(argv)
+        try:
+            return self.parse_args(_with_files(argv, keys, sections))
+        except ArgumentError as error:
+            raise ArgumentError(None, _plain_words(str(error))) from error
+        except RecursionError as error:
+            raise ValueError("an option's value is nested too deep to be one") from error
 
 
 def stated(section: Namespace) -> dict[str, Any]:
@@ -86,32 +104,135 @@ def _flags(argv: list[str]) -> Iterator[str]:
             yield word[2:].partition("=")[0]
 
 
-def _configs(argv: list[str]) -> Iterator[Path]:
-    """The YAML files named on the command line that exist (jsonargparse reports the others)."""
-    for word, after in zip_longest(argv, argv[1:], fillvalue=""):
-        name, _, value = word.partition("=")
-        if name == "--config" and Path(value or after).is_file():
-            yield Path(value or after)
+def _with_files(argv: list[str], keys: set[str], sections: set[str]) -> list[str]:
+    """The command line with the YAML files' contents in the place of their names.
+
+    They are read here, so that a value in a file means what it means on the command line: by
+    itself, jsonargparse takes ``no`` for False, and ``2024`` for no name of a folder.
+    """
+    words, out = iter(argv), []
+    for word in words:
+        flag, equals, value = word.partition("=")
+        name = flag.removeprefix("--")
+        if word == "--":
+            return [*out, word, *words]
+        if not flag.startswith("--") or name not in {"config", *sections}:
+            out.append(word)
+            continue
+        value = value if equals else next(words, None)
+        section = "" if name == "config" else name
+        if value is not None and (name == "config" or as_path(value).is_file()):
+            path = as_path(value, flag)
+            value = json.dumps(
+                _Recipe(path, keys, sections).tree(section), ensure_ascii=False, default=str
+            )
+        out += [flag] if value is None else [f"{flag}={value}"]
+    return out
 
 
-def _leaves(path: Path, sections: Collection[str]) -> Iterator[tuple[str, Any]]:
-    """Keys of a YAML file, with dots between the levels of sections, and their values."""
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(tree, Mapping):
-        raise ValueError(f"{path} holds no keys, but must read like `vae: {{dim: 64}}`")
+class _Recipe:
+    """A YAML file, checked against the keys that there are.
 
-    def walk(node: Mapping[str, Any], above: str) -> Iterator[tuple[str, Any]]:
-        for key, value in node.items():
+    Raises:
+        ValueError: from `tree`, naming the file.
+    """
+
+    def __init__(self, path: Path, keys: set[str], sections: set[str]):
+        self.path, self.keys, self.sections = path, keys, sections
+        self.left = MAX_VALUES
+
+    def tree(self, section: str = "") -> dict[str, Any]:
+        """What it says, its values as the words that would stand on the command line.
+
+        Args:
+            section: whose options the file holds; "" for all.
+        """
+        try:
+            loader = yaml.SafeLoader(self.path.read_text(encoding="utf-8-sig"))
+            node = loader.get_single_node()
+            if not isinstance(node, yaml.MappingNode):
+                raise ValueError(
+                    f"{self.path} holds no keys, but must read like `vae: {{dim: 64}}`"
+                )
+            return self._section(loader, node, f"{section}." if section else "")
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{self.path} is not valid YAML: {error}") from error
+        except RecursionError as error:
+            raise ValueError(f"{self.path} is nested too deep to be a recipe") from error
+
+    def _section(
+        self, loader: yaml.SafeLoader, node: yaml.MappingNode, above: str
+    ) -> dict[str, Any]:
+        said: dict[str, Any] = {}
+        for key, value in self._pairs(loader, node):
             name = f"{above}{key}"
-            if name in sections and isinstance(value, Mapping):
-                yield from walk(value, f"{name}.")
+            if name in self.sections:
+                said[key] = self._options(loader, value, name)
+            elif name in self.keys:
+                said[key] = self._words(loader, value)
             else:
-                yield name, value
+                known = self.keys | self.sections
+                _refuse(f"{self.path}: unknown key {shown(name)}", "", name, known)
+        return said
 
-    return walk(tree, "")
+    def _options(self, loader: yaml.SafeLoader, node: yaml.Node, name: str) -> dict[str, Any]:
+        """Those of a section: below it, or in a file of their own beside this one."""
+        if isinstance(node, yaml.MappingNode):
+            return self._section(loader, node, f"{name}.")
+        file = self.path.parent / as_path(node.value) if node.value else None
+        if isinstance(node, yaml.ScalarNode) and file is not None and file.is_file():
+            return _Recipe(file, self.keys, self.sections).tree(name)
+        said = shown(loader.construct_object(node, deep=True))
+        raise ValueError(f"{self.path}: {name} must hold options, not {said}")
+
+    def _pairs(
+        self, loader: yaml.SafeLoader, node: yaml.MappingNode
+    ) -> Iterator[tuple[str, yaml.Node]]:
+        """Keys and values; a key that is said twice would drop the first silently."""
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise ValueError(f"{self.path}: {shown(key.tag)} in the place of a key")
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise ValueError(
+                    f"{self.path}: {shown(key.value)} stands in line {lines[key.value]} and again "
+                    f"in line {line}: join the two"
+                )
+            lines[key.value] = line
+        loader.flatten_mapping(node)  # what `<<` brings in
+        yield from {key.value: value for key, value in node.value}.items()
+
+    def _words(self, loader: yaml.SafeLoader, node: yaml.Node, typed: bool = False) -> Any:
+        """A value as the words of which the parser, who knows its type, makes it.
+
+        Args:
+            loader: of the file.
+            node: the value.
+            typed: whether it is in a mapping that is a value itself: YAML decides on its types.
+        """
+        self.left -= 1
+        if self.left < 0:  # a few lines of aliases may stand for more than a memory holds
+            raise ValueError(f"{self.path} holds more than {MAX_VALUES} values")
+        if isinstance(node, yaml.SequenceNode):
+            return [self._words(loader, item, typed) for item in node.value]
+        if isinstance(node, yaml.MappingNode):
+            return {key: self._words(loader, item, True) for key, item in self._pairs(loader, node)}
+        if typed:
+            return loader.construct_object(node)
+        return node.value if node.value or node.style else "null"
+
+
+def _plain_words(message: str) -> str:
+    """What jsonargparse says of a value of a wrong type, in a sentence."""
+    found = WRONG_TYPE.search(" ".join(message.split()))
+    if found is None:
+        return message
+    kinds = found["kinds"] or found["kind"]
+    for pattern, plain in KINDS.items():
+        kinds = re.sub(pattern, plain, kinds)
+    value = found["union_value"] or found["value"]
+    return f"{found['key']} must be {kinds}, not {'null' if value == 'None' else value}"
 
 
 def _refuse(what: str, prefix: str, key: str, known: Iterable[str]) -> None:
