@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import cache
 from itertools import zip_longest
 from os import PathLike
 from pathlib import Path
@@ -21,10 +22,36 @@ from torch import Tensor
 
 from .files import replacing
 
+# Formats by Pillow's names that are opened, with the endings of their files, and no others: among
+# those are some that start other programs, and some that take any bytes for a picture.
+FORMATS = {
+    "PNG": ".png .apng",
+    "JPEG": ".jpg .jpeg .jpe .jfif .mpo",
+    "WEBP": ".webp",
+    "AVIF": ".avif",
+    "BMP": ".bmp",
+    "GIF": ".gif",
+    "TIFF": ".tif .tiff",
+    "JPEG2000": ".jp2 .j2k .jpf .jpx",
+    "PPM": ".ppm .pgm .pbm .pnm",
+    "QOI": ".qoi",
+}
 LABEL_LINES = 3
 RECORD = "muse"  # name of the PNG chunk that says how a picture was drawn
 PIXELS = "muse pixels"  # in memory: the digest of the pixels that the record belongs to
 RECORD_LIMIT = 2**24  # characters of it that are read
+
+
+@cache
+def formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this Pillow knows."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def suffixes() -> frozenset[str]:
+    """Endings of the files that `read_image` opens, in lower case."""
+    return frozenset(" ".join(FORMATS[name] for name in formats()).split())
 
 
 def read_image(path: str | PathLike[str]) -> Image.Image:
@@ -47,7 +74,7 @@ def read_image(path: str | PathLike[str]) -> Image.Image:
     # Other libraries switch this on for the whole process: half a JPEG would then pass as an image.
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=formats()) as image:
             image.load()
             return to_rgb(ImageOps.exif_transpose(image))
     except Image.DecompressionBombError as error:
@@ -66,7 +93,7 @@ def check_image(path: str | PathLike[str]) -> None:
         ValueError: as `read_image`.
     """
     try:
-        Image.open(path).close()
+        Image.open(path, formats=formats()).close()
     except Exception as error:  # as above
         raise ValueError(f"cannot read image {str(path)!r}: {error}") from error
 
@@ -206,7 +233,7 @@ def read_record(path: str | PathLike[str]) -> str | None:
         ValueError: as `read_image`, or a text too long to be one of ours.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=formats()) as image:
             image.load()  # some programs write such texts behind the pixels
             record = record_of(image)
     except Exception as error:  # as in `read_image`

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Sequence
 from hashlib import sha256
 from typing import Any, Self, TypeVar
@@ -12,10 +11,11 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
+from ..arguments import printable
 from ..images import to_tensor
 from .order import Sample
 from .pixels import View
-from .source import Item, Source
+from .source import BROKEN, Item, Source, encoded, fingerprint, warn
 
 
 class ImageDataset(Dataset[dict[str, Any]]):
@@ -89,6 +89,27 @@ class ImageDataset(Dataset[dict[str, Any]]):
                 rest = {name: value for name, value in prepared.items() if name != "picture"}
                 return {"image": self.view.finish(picture, position)} | rest
         raise ValueError(f"{self.source} holds no image that can be read")
+
+    def summary(self) -> dict[str, Any]:
+        """What there is to train on, for a run's record and to notice that it has changed.
+
+        Returns:
+            "source", its name; "items", their number; "fingerprint", 16 hexadecimal digits of the
+            keys, and of the captions where the source has them at hand, in their order;
+            "left_out", numbers of images by the reason why.
+        """
+        texts = getattr(self.source, "texts", None) if self.captions else None
+        given = getattr(self.source, "left_out", {})
+        left_out = {reason: set(names) for reason, names in given.items()}
+        left_out.setdefault(BROKEN, set()).update(self.broken)
+        return {
+            "source": printable(str(self.source)),
+            "items": len(self),
+            "fingerprint": fingerprint(
+                self.keys, [texts[row] for row in self._rows] if texts else ()
+            ),
+            "left_out": {reason: len(names) for reason, names in left_out.items() if names},
+        }
 
     def select(self, rows: Sequence[int]) -> Self:
         """Give the same dataset with only these rows, which stand in for one another if broken."""
@@ -177,7 +198,7 @@ def split(dataset: Images, valid_fraction: float, seed: int = 0) -> tuple[Images
     """
     if not 0 <= valid_fraction < 1:
         raise ValueError(f"valid_fraction must be in [0,1), got {valid_fraction}")
-    digests = [sha256(f"{seed}/{key}".encode()).digest() for key in dataset.keys]
+    digests = [sha256(encoded(f"{seed}/{key}")).digest() for key in dataset.keys]
     places = [int.from_bytes(digest[:8], "big") / 2**64 for digest in digests]
     valid = {row for row, place in enumerate(places) if place < valid_fraction}
     if valid_fraction > 0 and len(places) > 1:
@@ -189,9 +210,3 @@ def split(dataset: Images, valid_fraction: float, seed: int = 0) -> tuple[Images
         valid = set()  # a single image trains
     train = [row for row in range(len(places)) if row not in valid]
     return dataset.select(train), dataset.select(sorted(valid))
-
-
-def warn(message: str, names: Sequence[str] = ()) -> None:
-    """Warn once, naming at most ten items."""
-    shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
-    warnings.warn(f"{message}: {shown}" if names else message, stacklevel=3)

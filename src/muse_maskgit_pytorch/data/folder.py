@@ -2,36 +2,42 @@
 
 from __future__ import annotations
 
-import csv
-import json
-from collections.abc import Iterator
+from collections.abc import Collection
 from os import PathLike
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-from ..images import check_image, read_image
-from .dataset import ImageDataset, warn
+from ..arguments import as_path, shown
+from ..images import check_image, read_image, suffixes
+from .captions import Tables, read_texts
+from .dataset import ImageDataset
+from .listing import Listing, counted
 from .pixels import View
-from .source import Item, Source, WithCondImages
-
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+from .source import BROKEN, Item, Source, WithCondImages, few, warn
 
 
 class Folder:
     """All images below a folder, in the order of their relative paths: a `Source`.
 
+    Folders behind links are searched too, each once. What begins with a dot, what file managers
+    and archives leave behind, and the pictures of training runs are no part of the data.
+
     Captions come from a `metadata.csv` or `metadata.jsonl` (columns `file_name`, relative to that
-    file, and `text`), and for an image that these do not name from `NAME.txt` next to `NAME.png`.
+    file, and `text`), and for an image that these do not name from `NAME.txt` or `NAME.caption`
+    next to `NAME.png`. They are UTF-8, or what their bytes show or most resemble.
 
     Args:
-        folder: searched with its subfolders for png, jpg, webp, bmp, gif and tiff files.
+        folder: searched with its subfolders for png, jpg, webp, avif, bmp, gif, tiff, jp2, ppm and
+            qoi files.
         captions: give the caption with every image; images without one are left out, counted and
             named in one warning.
         verify: read every header at construction, and leave out what is not an image.
+        results_folder: of a training run; left out where it lies inside the folder.
 
     Attributes:
         names: paths relative to `folder`, with forward slashes, sorted; also the keys.
         texts: captions in the same order, or None.
-        broken: names of the images that were left out because their header cannot be read.
+        left_out: names of the images that are no part of it, by the reason why; warnings count
+            and name them too.
 
     Raises:
         ValueError: the folder is missing or holds no readable image, captions are asked for and
@@ -39,48 +45,52 @@ class Folder:
     """
 
     def __init__(
-        self, folder: str | PathLike[str], captions: bool = False, verify: bool = True
+        self,
+        folder: str | PathLike[str],
+        captions: bool = False,
+        verify: bool = True,
+        results_folder: str | PathLike[str] | None = None,
     ) -> None:
-        self.folder = Path(folder)
-        self.broken: list[str] = []
+        self.folder = as_path(folder, "folder")
         if not self.folder.is_dir():
             problem = "is not a folder" if self.folder.exists() else "does not exist"
             raise ValueError(f"{self} {problem}")
-        paths = (p for p in self.folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-        self.names = sorted(path.relative_to(self.folder).as_posix() for path in paths)
+        found = Listing.of(self.folder, None if results_folder is None else as_path(results_folder))
+        self.names, self.left_out = found.images, found.left_out
+        self.texts: list[str] | None = None
+        for reason, names in self.left_out.items():
+            warn(f"left out {len(names)} that {reason}", names)
         if not self.names:
-            raise ValueError(f"{self} holds no images ({' '.join(sorted(SUFFIXES))})")
-        self.texts = self._captioned() if captions else None
+            others = ", ".join(counted(found.endings)) or "nothing else either"
+            raise ValueError(
+                f"{self} holds no images ({' '.join(sorted(suffixes()))}); it has {others}"
+            )
+        if captions:
+            self._caption(found)
         if verify:
-            self._leave_out_broken()
+            broken = {name for name in self.names if not self._has_header(name)}
+            self._leave_out(BROKEN, broken)
+            if not self.names:
+                raise ValueError(f"{self} holds no image that can be read")
 
     @property
     def keys(self) -> list[str]:
         return self.names
 
+    @property
+    def broken(self) -> list[str]:
+        """Names of the images that were left out because their header cannot be read."""
+        return self.left_out.get(BROKEN, [])
+
     def __len__(self) -> int:
         return len(self.names)
 
     def __str__(self) -> str:
-        return f"image folder {str(self.folder)!r}"
+        return f"image folder {shown(str(self.folder), 400)}"
 
     def item(self, index: int) -> Item:
         image = read_image(self.folder / self.names[index])
         return Item(image, None if self.texts is None else self.texts[index])
-
-    def _leave_out_broken(self) -> None:
-        self.broken = [name for name in self.names if not self._has_header(name)]
-        if not self.broken:
-            return
-        count = f"{len(self.broken)} of {len(self.names)}"
-        warn(f"left out {count} images that cannot be read", self.broken)
-        gone = set(self.broken)
-        rows = [row for row, name in enumerate(self.names) if name not in gone]
-        self.names = [self.names[row] for row in rows]
-        if self.texts is not None:
-            self.texts = [self.texts[row] for row in rows]
-        if not self.names:
-            raise ValueError(f"{self} holds no image that can be read")
 
     def _has_header(self, name: str) -> bool:
         try:
@@ -89,27 +99,55 @@ class Folder:
             return False
         return True
 
-    def _captioned(self) -> list[str]:
-        """Narrow `names` to the images that have a caption, and give the captions."""
-        found = {name: text for file in _metadata_files(self.folder) for name, text in _rows(file)}
-        texts = [found.get(path := self.folder / name) or _text_for(path) for name in self.names]
-        bare = [name for name, text in zip(self.names, texts, strict=True) if not text]
-        if len(bare) == len(self.names):
+    def _leave_out(self, reason: str, gone: Collection[str]) -> None:
+        """Drop images, and say so."""
+        if not gone:
+            return
+        left = [row for row, name in enumerate(self.names) if name not in gone]
+        self.left_out[reason] = [name for name in self.names if name in gone]
+        warn(
+            f"left out {len(gone)} of {len(self.names)} images that {reason}", self.left_out[reason]
+        )
+        self.names = [self.names[row] for row in left]
+        if self.texts is not None:
+            self.texts = [self.texts[row] for row in left]
+
+    def _caption(self, found: Listing) -> None:
+        """Give the images their captions, and leave out those that have none."""
+        tables = Tables(self.folder, found.tables, self.names)
+        stems = {name: PurePosixPath(name).with_suffix("").as_posix() for name in self.names}
+        beside = {
+            name: found.texts[stem]
+            for name, stem in stems.items()
+            if stem in found.texts and not tables.texts.get(name)
+        }
+        read, failed = read_texts(self.folder, sorted(set(beside.values())))
+        texts = tables.texts | {name: read.get(file, "") for name, file in beside.items()}
+        complaints = list(tables.complaints())
+        if failed:
+            reasons = [f"{file} ({why})" for file, why in failed.items()]
+            complaints.append(f"{len(failed)} caption files cannot be read: {few(reasons)}")
+        if not any(texts.values()):
             raise ValueError(
-                f"none of the {len(bare)} images in {str(self.folder)!r} has a caption: write a "
-                "metadata.csv with the columns file_name,text there, or NAME.txt next to NAME.png"
+                f"none of the {len(self.names)} images in {shown(str(self.folder), 400)} has a "
+                "caption: "
+                + (
+                    "; ".join(complaints)
+                    or "write a metadata.csv with the columns file_name,text there, or NAME.txt "
+                    "next to NAME.png"
+                )
             )
-        if bare:
-            warn(f"left out {len(bare)} of {len(texts)} images that have no caption", bare)
-        self.names = [name for name, text in zip(self.names, texts, strict=True) if text]
-        return [text for text in texts if text]
+        for complaint in complaints:
+            warn(complaint)
+        self.texts = [texts.get(name) or "" for name in self.names]
+        self._leave_out("have no caption", {name for name in self.names if not texts.get(name)})
 
 
 class ImageFolder(ImageDataset):
     """A `Folder` as a dataset: all its images as squares, see `ImageDataset`.
 
     Args:
-        folder: searched with its subfolders for png, jpg, webp, bmp, gif and tiff files.
+        folder: searched with its subfolders, see `Folder`.
         image_size: side S of the square that every image is scaled and cropped to, in pixels;
             smaller images are enlarged.
         captions: give the caption with every image; images without one are left out, counted and
@@ -135,7 +173,7 @@ class ImageFolder(ImageDataset):
         verify: bool = True,
         cache: bool = False,
     ) -> None:
-        self.folder, self.image_size = Path(folder), image_size
+        self.folder, self.image_size = as_path(folder, "folder"), image_size
         view = View(image_size)  # complains before anything is read
         source = Folder(folder, captions, verify and not cache)
         self._texts = source.texts
@@ -156,8 +194,11 @@ def open_source(
     folder: str | None,
     captions: bool = False,
     cond_folder: str | None = None,
+    results_folder: Path | None = None,
 ) -> Source:
     """The trainers' choice between a source and its short form, a folder.
+
+    The pictures in ``results_folder`` are the run's own, and no data.
 
     Raises:
         ValueError: both or neither are given, or as `Folder` and `WithCondImages`.
@@ -168,30 +209,6 @@ def open_source(
             f"{given} given: name a folder of images, or give a source of your own "
             "(muse_maskgit_pytorch.data.Source)"
         )
-    source = Folder(folder, captions) if data is None else data  # type: ignore[arg-type]
-    return source if cond_folder is None else WithCondImages(source, Folder(cond_folder))
-
-
-def _metadata_files(folder: Path) -> list[Path]:
-    return sorted([*folder.rglob("metadata.csv"), *folder.rglob("metadata.jsonl")])
-
-
-def _rows(file: Path) -> Iterator[tuple[Path, str]]:
-    """Read (image path, caption) pairs out of one metadata file."""
-    try:
-        with file.open(encoding="utf-8-sig", newline="") as lines:
-            is_csv = file.suffix == ".csv"
-            rows = csv.DictReader(lines) if is_csv else (json.loads(x) for x in lines if x.strip())
-            for row in rows:
-                yield file.parent / row["file_name"], " ".join((row["text"] or "").split())
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{str(file)!r} needs file_name and text in every row") from error
-    except (ValueError, csv.Error) as error:  # also bad JSON and bad UTF-8
-        raise ValueError(f"cannot read {str(file)!r}: {error}") from error
-
-
-def _text_for(path: Path) -> str:
-    try:
-        return " ".join(path.with_suffix(".txt").read_text(encoding="utf-8-sig").split())
-    except (OSError, UnicodeDecodeError):
-        return ""
+    if data is None:
+        data = Folder(folder, captions, results_folder=results_folder)  # type: ignore[arg-type]
+    return data if cond_folder is None else WithCondImages(data, Folder(cond_folder))

@@ -6,13 +6,19 @@ tensors of them, `split` divides them by their keys, and `Order` says which come
 
 from __future__ import annotations
 
+import hashlib
+import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Protocol
 
 from PIL import Image
+
+from ..arguments import printable
+
+BROKEN = "cannot be read"  # the reason to leave an image out that every source may have
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,9 @@ class Source(Protocol):
 
     With ``num_workers`` a source is copied to other processes: it must not hold what cannot be
     shared, such as an open file (open it in `item`, once per process).
+
+    It may have two more attributes, for `ImageDataset.summary`: ``texts``, all captions in the
+    order of the keys, and ``left_out``, names of what is no item by the reason why.
     """
 
     @property
@@ -65,6 +74,8 @@ class WithCondImages:
     def __init__(self, source: Source, cond: Source):
         self.source, self.cond = source, cond
         self.keys = source.keys
+        self.texts = getattr(source, "texts", None)
+        self.left_out: Mapping[str, Sequence[str]] = getattr(source, "left_out", {})
         names = [_stem(key) for key in cond.keys]
         wanted = [_stem(key) for key in self.keys]
         index = {name: i for i, name in enumerate(names)}
@@ -72,12 +83,12 @@ class WithCondImages:
         if missing:
             raise ValueError(
                 f"{cond} has no low-resolution image for {len(missing)} of {len(self.keys)} "
-                f"images: {_few(missing)}; the names must agree up to the suffix"
+                f"images: {few(missing)}; the names must agree up to the suffix"
             )
         counts = Counter(names)
         if twice := [name for name in dict.fromkeys(wanted) if counts[name] > 1]:
             raise ValueError(
-                f"{cond} has more than one low-resolution image for {_few(twice)}: keep one of each"
+                f"{cond} has more than one low-resolution image for {few(twice)}: keep one of each"
             )
         self._cond_index = [index[name] for name in wanted]
 
@@ -92,9 +103,30 @@ class WithCondImages:
         return replace(self.source.item(index), cond_image=cond.image)
 
 
+def fingerprint(keys: Sequence[str], texts: Sequence[str] = ()) -> str:
+    """A short name of keys and captions in their order: 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for part in (keys, texts):
+        digest.update(f"{len(part)} ".encode())
+        for raw in map(encoded, part):
+            digest.update(f"{len(raw)} ".encode() + raw)
+    return digest.hexdigest()[:16]
+
+
+def encoded(key: str) -> bytes:
+    """The bytes of a key; file names that are not UTF-8 have halves of characters in them."""
+    return key.encode("utf-8", "surrogatepass")
+
+
+def few(names: Sequence[str]) -> str:
+    """At most ten names, for a message."""
+    return printable(", ".join(names[:10])) + (", ..." if len(names) > 10 else "")
+
+
+def warn(message: str, names: Sequence[str] = ()) -> None:
+    """Warn once, naming at most ten items."""
+    warnings.warn(f"{message}: {few(names)}" if names else message, stacklevel=3)
+
+
 def _stem(key: str) -> str:
     return PurePosixPath(key).with_suffix("").as_posix()
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")

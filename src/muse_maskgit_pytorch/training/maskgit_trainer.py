@@ -73,7 +73,7 @@ class MaskGitTrainer(Trainer):
             raise ValueError(
                 "cond_folder is given, but the model has no cond_image_size: leave it out"
             )
-        source = open_source(data, folder, captions=True, cond_folder=cond_folder)
+        source = open_source(data, folder, True, cond_folder, self.results_folder)
         self.dataset = ImageDataset(source, maskgit.image_size, True, maskgit.cond_image_size)
         with frozen(self._left_out()):
             if not any(p.requires_grad for p in maskgit.parameters()):

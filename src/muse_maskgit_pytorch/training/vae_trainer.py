@@ -176,7 +176,8 @@ class VQGanVAETrainer(Trainer):
         self.view = View(image_size, crop, crop_scale, flip, self.seed)
         # random crops need other pixels than the centre crops: `make_datasets` caches those
         cached = cache_images and not self.view.is_random
-        self.dataset = ImageDataset(open_source(data, folder), image_size, cache=cached)
+        source = open_source(data, folder, results_folder=self.results_folder)
+        self.dataset = ImageDataset(source, image_size, cache=cached)
         self.perceptual: nn.Module | None = None
         if perceptual_weight > 0:
             self.perceptual = PerceptualLoss(perceptual_model, perceptual_kind).to(self.device)

@@ -1,15 +1,19 @@
 """Folders of images: order, captions, broken files, splits."""
 
 import json
+import os
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
 from torch.utils.data import DataLoader
 
-from muse_maskgit_pytorch.data import ImageFolder, split
+from muse_maskgit_pytorch import VQGanVAETrainer
+from muse_maskgit_pytorch import testing as tiny
+from muse_maskgit_pytorch.data import Folder, ImageFolder, split
 
 
 def paint(path: Path, level: int, size: int = 8) -> None:
@@ -95,7 +99,10 @@ def test_an_empty_or_unreadable_caption_is_none(folder: Path):
     (folder / "10.txt").write_text(" \n")
     (folder / "20.txt").write_bytes(b"\xff\xfe\xfa")
     (folder / "30.txt").write_text("thirty")
-    with pytest.warns(UserWarning, match="5 of 6"):
+    with (
+        pytest.warns(UserWarning, match=r"1 caption files .* 20\.txt \(it is marked as utf-16"),
+        pytest.warns(UserWarning, match="5 of 6 images that have no caption"),
+    ):
         assert ImageFolder(folder, 8, captions=True).names == ["30.png"]
 
 
@@ -108,7 +115,7 @@ def test_no_captions_at_all(folder: Path):
     "name, content, message",
     [
         ("metadata.csv", b"name,caption\n10.png,ten\n", "file_name and text"),
-        ("metadata.csv", b"file_name,text\n\xff\xfe,ten\n", "cannot read"),
+        ("metadata.csv", b"file_name,text\n10.png,a\0b\n", "cannot read.*NUL"),
         ("metadata.jsonl", b'{"file_name": "10.png", "text": "ten"\n', "cannot read"),
         ("metadata.jsonl", b'["10.png", "ten"]\n', "file_name and text"),
         ("metadata.jsonl", b'{"file_name": "10.png", "text": 3}\n', "file_name and text"),
@@ -270,3 +277,126 @@ def test_a_broken_training_image_never_lets_a_validation_image_in(folder: Path):
     assert seen == {int(train.names[-1][:2])}
     assert seen.isdisjoint(levels(valid))
     assert dataset.broken == train.names[:-1]
+
+
+# What is no part of the data ---------------------------------------------------------------------
+
+
+def test_what_systems_and_runs_leave_behind_is_left_out_and_counted(folder: Path):
+    rubbish = (".ipynb_checkpoints/1", ".Trash-1000/files/2", "@eaDir/3", "__MACOSX/._4", "._5")
+    for name in rubbish:
+        paint(folder / f"{name}.png", 1)
+    paint(folder / "run" / "samples" / "vae-00000001.png", 1)
+    paint(folder / "older" / "samples" / "base-00000001.png", 1)
+    (folder / "older" / "metrics.jsonl").touch()
+    paint(folder / "samples" / "70.png", 70)  # of that name, but of no run
+    with (
+        pytest.warns(UserWarning, match=r"left out 5 that are hidden.*\.Trash-1000/files/2\.png"),
+        pytest.warns(UserWarning, match=r"left out 2 that were drawn by a training run"),
+    ):
+        source = Folder(folder, results_folder=folder / "run")
+    assert len(source) == 7
+    assert source.names[-1] == "samples/70.png"
+    assert sorted(map(len, source.left_out.values())) == [2, 5]
+
+
+def test_a_run_inside_its_data_folder_sees_the_same_images_when_it_goes_on(folder: Path):
+    """Its sample sheets are pictures too."""
+
+    def run(steps: int) -> VQGanVAETrainer:
+        return VQGanVAETrainer(
+            tiny.vae(), folder=str(folder), results_folder=str(folder), resume=True, image_size=8,
+            num_train_steps=steps, batch_size=2, perceptual_weight=0, gan_weight=0,
+        )  # fmt: skip
+
+    first = run(1)
+    first.train()
+    assert list(folder.rglob("samples/*.png"))
+    with pytest.warns(UserWarning, match="drawn by a training run"):
+        second = run(2)
+    found = first.dataset.summary()
+    assert found["items"] == 6
+    assert second.dataset.summary()["fingerprint"] == found["fingerprint"]
+    assert second.dataset.summary()["left_out"] == {"were drawn by a training run": 1}
+
+
+def test_the_summary_shows_what_has_changed(folder: Path):
+    for name in ("10", "20", "30"):
+        (folder / f"{name}.txt").write_text(name)
+    (folder / "20.png").write_bytes(b"no image")
+
+    def summary(captions: bool = True) -> dict[str, Any]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return ImageFolder(folder, 8, captions=captions).summary()
+
+    first = summary()
+    assert first == summary()
+    assert first["items"] == 2
+    assert first["left_out"] == {"have no caption": 3, "cannot be read": 1}
+    assert first["source"] == f"image folder {str(folder)!r}"
+    assert first["fingerprint"] != summary(captions=False)["fingerprint"]
+    (folder / "10.txt").write_text("ten")
+    assert summary()["fingerprint"] != first["fingerprint"]
+    (folder / "10.txt").write_text("10")
+    assert summary() == first
+    (folder / "40.txt").write_text("40")
+    assert summary()["items"] == 3
+    assert summary()["fingerprint"] != first["fingerprint"]
+
+
+def test_names_that_are_not_utf8(folder: Path):
+    name = os.fsdecode(b"caf\xe9.png")
+    paint(folder / name, 70)
+    (folder / name).with_suffix(".txt").write_text("coffee")
+    truncate(folder / "20.png")
+    with pytest.warns(UserWarning, match="no caption"):
+        dataset = ImageFolder(folder, 8, captions=True)
+    assert levels(dataset) == [70]
+    assert dataset[0]["text"] == "coffee"
+    every = ImageFolder(folder, 8)
+    train, valid = split(every, 0.5)
+    assert sorted(train.names + valid.names) == every.names
+    assert every.summary()["fingerprint"] != dataset.summary()["fingerprint"]
+    (folder / name).write_bytes(b"")
+    with pytest.warns(UserWarning) as caught:  # noqa: PT030 the text is checked below
+        ImageFolder(folder, 8)
+    assert "caf\\udce9.png" in str(caught[0].message)
+    str(caught[0].message).encode()  # any terminal can show it
+
+
+def test_folders_behind_links_are_searched_once(folder: Path, tmp_path: Path):
+    paint(tmp_path / "elsewhere" / "70.png", 70)
+    paint(tmp_path / "elsewhere" / "deep" / "80.png", 80)
+    (folder / "a").symlink_to(tmp_path / "elsewhere")
+    (folder / "b").symlink_to(tmp_path / "elsewhere" / "deep")  # reached by way of a
+    (folder / "circle").symlink_to(folder)
+    (folder / "lost").symlink_to(tmp_path / "none")
+    (folder / "90.png").symlink_to(tmp_path / "elsewhere" / "70.png")
+    paint(folder / "z" / "60.png", 60)
+    (folder / "c").symlink_to(folder / "z")  # a folder has its own name where it has one
+    names = Folder(folder).names
+    assert [n for n in names if "/" in n] == ["a/70.png", "a/deep/80.png", "z/60.png"]
+    assert "90.png" in names
+
+
+def test_further_endings_are_read_and_the_others_named(folder: Path):
+    Image.new("RGB", (8, 8), (70, 70, 70)).save(folder / "70.jfif", "JPEG")
+    for name in ("80.heic", "81.JXL", "notes.docx"):
+        (folder / name).write_bytes(b"?")
+    with pytest.warns(UserWarning, match=r"2 that are in formats .*: 80\.heic, 81\.JXL"):
+        assert levels(ImageFolder(folder, 8))[-1] == 70
+    for path in folder.iterdir():
+        if path.suffix in (".png", ".jfif"):
+            path.unlink()
+    with (
+        pytest.warns(UserWarning, match="formats"),
+        pytest.raises(ValueError, match=r"no images .*it has 1 \.heic, 1 \.jxl, 1 \.docx"),
+    ):
+        Folder(folder)
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
+def test_avif(folder: Path):
+    Image.new("RGB", (8, 8), (70, 70, 70)).save(folder / "70.AVIF", "AVIF")
+    assert abs(levels(ImageFolder(folder, 8))[-1] - 70) <= 2

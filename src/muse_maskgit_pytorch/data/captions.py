@@ -1,0 +1,250 @@
+"""Captions as people have them: text files beside images, metadata tables, in any encoding."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import difflib
+import io
+import json
+import posixpath
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from ..arguments import as_text, printable, shown
+from .source import few, warn
+
+SAMPLE = 2**18  # bytes of text by which an encoding is guessed
+MARKS = {
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",  # before UTF-16, whose mark it begins with
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+
+_EVEN, _ODD = slice(0, None, 2), slice(1, None, 2)
+_HALVES = (("utf-16-le", _ODD, _EVEN), ("utf-16-be", _EVEN, _ODD))
+
+
+class Row(NamedTuple):
+    """One row of a metadata table."""
+
+    line: int
+    file_name: str
+    text: str
+
+
+def read_texts(folder: Path, names: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Read caption files.
+
+    Files that do not say by a mark or by their bytes how they are encoded are taken to be encoded
+    alike: a single caption is too short to tell.
+
+    Args:
+        folder: in which they lie.
+        names: relative to it.
+
+    Returns:
+        what could be read, on one line each, and why the others could not.
+    """
+    texts: dict[str, str] = {}
+    failed: dict[str, str] = {}
+    unknown: dict[str, bytes] = {}
+    for name in names:
+        try:
+            raw = (folder / name).read_bytes()
+        except OSError as error:
+            failed[name] = error.strerror or str(error)
+            continue
+        try:
+            text = decode(raw)
+        except ValueError as error:
+            failed[name] = str(error)
+            continue
+        if text is None:
+            unknown[name] = raw
+        else:
+            texts[name] = text
+    encoding = guess_encoding(unknown.values())
+    for name, raw in unknown.items():
+        try:
+            texts[name] = raw.decode(encoding or "utf-8")
+        except UnicodeDecodeError as error:
+            failed[name] = f"its encoding is unknown ({error})"
+    if encoding and (read := [name for name in unknown if name in texts]):
+        warn(f"read {len(read)} caption files that are not UTF-8 as {encoding}", read)
+    return {name: one_line(text, f"the caption {name!r}") for name, text in texts.items()}, failed
+
+
+def decode(raw: bytes) -> str | None:
+    """Text whose encoding is certain, else None.
+
+    Raises:
+        ValueError: a mark that the rest does not keep to, or bytes that are no text.
+    """
+    for mark, encoding in MARKS.items():
+        if raw.startswith(mark):
+            try:
+                return raw.decode(encoding)
+            except UnicodeDecodeError as error:
+                raise ValueError(f"it is marked as {encoding}, but is not: {error}") from error
+    if b"\0" in raw:
+        for encoding, zeros, letters in _HALVES:  # every other byte of Latin letters is one
+            if raw[zeros].count(0) * 2 > len(raw[zeros]) and 0 not in raw[letters]:
+                return raw.decode(encoding, errors="replace")
+        raise ValueError("it has NUL bytes: it is no text, or UTF-16 without a mark")
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError:
+        return None
+
+
+def guess_encoding(raws: Iterable[bytes]) -> str | None:
+    """How texts that are not UTF-8 are encoded, all alike; None if no encoding fits them."""
+    sample = b"\n".join(raws)[:SAMPLE]
+    if not sample:
+        return None
+    from charset_normalizer import from_bytes
+
+    found = from_bytes(sample)
+    best = found.best()
+    if best is None:
+        return None
+    # many encodings of Latin letters fit alike: then it is the commonest
+    alike = [match.encoding for match in found if match.chaos <= best.chaos]
+    return "cp1252" if "cp1252" in alike else best.encoding
+
+
+def one_line(text: str, name: str) -> str:
+    """A caption as it is trained on: whole characters, single spaces."""
+    return " ".join(as_text(text, name).split())
+
+
+def read_table(file: Path) -> list[Row]:
+    """Read the rows of a metadata file, in their order.
+
+    Raises:
+        ValueError: it cannot be read, is malformed, or lacks a column; the message names file and
+            line.
+    """
+    try:
+        raw = file.read_bytes()
+        text = decode(raw)
+        if text is None:
+            encoding = guess_encoding([raw])
+            if encoding is None:
+                raise ValueError("its encoding is unknown: save it as UTF-8")
+            text = raw.decode(encoding)
+            warn(f"{shown(str(file), 400)} is not UTF-8, and was read as {encoding}")
+        rows = _csv_rows if file.suffix.lower() == ".csv" else _json_rows
+        return [
+            Row(line, name, one_line(caption, f"the caption of {shown(name)}"))
+            for line, name, caption in rows(text)
+        ]
+    except (OSError, ValueError, csv.Error) as error:  # also bad JSON and bad encodings
+        raise ValueError(f"cannot read {shown(str(file), 400)}: {error}") from error
+
+
+def _csv_rows(text: str) -> Iterator[tuple[int, str, str]]:
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        header = next(reader, [])
+        if missing := {"file_name", "text"} - set(header):
+            raise ValueError(
+                f"it needs the columns file_name and text, separated by commas: {missing.pop()} "
+                f"is not among {shown(header)}"
+            )
+        name, caption = header.index("file_name"), header.index("text")
+        for row in filter(None, reader):
+            if len(row) > len(header):
+                raise ValueError(
+                    f"line {reader.line_num} has {len(row)} fields, but the header {len(header)}: "
+                    "put captions with a comma into double quotes"
+                )
+            row += [""] * (len(header) - len(row))
+            yield reader.line_num, row[name], row[caption]
+    except csv.Error as error:
+        raise ValueError(f"line {reader.line_num}: {error}") from error
+
+
+def _json_rows(text: str) -> Iterator[tuple[int, str, str]]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"line {number} is not JSON: {error}") from error
+        row = row if isinstance(row, dict) else {}
+        name, caption = row.get("file_name"), row.get("text", 0)
+        if not isinstance(name, str) or not isinstance(caption, str | None):
+            raise ValueError(
+                f"line {number} must be an object with file_name and text, both strings"
+            )
+        yield number, name, caption or ""
+
+
+class Tables:
+    """The metadata tables of a folder, matched with its images.
+
+    Attributes:
+        texts: captions by the image's name.
+        rows: how many there are.
+        lost: rows that name no image, as "file_name (table, line)".
+        twice: images that are named more than once; their last row counts.
+    """
+
+    def __init__(self, folder: Path, tables: Sequence[str], images: Sequence[str]):
+        self.texts: dict[str, str] = {}
+        self.rows, self.lost, self.twice = 0, [], []
+        self._images, known = images, set(images)
+        for table in tables:
+            above = posixpath.dirname(table)
+            for row in read_table(folder / table):
+                self.rows += 1
+                name = _image_of(row.file_name, folder, above, known)
+                if name is None:
+                    self.lost.append((row.file_name, f"{table}, line {row.line}"))
+                    continue
+                if name in self.texts:
+                    self.twice.append(name)
+                self.texts[name] = row.text
+
+    def complaints(self) -> Iterator[str]:
+        """What a reader should know of the tables, if anything."""
+        if self.lost:
+            yield (
+                f"{len(self.lost)} of {self.rows} rows of metadata name no image: "
+                + "; ".join(
+                    f"{shown(name)} ({printable(place)}){self._nearest(name)}"
+                    for name, place in self.lost[:3]
+                )
+                + ("; ..." if len(self.lost) > 3 else "")
+            )
+        if self.twice:
+            yield f"metadata name {len(self.twice)} images more than once, the last counts: " + few(
+                self.twice
+            )
+
+    def _nearest(self, name: str) -> str:
+        """The image that was probably meant."""
+        stems = {posixpath.splitext(posixpath.basename(i))[0].casefold(): i for i in self._images}
+        wanted = posixpath.basename(name.replace("\\", "/")).casefold()
+        for stem in (posixpath.splitext(wanted)[0], wanted):
+            if near := difflib.get_close_matches(stem, [stem] if stem in stems else stems, n=1):
+                return f", the nearest is {shown(stems[near[0]])}"
+        return ""
+
+
+def _image_of(name: str, folder: Path, above: str, known: Collection[str]) -> str | None:
+    """The image that a table in the folder ``above`` names by its path, also by Windows' one."""
+    for path in (name, name.replace("\\", "/")):
+        if posixpath.isabs(path):
+            path = posixpath.relpath(path, folder.resolve().as_posix())
+        else:
+            path = posixpath.join(above, path)
+        if (path := posixpath.normpath(path)) in known:
+            return path
+    return None
