@@ -11,6 +11,7 @@ from ..checkpoint import find_file, load_tree
 from ..foreign import load_tokenizer
 from ..maskgit import MaskGit
 from ..sampling import SampleOptions
+from ..training.loop import Trainer
 from ..training.maskgit_trainer import MaskGitTrainer
 from ..training.vae_trainer import VQGanVAETrainer
 from ..transformer import MaskGitTransformer, TokenCritic
@@ -19,6 +20,12 @@ from .parser import Parser, stated
 
 # Arguments that follow from the tokenizer and the image size; stated, they are checked.
 DERIVED = ("num_tokens", "seq_len")
+
+
+def _train(trainer: Trainer, config: Namespace) -> None:
+    """Train; the run's description has the whole recipe, defaults and all."""
+    trainer.recipe = {key: value for key, value in config.as_dict().items() if key != "config"}
+    trainer.train()
 
 
 def vae_parser() -> Parser:
@@ -35,7 +42,7 @@ def train_vae(argv: list[str]) -> None:
     vae = VQGanVAE(**config.vae.as_dict())
     if config.init_from:
         vae.load(find_file(config.init_from))
-    VQGanVAETrainer(vae, **config.trainer.as_dict()).train()
+    _train(VQGanVAETrainer(vae, **config.trainer.as_dict()), config)
 
 
 def decoder_parser() -> Parser:
@@ -67,7 +74,7 @@ def train_decoder(argv: list[str]) -> None:
     if not isinstance(vae, VQGanVAE):
         raise ValueError(f"--vae {config.vae}: only decoders of our own VQGanVAE can be trained")
     vae = vae.with_decoder(config.decoder_dim, config.decoder_res_blocks)
-    VQGanVAETrainer(vae, decoder_only=True, **config.trainer.as_dict()).train()
+    _train(VQGanVAETrainer(vae, decoder_only=True, **config.trainer.as_dict()), config)
 
 
 def maskgit_parser(superres: bool) -> Parser:
@@ -137,7 +144,7 @@ def make_maskgit(config: Namespace) -> MaskGit:
 def _train_maskgit(argv: list[str], superres: bool) -> None:
     config = maskgit_parser(superres).read(argv)
     torch.manual_seed(config.trainer.seed)
-    MaskGitTrainer(make_maskgit(config), **config.trainer.as_dict()).train()
+    _train(MaskGitTrainer(make_maskgit(config), **config.trainer.as_dict()), config)
 
 
 def train_base(argv: list[str]) -> None:

@@ -20,22 +20,32 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from ..arguments import as_path, one_of, plain, real, shown, whole
 from ..checkpoint import CheckpointError, Saveable
+from ..data.dataset import ImageDataset
 from ..data.order import EndlessBatches
 from ..files import digest_state
 from ..watching.health import Health
 from ..watching.interval import Interval
-from ..watching.log import Log, writing
+from ..watching.log import Log, drop_lines_after, writing
 from ..watching.progress import Progress
 from ..watching.report import read_curves, write_report
+from ..watching.run_file import (
+    RunFile,
+    changes_in_words,
+    count_parameters,
+    describe_device,
+    settings_of,
+    versions,
+)
 from .checkpoints import Checkpoints
 from .ema import EMA
 from .guard import Diverged, Guard
 from .lock import locked
 from .optimizers import adamw, load_named_state, named_state
 from .parallel import Parallel, Precision
-from .settings import at_least
 
+LrSchedule = Literal["cosine", "constant"]
 MAX_RESTARTS = 3  # returns to a checkpoint, before the run is given up
 
 
@@ -49,6 +59,22 @@ def _leaves(config: Any, above: str = "") -> dict[str, Any]:
         if key not in ("sample_options", "presets")
         for name, value in _leaves(part, f"{above}.{key}".strip(".")).items()
     }
+
+
+def _share(name: str, value: Any) -> float:
+    """A number in [0, 1)."""
+    number = real(name, value)
+    if not 0 <= number < 1:
+        raise ValueError(f"{name} must be in [0, 1), not {shown(value)}")
+    return number
+
+
+def _pair(name: str, value: Any) -> Any:
+    """Two of something."""
+    pair = plain(value)
+    if not isinstance(pair, list) or len(pair) != 2:
+        raise ValueError(f"{name} must be a pair of numbers, not {shown(value)}")
+    return pair
 
 
 class Trainer:
@@ -91,6 +117,7 @@ class Trainer:
     """
 
     name = "model"
+    dataset: ImageDataset  # all the images, for training and validation
     shown: tuple[str, ...] = ("loss",)  # figures next to the progress bar
 
     def __init__(
@@ -104,7 +131,7 @@ class Trainer:
         betas: tuple[float, float] = (0.9, 0.96),
         weight_decay: float = 0.045,
         warmup_steps: int = 1000,
-        lr_schedule: Literal["cosine", "constant"] = "cosine",
+        lr_schedule: LrSchedule = "cosine",
         max_grad_norm: float = 1.0,
         max_spike: float = 10.0,
         max_skips: int = 5,
@@ -122,50 +149,34 @@ class Trainer:
         max_valid: int = 1000,
         max_minutes: float | None = None,
     ):
-        at_least(
-            1,
-            batch_size=batch_size,
-            grad_accum_every=grad_accum_every,
-            num_train_steps=num_train_steps,
-            log_every=log_every,
-            save_every=save_every,
-            keep_checkpoints=keep_checkpoints,
-            max_skips=max_skips,
-            max_valid=max_valid,
-        )
-        at_least(
-            0,
-            lr=lr,
-            warmup_steps=warmup_steps,
-            sample_every=sample_every,
-            weight_decay=weight_decay,
-            max_grad_norm=max_grad_norm,
-            max_spike=max_spike,
-            num_workers=num_workers,
-        )
-        if not 0 <= valid_fraction < 1:
-            raise ValueError(f"valid_fraction must be in [0, 1), not {valid_fraction}")
-        if not 0 <= ema_decay < 1:
-            raise ValueError(f"ema_decay must be in [0, 1), not {ema_decay}")
-        if max_minutes is not None and not 0 < max_minutes < math.inf:
-            raise ValueError(f"max_minutes must be above 0 and finite, not {max_minutes}")
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"betas must be in [0, 1), not {betas}")
-        if lr_schedule not in ("cosine", "constant"):
-            raise ValueError(f"lr_schedule must be cosine or constant, not {lr_schedule!r}")
-        self.parallel = Parallel(mixed_precision)
+        self.settings = settings_of(locals())
+        self.recipe: dict[str, Any] | None = None  # the command line's, for the run's description
+        self.parallel = Parallel(one_of("mixed_precision", mixed_precision, Precision))
         self.model = model
-        self.batch_size, self.grad_accum_every = batch_size, grad_accum_every
-        self.num_train_steps, self.lr = num_train_steps, lr
-        self.betas, self.weight_decay = betas, weight_decay
-        self.warmup_steps, self.lr_schedule = warmup_steps, lr_schedule
-        self.max_grad_norm, self.ema_decay = max_grad_norm, ema_decay
-        self.guard = Guard(max_spike, max_skips)
-        self.seed, self.num_workers = seed, num_workers
-        self.results_folder, self.resume = Path(results_folder), resume
-        self.log_every, self.sample_every, self.save_every = log_every, sample_every, save_every
-        self.keep_checkpoints, self.valid_fraction = keep_checkpoints, valid_fraction
-        self.max_valid, self.max_minutes = max_valid, max_minutes
+        self.batch_size = whole("batch_size", batch_size, 1)
+        self.grad_accum_every = whole("grad_accum_every", grad_accum_every, 1)
+        self.num_train_steps = whole("num_train_steps", num_train_steps, 1)
+        self.lr = real("lr", lr, 0)
+        first, second = (_share("betas", beta) for beta in _pair("betas", betas))
+        self.betas = first, second
+        self.weight_decay = real("weight_decay", weight_decay, 0)
+        self.warmup_steps = whole("warmup_steps", warmup_steps, 0)
+        self.lr_schedule = one_of("lr_schedule", lr_schedule, LrSchedule)
+        self.max_grad_norm = real("max_grad_norm", max_grad_norm, 0)
+        self.guard = Guard(real("max_spike", max_spike, 0), whole("max_skips", max_skips, 1))
+        self.ema_decay = _share("ema_decay", ema_decay)
+        self.seed = whole("seed", seed, 0, 2**32 - 1)
+        self.num_workers = whole("num_workers", num_workers, 0, 1024)
+        self.results_folder, self.resume = as_path(results_folder, "results_folder"), bool(resume)
+        self.log_every = whole("log_every", log_every, 1)
+        self.sample_every = whole("sample_every", sample_every, 0)
+        self.save_every = whole("save_every", save_every, 1)
+        self.keep_checkpoints = whole("keep_checkpoints", keep_checkpoints, 1)
+        self.valid_fraction = _share("valid_fraction", valid_fraction)
+        self.max_valid = whole("max_valid", max_valid, 1)
+        self.max_minutes = None if max_minutes is None else real("max_minutes", max_minutes)
+        if self.max_minutes is not None and self.max_minutes <= 0:
+            raise ValueError(f"max_minutes must be above 0, not {max_minutes}")
         self.step = 0
         self.samples = 0  # consumed by all processes: the position in the data
         self._saved_at = self._looked_at = -1  # steps
@@ -208,6 +219,10 @@ class Trainer:
         """Whether the codebook's figures of `measures` are of enough tokens to judge."""
         return False
 
+    def windows(self) -> dict[str, Any]:
+        """What the log's figures remember of earlier steps, by name: it goes into checkpoints."""
+        return {"interval": self.interval}
+
     def lr_of(self, module: str) -> float:
         """Peak learning rate of one of `modules`."""
         return self.lr
@@ -241,6 +256,7 @@ class Trainer:
         kind = f"{type(self).__name__} checkpoint"
         self.checkpoints = Checkpoints(self.results_folder, self.name, kind, self.keep_checkpoints)
         newest = self.checkpoints.newest()
+        main = self.parallel.is_main
         if newest and not self.resume:
             raise CheckpointError(
                 f"{self.results_folder} already holds a run ({newest.name}): set resume=True to "
@@ -250,9 +266,12 @@ class Trainer:
         self._prepare()
         if newest:
             self._load_checkpoint(newest)
-        if self.parallel.is_main:
+        if main:
             self.checkpoints.sweep()
+            if self.resume:  # what a killed process wrote beyond its last checkpoint comes again
+                drop_lines_after(self.results_folder, self.name, self.step)
         self._valid_loader = None
+        total = 0
         if valid_set is not None:
             total = len(valid_set)  # type: ignore[arg-type]
             count = min(total, self.max_valid)
@@ -269,9 +288,17 @@ class Trainer:
             images=images,
             **self.health_facts(),
         )
-        main = self.parallel.is_main
         self.progress = Progress(self.name, self.num_train_steps, self.step, shown=main)
         self.log = Log(self.results_folder, self.name, health, self.progress.say)
+        if self.num_train_steps < self.step:
+            self.progress.say(
+                f"the run has reached step {self.step:,}, so num_train_steps "
+                f"{self.num_train_steps:,} changes nothing: give more than that to go on"
+            )
+            self.progress.close()
+            return
+        if main:
+            self._describe(newest is not None, total)
         self._started = time.monotonic()
         self.interval.start(self.step)
         with closing(self.progress), self._signals_wait(), self._saved_on_failure():
@@ -322,6 +349,29 @@ class Trainer:
         self._look()
         self._report()
         self.parallel.wait()  # what follows may read the files
+
+    def _describe(self, resumed: bool, held_back: int) -> None:
+        """Write how the run is made; on a resume say where it goes on, and what is other now."""
+        now = {
+            "stage": self.name,
+            "trainer": type(self).__name__,
+            "recipe": self.recipe,
+            "settings": self.settings,
+            "model": {"kind": type(self.model).__name__, "config": self.model.config},
+            "parameters": count_parameters(self.modules()),
+            "data": self.dataset.summary() | {"held_back": held_back},
+            "device": describe_device(self.device, self.parallel.world),
+            "versions": versions(),
+        }
+        file = RunFile(self.results_folder, self.name)
+        before = file.read() if resumed else {}
+        with writing(file.path):
+            file.write(now, self.step, before)
+        if resumed:
+            self.progress.say(f"going on from step {self.step:,} of {self.num_train_steps:,}")
+            text, exact = changes_in_words(before, now)
+            if text:
+                self.progress.say(text) if exact else self.log.warn(self.step, text)
 
     def _batches(self, train_set: Dataset) -> Iterator[Any]:
         """Training batches from here on: what comes depends on seed, step and returns alone."""
@@ -566,7 +616,8 @@ class Trainer:
 
     def _save_checkpoint(self) -> None:
         self._check_weights()
-        self.interval.gather(self.parallel.reduce, keep=self.parallel.is_main)
+        for window in self.windows().values():
+            window.gather(self.parallel.reduce, keep=self.parallel.is_main)
         self._write_checkpoint()
 
     def _write_checkpoint(self) -> None:
@@ -582,7 +633,7 @@ class Trainer:
             "ema": self.ema.average,
             "scaler": self.parallel.scaler_state(),
             "guard": self.guard.state(),
-            "interval": self.interval.state(),
+            "windows": {name: window.state() for name, window in self.windows().items()},
             "config": self.model.config,
             "frozen": self._frozen,
         }
@@ -610,7 +661,9 @@ class Trainer:
         self.parallel.load_scaler(tree["scaler"])
         self.ema.load(tree["ema"])
         self.guard.load(tree["guard"])
-        self.interval.load(tree.get("interval", []), self.device, keep=self.parallel.is_main)
+        for name, window in self.windows().items():
+            if name in tree.get("windows", {}):
+                window.load(tree["windows"][name], self.device, keep=self.parallel.is_main)
         self.step = tree["step"]
         share = self.batch_size * self.grad_accum_every * self.parallel.world
         # older checkpoints count no samples: they are taken to have had today's batches

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from ..arguments import one_of, whole
 from ..data.cache import TokenCache
 from ..data.dataset import ImageDataset, split
 from ..data.folder import open_source
@@ -18,9 +19,9 @@ from ..data.source import Source
 from ..images import image_grid
 from ..maskgit import MaskGit, Part
 from ..structures import Batch
+from ..watching.run_file import settings_of
 from .loop import Trainer
 from .losses import NamedTerms, frozen
-from .settings import at_least
 
 
 class MaskGitTrainer(Trainer):
@@ -59,10 +60,11 @@ class MaskGitTrainer(Trainer):
         num_samples: int = 8,
         **common: Any,
     ):
+        settings = settings_of(locals())
         super().__init__(maskgit, **common)
-        if part not in get_args(Part):
-            raise ValueError(f"part must be one of {get_args(Part)}, not {part!r}")
-        at_least(1, num_samples=num_samples)
+        self.settings |= settings
+        part = one_of("part", part, Part)
+        num_samples = whole("num_samples", num_samples, 1)
         if part == "critic" and maskgit.critic is None:
             raise ValueError(
                 "part='critic', but the model has no token_critic or self_token_critic"

@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from ..arguments import one_of, real, whole
 from ..data.dataset import ImageDataset, split
 from ..data.folder import open_source
 from ..data.pixels import Crop, View
@@ -26,6 +27,7 @@ from ..data.source import Source
 from ..images import image_grid
 from ..vqgan_vae import VQGanVAE
 from ..watching.health import CodeUsage
+from ..watching.run_file import settings_of
 from .gan import (
     Discriminator,
     GanLoss,
@@ -40,8 +42,8 @@ from .gan import (
 from .loop import Trainer
 from .losses import frozen
 from .perceptual import PerceptualLoss
-from .settings import at_least
 
+ReconLoss = Literal["l2", "l1"]
 ANCHOR_DECAY = 0.99  # of LeCam's moving averages
 
 
@@ -101,7 +103,7 @@ class VQGanVAETrainer(Trainer):
         crop: Crop = "center",
         crop_scale: tuple[float, float] = (0.5, 1.0),
         flip: bool = False,
-        recon_loss: Literal["l2", "l1"] = "l2",
+        recon_loss: ReconLoss = "l2",
         recon_weight: float = 1.0,
         perceptual_weight: float = 0.05,
         perceptual_model: str = "microsoft/resnet-50",
@@ -123,25 +125,28 @@ class VQGanVAETrainer(Trainer):
         weight_decay: float = 1e-4,
         **common: Any,
     ):
+        settings = settings_of(locals())
         super().__init__(vae, betas=betas, weight_decay=weight_decay, **common)
+        self.settings |= settings
+        image_size = whole("image_size", image_size, 1)
         vae.fmap_size(image_size)
-        if recon_loss not in ("l2", "l1"):
-            raise ValueError(f"recon_loss must be l2 or l1, not {recon_loss!r}")
-        if gan_loss not in ("hinge", "non_saturating"):
-            raise ValueError(f"gan_loss must be hinge or non_saturating, not {gan_loss!r}")
-        at_least(1, discriminator_dim=discriminator_dim, discriminator_layers=discriminator_layers)
-        at_least(
-            0,
-            recon_weight=recon_weight,
-            perceptual_weight=perceptual_weight,
-            gan_weight=gan_weight,
-            gan_start=gan_start,
-            gan_ramp=gan_ramp,
-            lecam_weight=lecam_weight,
-            gradient_penalty_weight=gradient_penalty_weight,
-            discriminator_lr=discriminator_lr or 0,
-            latent_noise=latent_noise,
-        )
+        self.recon_loss = one_of("recon_loss", recon_loss, ReconLoss)
+        self.recon_weight = real("recon_weight", recon_weight, 0)
+        self.perceptual_weight = real("perceptual_weight", perceptual_weight, 0)
+        self.gan_weight = gan_weight = real("gan_weight", gan_weight, 0)
+        self.gan_loss: GanLoss = one_of("gan_loss", gan_loss, GanLoss)
+        self.gan_start = gan_start = whole("gan_start", gan_start, 0)
+        self.gan_ramp = whole("gan_ramp", gan_ramp, 0)
+        self.gan_adaptive = bool(gan_adaptive)
+        self.lecam_weight = real("lecam_weight", lecam_weight, 0)
+        self.gradient_penalty_weight = real("gradient_penalty_weight", gradient_penalty_weight, 0)
+        discriminator_dim = whole("discriminator_dim", discriminator_dim, 1)
+        discriminator_layers = whole("discriminator_layers", discriminator_layers, 1)
+        if discriminator_lr is not None:
+            discriminator_lr = real("discriminator_lr", discriminator_lr, 0)
+        self.discriminator_lr = discriminator_lr
+        self.latent_noise = real("latent_noise", latent_noise, 0)
+        self.decoder_only = bool(decoder_only)
         if gan_weight > 0 and image_size >> discriminator_layers < 1:
             raise ValueError(
                 f"discriminator_layers {discriminator_layers} halve images of {image_size} pixels "
@@ -165,21 +170,13 @@ class VQGanVAETrainer(Trainer):
             )
         self.vae = vae
         self.image_size, self.cache_images = image_size, cache_images
-        self.recon_loss, self.recon_weight = recon_loss, recon_weight
-        self.gan_weight, self.gan_adaptive = gan_weight, gan_adaptive
-        self.gan_loss: GanLoss = gan_loss
-        self.gan_start, self.gan_ramp = gan_start, gan_ramp
-        self.lecam_weight, self.discriminator_lr = lecam_weight, discriminator_lr
-        self.gradient_penalty_weight = gradient_penalty_weight
-        self.latent_noise = latent_noise
-        self.perceptual_weight, self.decoder_only = perceptual_weight, decoder_only
         self.view = View(image_size, crop, crop_scale, flip, self.seed)
         # random crops need other pixels than the centre crops: `make_datasets` caches those
         cached = cache_images and not self.view.is_random
         source = open_source(data, folder, results_folder=self.results_folder)
         self.dataset = ImageDataset(source, image_size, cache=cached)
         self.perceptual: nn.Module | None = None
-        if perceptual_weight > 0:
+        if self.perceptual_weight > 0:
             self.perceptual = PerceptualLoss(perceptual_model, perceptual_kind).to(self.device)
         self.discriminator: Discriminator | None = None
         if gan_weight > 0:
@@ -224,6 +221,9 @@ class VQGanVAETrainer(Trainer):
             "quantizer": self.vae.quantizer.kind,
             "idle_loss": 1.0 if self.gan_loss == "hinge" else math.log(2),
         }
+
+    def windows(self) -> dict[str, Any]:
+        return super().windows() | {"usage": self.usage}
 
     def codes_full(self) -> bool:
         return self.usage.full

@@ -1,7 +1,7 @@
 """Whether a run is healthy: how the codebook is used, and warnings in words.
 
-Nothing here touches the training: `CodeUsage` counts, `Health` reads the lines of the log. What
-they remember is in no checkpoint; a resumed run refills it from the log and from the next batches.
+Nothing here touches the training: `CodeUsage` counts, `Health` reads the lines of the log. After a
+resume the counts come from the checkpoint, and `Health` reads the log again.
 
 A false alarm is worse than silence: one bad line never makes a warning, noise is measured and
 allowed for, and what is normal during the warm-up or while the learning rate falls is not reported.
@@ -69,6 +69,7 @@ class CodeUsage:
             raise ValueError(f"codebook_size must be at least 1, not {codebook_size}")
         if processes < 1:
             raise ValueError(f"processes must be at least 1, not {processes}")
+        self.processes = processes
         self.bucket_size = math.ceil(TOKENS_PER_CODE * codebook_size / processes)
         self.old = torch.zeros(codebook_size, dtype=torch.long, device=device)
         self.new = torch.zeros_like(self.old)
@@ -107,6 +108,25 @@ class CodeUsage:
             "codebook_usage": float((counts > 0).double().mean()),
             "codebook_perplexity": float(entropy.exp()),
         }
+
+    def gather(self, reduce: Callable[[Tensor], Tensor], keep: bool) -> None:
+        """Bring the counts of all processes to the one that keeps them. All of them must call it.
+
+        A checkpoint is written by one process: so its `state` is that of all.
+        """
+        for counts in (self.old, self.new):
+            counts.copy_(reduce(counts.clone()) * int(keep))
+
+    def state(self) -> dict[str, Any]:
+        """The window, for a checkpoint."""
+        tokens = self.tokens * self.processes
+        return {"old": self.old, "new": self.new, "tokens": tokens, "full": self.full}
+
+    def load(self, state: Mapping[str, Any], device: torch.device | str, keep: bool) -> None:
+        """Go on from a `state`; ``keep`` as in `gather`."""
+        self.old = state["old"].to(device) * int(keep)
+        self.new = state["new"].to(device) * int(keep)
+        self.tokens, self.full = state["tokens"] // self.processes, bool(state["full"])
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from ..checkpoint import CheckpointError
+from ..files import replacing
 from .health import Health
 
 
@@ -30,6 +31,29 @@ def writing(path: Path) -> Iterator[None]:
             f"{path} could not be written ({error}): make room and resume; checkpoints "
             "written before are intact"
         ) from error
+
+
+def drop_lines_after(folder: Path, stage: str, step: int) -> None:
+    """Take a stage's lines of later steps out of the log: the run goes on from this step.
+
+    So no step stands there twice. Lines that are not whole are left as they are.
+    """
+    path = folder / "metrics.jsonl"
+    if not path.is_file():
+        return
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines if not _is_after(line, stage, step)]
+    if len(kept) < len(lines):
+        with writing(path), replacing(path) as temporary:
+            temporary.write_bytes(b"".join(kept))
+
+
+def _is_after(line: bytes, stage: str, step: int) -> bool:
+    try:
+        read = json.loads(line)
+        return read["stage"] == stage and read["step"] > step
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False
 
 
 class Log:

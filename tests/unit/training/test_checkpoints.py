@@ -151,6 +151,7 @@ def test_the_run_keeps_its_last_checkpoints_and_removes_nothing_else(images: Pat
         "vae-checkpoint-00000009.safetensors",
         "vae-checkpoint-notes.txt",
         "vae-ema.safetensors",
+        "vae-run.json",
         "vae.safetensors",
     ]
 
