@@ -64,12 +64,12 @@ def real(name: str, value: Any, low: float | None = None, high: float | None = N
 
 
 def _in_range(name: str, number: Any, low: Any, high: Any) -> Any:
-    if (low is None or number >= low) and (high is None or number <= high):
+    under = low is not None and number < low
+    if not under and (high is None or number <= high):
         return number
-    if low is not None and high is not None:
+    wanted = f"at least {low}" if under else f"at most {high}"
+    if isinstance(number, float) and None not in (low, high):
         wanted = f"in [{low}, {high}]"
-    else:
-        wanted = f"at least {low}" if low is not None else f"at most {high}"
     raise ValueError(f"{name} must be {wanted}, not {shown(number)}")
 
 

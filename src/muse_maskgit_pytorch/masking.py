@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from .structures import MaskedTokens, Schedule
+
+if TYPE_CHECKING:
+    ScheduleFunction = Callable[[Tensor], Tensor]  # of one's own: times in [0, 1] -> ratios
+else:  # a type of the command line and of recipes, which must not import anything
+    ScheduleFunction = None
 
 IGNORE_INDEX = -100  # cross_entropy's default; any code from 0 up would be a legal one
 
@@ -26,15 +32,17 @@ def read_table(table: Sequence[float], u: Float[Tensor, "*s"]) -> Float[Tensor, 
 
 
 def mask_ratio(
-    u: Float[Tensor, "*s"], schedule: Schedule | Sequence[float] = "cosine"
+    u: Float[Tensor, "*s"], schedule: Schedule | Sequence[float] | ScheduleFunction = "cosine"
 ) -> Float[Tensor, "*s"]:
     """Share of tokens that are masked at time ``u`` in [0, 1]: 1 at u = 0, 0 at u = 1.
 
     "cosine" is cos(pi/2 u): with u uniform, the paper's density (2/pi) (1 - r^2)^(-1/2), mean
     0.64 (2.6). "arccos" is 2/pi acos(u), a different law with the same mean, which other code bases
     use under the same name as the first. A table holds the ratios between that 1 and that 0, at
-    equal distances.
+    equal distances. A function of one's own gives the ratios at ``u``.
     """
+    if callable(schedule):
+        return read_schedule("noise_schedule", schedule, u)
     if not isinstance(schedule, str):
         return read_table([1.0, *schedule, 0.0], u)
     if schedule == "cosine":
@@ -48,10 +56,38 @@ def mask_ratio(
     raise ValueError(f"noise_schedule {schedule!r} is unknown: use cosine, arccos, linear, square")
 
 
+def read_schedule(
+    name: str, schedule: ScheduleFunction, times: Float[Tensor, "*s"]
+) -> Float[Tensor, "*s"]:
+    """What a function of one's own gives.
+
+    Raises:
+        ValueError: no tensor of the shape of the times.
+    """
+    values: Any = schedule(times)
+    if not isinstance(values, Tensor) or values.shape != times.shape:
+        got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise ValueError(f"{name} {schedule}: must give {tuple(times.shape)}, not {got}")
+    return values.to(times)
+
+
+def check_schedule(name: str, schedule: Any) -> None:
+    """Refuse a mask schedule that is unknown or, if a function, no falling share.
+
+    Raises:
+        ValueError: says which.
+    """
+    u = torch.linspace(0, 1, 101, device="cpu", dtype=torch.float64)
+    ratio = mask_ratio(u, schedule)
+    good = (ratio >= -1e-6) & (ratio <= 1 + 1e-6)  # False for NaN
+    if not bool(good.all()) or bool((ratio.diff() > 1e-6).any()):
+        raise ValueError(f"{name} {schedule}: its ratios must fall from 1 to 0 over [0, 1]")
+
+
 def draw_mask(
     batch: int,
     num_tokens: int,
-    schedule: Schedule = "cosine",
+    schedule: Schedule | ScheduleFunction = "cosine",
     *,
     device: torch.device | str | None = None,
     generator: torch.Generator | None = None,

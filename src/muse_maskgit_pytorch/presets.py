@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
 from typing import Any
 
-from .sampling import SampleOptions, upgraded
+from .sampling import SampleOptions, known_fields, upgraded
 
 
 def make_presets(
@@ -58,13 +57,8 @@ def check_preset(name: str) -> str:
 
 
 def _options(name: str, settings: Mapping[str, Any], timesteps: int) -> SampleOptions:
-    known = [field.name for field in fields(SampleOptions)]
     try:
-        settings = upgraded({"timesteps": timesteps, **settings})
-        for key in settings:
-            if key not in known:
-                raise ValueError(f"SampleOptions has no {key!r}{_near(key, known)}")
-        return SampleOptions(**settings)
+        return SampleOptions(**known_fields(upgraded({"timesteps": timesteps, **settings})))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{name}: {error}") from error
 

@@ -32,12 +32,14 @@ def test_what_is_no_finite_number(value):
 
 
 def test_ranges_are_named():
-    with pytest.raises(ValueError, match=r"n must be in \[1, 4\], not 5"):
+    with pytest.raises(ValueError, match="n must be at most 4, not 5"):
         whole("n", 5, 1, 4)
     with pytest.raises(ValueError, match="n must be at least 1, not 0"):
         whole("n", 0, 1)
     with pytest.raises(ValueError, match=r"x must be at least 0, not -0.5"):
         real("x", -0.5, 0)
+    with pytest.raises(ValueError, match=r"x must be in \[0, 1\], not 1.5"):
+        real("x", 1.5, 0, 1)
 
 
 def test_the_home_folder(monkeypatch, tmp_path):

@@ -140,11 +140,12 @@ def plain_sample(text: TextEmbeds, canvas: Tensor, options: SampleOptions, criti
                 p = logits[at].softmax(-1)
                 best = p.sort(descending=True).values
                 likely[at] = p[drawn[at]]
-                scores[at] = {
+                by_name: dict[Any, Any] = {
                     "confidence": p[drawn[at]].log(),
                     "margin": (best[0] - best[1]).log(),
                     "entropy": (p * p.log()).sum(),
-                }.get(policy, -plan.order[row, at])
+                }
+                scores[at] = by_name.get(policy, -plan.order[row, at])
             free = masked
             if policy == "critic":
                 scores = CRITIC.to_logits(CRITIC(drawn[None], CRITIC.encode_context(given)))

@@ -6,14 +6,14 @@ from .loop import Callback, SampleState, Step, sample_tokens, step
 from .options import (
     ROW_WISE,
     GuidanceSchedule,
-    Policy,
     SampleOptions,
+    known_fields,
     per_row,
     row_seeds,
     upgraded,
 )
 from .plan import SamplePlan, make_plan, masked_counts, stream_seed
-from .policies import ORDERS, SCORES
+from .policies import ORDERS, SCORES, Policy
 
 __all__ = [
     "ORDERS",
@@ -30,6 +30,7 @@ __all__ = [
     "SampleState",
     "Step",
     "choose_tokens",
+    "known_fields",
     "make_plan",
     "masked_counts",
     "per_row",

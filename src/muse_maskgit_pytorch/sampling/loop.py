@@ -18,9 +18,9 @@ from torch import Tensor
 from ..structures import SampleStep
 from .choose import choose_tokens
 from .contract import Denoiser, guided_hidden
-from .options import SampleOptions
+from .options import SampleOptions, per_row
 from .plan import SamplePlan, make_plan
-from .policies import ORDERS, SCORES
+from .policies import ORDERS, score_of
 
 Callback = Callable[[SampleStep], Any]
 
@@ -130,10 +130,10 @@ def step(
         judged, _ = guided_hidden(denoiser.critic, denoiser.critic_context, ids, scale)
         scores = denoiser.critic.to_logits(judged).squeeze(-1).float()
         fixed = plan.known  # a critic may take back its earlier decisions
-    elif policy in ORDERS:
+    elif not callable(policy) and policy in ORDERS:
         scores = -plan.order
     else:
-        scores = torch.zeros_like(log_probs).scatter(1, at, SCORES[policy](logits, log_prob))
+        scores = torch.zeros_like(log_probs).scatter(1, at, score_of(policy, logits, log_prob))
     scores = scores + plan.choice_temperature[rows, now][:, None] * gumbel
     # ReMDM with exact counts: drawn without replacement, by exp(-probability when decided);
     # the noise of decided positions is free for it
@@ -197,9 +197,10 @@ def sample_tokens(
             f"top_k {host_plan.top_k.max()} is larger than the codebook's {network.num_tokens} "
             "codes"
         )
-    if host_plan.num_steps > canvas.shape[1]:
+    asked = max(per_row(options.timesteps, len(canvas), "timesteps"))
+    if asked > canvas.shape[1]:
         warnings.warn(
-            f"timesteps {host_plan.num_steps} exceed the {canvas.shape[1]} tokens of an image: "
+            f"timesteps {asked} exceed the {canvas.shape[1]} tokens of an image: "
             "sampling ends after one step per token",
             stacklevel=2,
         )

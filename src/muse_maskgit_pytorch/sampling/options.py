@@ -2,35 +2,36 @@
 
 from __future__ import annotations
 
+import difflib
 import math
-import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from numbers import Integral
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar
 
-import numpy as np
 import torch
+from torch import Tensor
 
-from ..masking import read_table
+from ..arguments import one_of, plain, real, shown, whole
+from ..masking import ScheduleFunction, check_schedule, read_schedule, read_table
 from ..structures import Schedule
+from .policies import Policy, Score, check_policy
 
 T = TypeVar("T")
 GuidanceSchedule = Literal["linear", "constant", "cosine"]
-Policy = Literal["confidence", "margin", "entropy", "halton", "random", "critic"]
 
-FINITE = (-sys.float_info.max, sys.float_info.max)
+MOST = 2**31 - 1  # of steps and of tokens to choose from: fits into a tensor
 SHARE = (0, 1)
-NUMBERS = {  # fields that take one number for all rows or one for each, with their ranges
-    "timesteps": (1, math.inf),
-    "temperature": (0, math.inf),
-    "choice_temperature": (0, math.inf),
-    "cond_scale": FINITE,
+COUNTS = {"timesteps": (1, MOST), "top_k": (0, MOST)}
+NUMBERS: dict[str, tuple[float | None, float | None]] = {
+    # fields that take one number for all rows or one for each, with their ranges
+    "temperature": (0, None),
+    "choice_temperature": (0, None),
+    "cond_scale": (None, None),
     "remask": SHARE,
-    "temperature_end": (0, math.inf),
-    "top_k": (0, math.inf),
+    "temperature_end": (0, None),
     "top_p": SHARE,
     "min_p": SHARE,
+    **COUNTS,
 }
 ROW_WISE = (*NUMBERS, "seeds")
 
@@ -51,14 +52,18 @@ class SampleOptions:
         guidance_schedule: share of t at each step: "linear" rises from 0 to 1 (the paper's),
             "cosine" rises as (1 - cos(pi * progress)) / 2 (MDT, Gao et al. 2023), "constant" is
             always 1. Or a table of shares, any numbers, read at the progress with linear
-            interpolation: ``[0, 0, 1, 1]`` guides late steps only (Kynkaanniemi et al. 2024).
+            interpolation: ``[0, 0, 1, 1]`` guides late steps only (Kynkaanniemi et al. 2024). Or
+            a function of the progress (S,) that gives the shares (S,).
         noise_schedule: share of tokens still masked as a function of the steps done. Or a table:
-            the falling shares in [0, 1] after each step but the last, linearly interpolated.
+            the falling shares in [0, 1] after each step but the last, linearly interpolated. Or a
+            function of the share of steps done (S,), falling from 1 to 0.
         policy: which positions to keep. "confidence": those whose drawn token is most likely
             (MaskGIT); "margin": where the two most likely tokens are furthest apart; "entropy":
             where the distribution has the least; "halton": evenly spread (Besnier et al. 2025);
             "random"; "critic": what the model's token critic takes for real. If None, the critic
-            of a model that has one, else confidence.
+            of a model that has one, else confidence. Or a name or function of one's own
+            (`policies`): logits (B, K, V) and log-probabilities (B, K) of the tokens drawn ->
+            scores (B, K), highest kept.
         remask: strength in [0, 1] of re-masking tokens that were already decided, low-confidence
             ones first, while as many more are decided (ReMDM, Wang et al. 2025).
         temperature_end: temperature at the last step, reached linearly; if None, constant.
@@ -76,9 +81,9 @@ class SampleOptions:
     temperature: float | Sequence[float] = 1.0
     choice_temperature: float | Sequence[float] = 4.5
     cond_scale: float | Sequence[float] = 3.0
-    guidance_schedule: GuidanceSchedule | Sequence[float] = "linear"
-    noise_schedule: Schedule | Sequence[float] = "cosine"
-    policy: Policy | None = None
+    guidance_schedule: GuidanceSchedule | Sequence[float] | ScheduleFunction = "linear"
+    noise_schedule: Schedule | Sequence[float] | ScheduleFunction = "cosine"
+    policy: Policy | Score | None = None
     remask: float | Sequence[float] = 0.0
     temperature_end: float | Sequence[float] | None = None
     top_k: int | Sequence[int] = 0
@@ -87,20 +92,24 @@ class SampleOptions:
     seeds: int | Sequence[int] | None = None
 
     def __post_init__(self):
-        for field in fields(self):
-            object.__setattr__(self, field.name, _plain(getattr(self, field.name)))
         if self.policy is not None:
-            _one_of("policy", self.policy, Policy)
-        _named_or_table("guidance_schedule", self.guidance_schedule, GuidanceSchedule, FINITE)
-        _named_or_table("noise_schedule", ratios := self.noise_schedule, Schedule, SHARE)
-        if not isinstance(ratios, str) and list(ratios) != sorted(ratios, reverse=True):
-            raise ValueError(f"noise_schedule must fall from step to step, not {ratios}")
+            check_policy(self.policy)
+        for name, kind in (("guidance_schedule", GuidanceSchedule), ("noise_schedule", Schedule)):
+            object.__setattr__(self, name, _schedule(name, getattr(self, name), kind))
         for name, bounds in NUMBERS.items():
-            if getattr(self, name) is not None:
-                _in_range(name, getattr(self, name), *bounds, whole=name in ("timesteps", "top_k"))
+            if (value := getattr(self, name)) is not None or name in REQUIRED:
+                check = whole if name in COUNTS else real
+                object.__setattr__(self, name, _numbers(name, value, check, bounds))
+        seeds = None if self.seeds is None else _numbers("seeds", self.seeds, _seed)
+        object.__setattr__(self, "seeds", seeds)
 
-    def replace(self, **changes) -> SampleOptions:
-        return replace(self, **changes)
+    def replace(self, **changes: Any) -> SampleOptions:
+        """The same with other values.
+
+        Raises:
+            ValueError: a name that is no field (the nearest one is named), a bad value.
+        """
+        return replace(self, **known_fields(changes))
 
     @property
     def guided(self) -> bool:
@@ -122,7 +131,7 @@ class SampleOptions:
             if (value := getattr(self, name)) is not None
         }
         seeds = torch.randint(2**31, (batch,), device="cpu") if self.seeds is None else self.seeds
-        return self.replace(**rows, seeds=row_seeds(_plain(seeds), batch))
+        return self.replace(**rows, seeds=row_seeds(seeds, batch))
 
     def take(self, rows: Sequence[int]) -> SampleOptions:
         """The options of some rows, out of options `with_rows`."""
@@ -137,25 +146,42 @@ def per_row(value: T | Sequence[T], batch: int, name: str) -> list[T]:
     Raises:
         ValueError: a list of another length.
     """
-    if isinstance(value, (Sequence, torch.Tensor)) and not isinstance(value, str):
+    if isinstance(value, (Sequence, Tensor)) and not isinstance(value, (str, bytes)):
         if len(value) != batch:
             raise ValueError(f"{name} has {len(value)} values for {batch} images")
         return list(value)
     return [value] * batch  # type: ignore[list-item]
 
 
-def row_seeds(seeds: int | Sequence[int], batch: int) -> list[int]:
+def row_seeds(seeds: int | Sequence[int] | Tensor, batch: int) -> list[int]:
     """One seed for each row: those given, or s, s + 1, ...
 
     Raises:
         ValueError: another number of them, or values that are not integers of at most 64 bits.
     """
-    if isinstance(seeds, Integral):
-        seeds = range(int(seeds), int(seeds) + batch)
-    given = per_row(seeds, batch, "seeds")
-    if not all(isinstance(seed, Integral) and -(2**63) <= seed < 2**64 for seed in given):
-        raise ValueError(f"seeds must be whole numbers of at most 64 bits, not {given}")
-    return [int(seed) for seed in given]
+    given = _numbers("seeds", seeds, _seed)
+    if isinstance(given, int):
+        given = [_seed("seeds", given + row) for row in range(batch)]
+    return per_row(given, batch, "seeds")
+
+
+def known_fields(settings: Mapping[str, Any], also: Iterable[str] = ()) -> Mapping[str, Any]:
+    """Settings of which each is a field of `SampleOptions`.
+
+    Args:
+        settings: by name.
+        also: names that may have been meant instead, for the message.
+
+    Raises:
+        ValueError: another name; the nearest known one is named.
+    """
+    known = [field.name for field in fields(SampleOptions)]
+    for name in settings:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), [*known, *also], n=1)
+            hint = f", did you mean {near[0]!r}?" if near else f"; it has {', '.join(known)}"
+            raise ValueError(f"SampleOptions has no {shown(name)}{hint}")
+    return settings
 
 
 def upgraded(saved: Mapping[str, Any]) -> dict[str, Any]:
@@ -182,9 +208,11 @@ def upgraded(saved: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def guidance_share(
-    progress: torch.Tensor, schedule: GuidanceSchedule | Sequence[float]
-) -> torch.Tensor:
+    progress: Tensor, schedule: GuidanceSchedule | Sequence[float] | ScheduleFunction
+) -> Tensor:
     """The share of the guidance at each step (S,); see `SampleOptions`."""
+    if callable(schedule):
+        return read_schedule("guidance_schedule", schedule, progress)
     if not isinstance(schedule, str):
         return read_table(schedule, progress)
     if schedule == "linear":
@@ -194,33 +222,36 @@ def guidance_share(
     return torch.ones_like(progress)
 
 
-def _plain(value: Any) -> Any:
-    """Arrays, tensors and tuples as lists; NumPy's and torch's scalars as Python's."""
-    if isinstance(value, (torch.Tensor, np.ndarray, np.generic)):
-        return value.tolist()
-    if isinstance(value, Iterable) and not isinstance(value, str):
-        return [_plain(item) for item in value]
-    return value
+REQUIRED = {field.name for field in fields(SampleOptions) if field.default is not None}
 
 
-def _one_of(name: str, value: object, kind: object, more: str = "") -> None:
-    if value not in get_args(kind):
-        raise ValueError(f"{name} must be one of {get_args(kind)}{more}, not {value!r}")
-
-
-def _named_or_table(name: str, value: Any, kind: object, bounds: tuple[float, float]) -> None:
+def _schedule(name: str, value: Any, kind: object) -> Any:
+    """A name, a function, or a table as a list, checked."""
+    value = value if callable(value) else plain(value)
     if not isinstance(value, list):
-        return _one_of(name, value, kind, " or a table of numbers")
+        if not callable(value):
+            return one_of(name, value, kind, ", a table of numbers or a function")
+        if name == "noise_schedule":
+            check_schedule(name, value)
+        return value
     if not value:
         raise ValueError(f"{name} is an empty table: give one number for each step")
-    return _in_range(name, value, *bounds)
+    bounds = SHARE if name == "noise_schedule" else (None, None)
+    table = [real(name, number, *bounds) for number in value]
+    if name == "noise_schedule" and table != sorted(table, reverse=True):
+        raise ValueError(f"{name} must fall from step to step, not {shown(table)}")
+    return table
 
 
-def _in_range(name: str, value: Any, low: float, high: float, whole: bool = False) -> None:
-    for number in value if isinstance(value, list) else [value]:
-        if whole and not isinstance(number, int):
-            raise ValueError(f"{name} must be whole numbers, not {value}")
-        if not low <= number <= high:  # also refuses NaN
-            wanted = f"at least {low}" if high == math.inf else f"in [{low}, {high}]"
-            wanted = "finite" if (low, high) == FINITE else wanted
-            raise ValueError(f"{name} must be {wanted}, not {number}")
+def _numbers(
+    name: str, value: Any, check: Callable[..., T], bounds: tuple[Any, Any] = (None, None)
+) -> T | list[T]:
+    """One checked number, or a list of them."""
+    value = plain(value)
+    if isinstance(value, list):
+        return [check(name, number, *bounds) for number in value]
+    return check(name, value, *bounds)
+
+
+def _seed(name: str, value: Any, low: None = None, high: None = None) -> int:
+    return whole(name, value, -(2**63), 2**64 - 1)

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..masking import mask_ratio
+from ..masking import ScheduleFunction, mask_ratio
 from ..structures import Schedule
-from .options import ROW_WISE, Policy, SampleOptions, guidance_share, per_row
-from .policies import ORDERS
+from .options import ROW_WISE, SampleOptions, guidance_share, per_row
+from .policies import ORDERS, Policy, Score
 
 NO_LIMIT = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
 
@@ -55,7 +55,7 @@ class SamplePlan:
     top_k: Int[Tensor, " B"] | None = None
     top_p: Float[Tensor, " B"] | None = None
     min_p: Float[Tensor, " B"] | None = None
-    policy: Policy | None = None
+    policy: Policy | Score | None = None
 
     @property
     def num_steps(self) -> int:
@@ -103,7 +103,9 @@ def _padded(value: Tensor, steps: int, fill: float) -> Tensor:
 
 
 def masked_counts(
-    num_masked: int, timesteps: int, schedule: Schedule | Sequence[float] = "cosine"
+    num_masked: int,
+    timesteps: int,
+    schedule: Schedule | Sequence[float] | ScheduleFunction = "cosine",
 ) -> list[int]:
     """How many of ``num_masked`` tokens are still masked after each step; the last is 0.
 
@@ -140,7 +142,9 @@ def make_plan(
 ) -> SamplePlan:
     """Fix everything that sampling will need, on the CPU.
 
-    Noise comes from one generator per row, on the CPU: one seed gives one noise on every device.
+    A row has at most as many steps as there are tokens, however many were asked for: each decides
+    at least one. Noise comes from one generator per row, on the CPU: one seed gives one noise on
+    every device.
 
     Args:
         mask: what the canvas leaves open.
@@ -160,7 +164,7 @@ def make_plan(
         raise ValueError(f"policy 'halton' needs the grid of {num_tokens} tokens, not {grid}")
 
     with torch.device("cpu"):
-        most = max(per_row(options.timesteps, batch, "timesteps"))
+        most = min(max(per_row(options.timesteps, batch, "timesteps")), num_tokens)
         rows = [_row(mask[row], options.take([row]), grid, stream, most) for row in range(batch)]
         limits = {
             name: torch.tensor(values, dtype=torch.long if name == "top_k" else torch.float32)
@@ -180,7 +184,7 @@ def _row(
 ) -> dict[str, Tensor]:
     """One row of the plan, padded to ``most`` steps."""
     values = {n: v[0] for n in ROW_WISE if (v := getattr(options, n)) is not None}
-    steps, open_tokens = values["timesteps"], int(mask.sum())
+    steps, open_tokens = min(values["timesteps"], len(mask)), int(mask.sum())
     counts = torch.tensor(masked_counts(open_tokens, steps, options.noise_schedule))
     # ReMDM's largest probability, min(1, masked after / decided before), gives this many
     decided = open_tokens - torch.cat([torch.tensor([open_tokens]), counts[:-1]])
@@ -200,7 +204,7 @@ def _row(
         noise[:, 1] = torch.rand(steps, len(mask), generator=generator)
     gumbel = -torch.log(-torch.log(noise[:, 1].clamp(1e-9, 1 - 1e-7)))
     order = torch.zeros(len(mask))
-    if options.policy in ORDERS:
+    if not callable(options.policy) and options.policy in ORDERS:
         order = ORDERS[options.policy](gumbel[0], grid).float()
         choice = torch.zeros(steps)
     by_step = {

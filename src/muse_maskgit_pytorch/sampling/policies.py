@@ -1,19 +1,35 @@
 """Policies: which positions to keep.
 
 A policy that judges drawn tokens is a function in `SCORES`; one that fixes the order beforehand is
-a function in `ORDERS`. A new one is a few lines here, and its name in `options.Policy`.
+a function in `ORDERS`. One's own gets a name in one line, without a change to this package::
+
+    from muse_maskgit_pytorch.sampling import SCORES
+
+    SCORES["gap"] = lambda logits, log_prob: log_prob - logits.logsumexp(-1)
+    muse("a red apple", policy="gap")
+
+or is given itself: ``policy=gap``. A record and a model file can repeat a name, where it is
+registered; of a function that was given they know what it was called.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .options import Policy
+from ..arguments import shown
+
+if TYPE_CHECKING:
+    Score = Callable[[Tensor, Tensor], Tensor]
+    Order = Callable[[Tensor, tuple[int, int]], Tensor]
+else:  # as `masking.ScheduleFunction`
+    Score = Order = None
+Policy = Literal["confidence", "margin", "entropy", "halton", "random", "critic"]
 
 
 def confidence(
@@ -34,7 +50,7 @@ def entropy(logits: Float[Tensor, "B K V"], log_prob: Float[Tensor, "B K"]) -> F
     return -torch.special.entr(logits.softmax(dim=-1)).sum(dim=-1)
 
 
-SCORES: dict[Policy, Callable[[Tensor, Tensor], Tensor]] = {
+SCORES: dict[Any, Score] = {
     "confidence": confidence,
     "margin": margin,
     "entropy": entropy,
@@ -51,10 +67,39 @@ def rolled_halton(noise: Float[Tensor, " N"], grid: tuple[int, int]) -> Int[Tens
     return halton_order(*grid).roll((row, column), (0, 1)).flatten()
 
 
-ORDERS: dict[Policy, Callable[[Tensor, tuple[int, int]], Tensor]] = {
+ORDERS: dict[Any, Order] = {
     "halton": rolled_halton,
     "random": random_order,
 }
+
+
+def check_policy(policy: Any) -> None:
+    """Refuse what is neither a name nor a function.
+
+    Raises:
+        ValueError: naming the policies there are.
+    """
+    known = (*SCORES, *ORDERS, "critic")
+    if not callable(policy) and not (isinstance(policy, str) and policy in known):
+        raise ValueError(
+            f"policy must be one of {known} or a function of logits and log-probabilities, not "
+            f"{shown(policy)}"
+        )
+
+
+def score_of(
+    policy: Policy | Score, logits: Float[Tensor, "B K V"], log_prob: Float[Tensor, "B K"]
+) -> Float[Tensor, "B K"]:
+    """How much a policy of `SCORES`, or one's own, wants to keep each of the drawn tokens.
+
+    Raises:
+        ValueError: a function of one's own that gives another shape.
+    """
+    scores = (policy if callable(policy) else SCORES[policy])(logits, log_prob)
+    if not isinstance(scores, Tensor) or scores.shape != log_prob.shape:
+        got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        raise ValueError(f"policy {policy}: its scores must be {tuple(log_prob.shape)}, not {got}")
+    return scores.to(log_prob.dtype)
 
 
 @lru_cache
