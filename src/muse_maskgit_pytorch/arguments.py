@@ -73,6 +73,29 @@ def _in_range(name: str, number: Any, low: Any, high: Any) -> Any:
     raise ValueError(f"{name} must be {wanted}, not {shown(number)}")
 
 
+def as_tensor(name: str, value: Any, whole: bool = False) -> torch.Tensor:
+    """A tensor, also from a NumPy array.
+
+    Args:
+        name: of the argument.
+        value: what was given.
+        whole: it holds whole numbers, of any integer type, and becomes int64; else floating-point
+            numbers, and stays as it is.
+
+    Raises:
+        ValueError: no tensor, or of another kind.
+    """
+    if isinstance(value, np.ndarray) and value.dtype.kind in "iuf":
+        value = torch.from_numpy(np.ascontiguousarray(value))
+    if not isinstance(value, torch.Tensor):
+        raise ValueError(f"{name} must be a tensor, not {shown(value)}")
+    integers = not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
+    if whole != integers or value.is_complex() or value.dtype == torch.bool:
+        wanted = "whole" if whole else "floating-point"
+        raise ValueError(f"{name} must hold {wanted} numbers, not {value.dtype}")
+    return value.long() if whole else value
+
+
 def one_of(name: str, value: Any, kind: Any, more: str = "") -> Any:
     """One of the values of a `Literal`.
 

@@ -7,13 +7,17 @@ and the low resolution.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from .arguments import as_tensor, as_text, plain, shown, whole
 from .geometry import Geometry, ImageSize
 from .images import resize
 from .structures import Conditioning, TextEmbeds
@@ -26,14 +30,14 @@ class Conditioner:
     """Makes the conditioning of one stage.
 
     Attributes:
-        text_encoder: its Hugging Face name or path.
+        text_encoder: its Hugging Face name or path, or the names of classes in its place.
         max_text_len: of the text encoder.
         geometry: of the stage.
         cond_vae: tokenizer of the low-resolution images; None for a base.
         device: of the results.
     """
 
-    text_encoder: str
+    text_encoder: str | tuple[str, ...]
     max_text_len: int
     geometry: Geometry
     cond_vae: ImageTokenizer | None
@@ -54,14 +58,16 @@ class Conditioner:
         with a warning (`TextEncoder.encode`).
 
         Raises:
-            ValueError: both or neither given, no texts, or an empty one unless ``allow_empty``.
+            ValueError: both or neither given, no texts, an empty one unless ``allow_empty``,
+                embeddings that are no finite numbers.
         """
         if (texts is None) == (text_embeds is None):
             raise ValueError("give either texts or text_embeds")
+        classes = self.text_encoder if isinstance(self.text_encoder, tuple) else None
         if text_embeds is not None:
-            text = TextEmbeds.of(text_embeds).to(self.device)
+            text = check_embeds(text_embeds, allow_empty or classes == ()).to(self.device)
             return TextEmbeds(text.embeds.float(), text.mask)
-        texts = check_texts(texts, allow_empty)
+        texts = check_texts(texts, allow_empty or classes == (), classes)
         encoder = get_text_encoder(self.text_encoder, self.max_text_len)
         text = encoder.encode(texts, self.device, long)
         seen = torch.tensor([bool(text.strip()) for text in texts], device=self.device)
@@ -86,6 +92,7 @@ class Conditioner:
             return None
         size = self.geometry.cond_pixels(image_size)
         if cond_ids is not None:
+            cond_ids = as_tensor("cond_ids", cond_ids, whole=True)
             cond_ids, wanted = cond_ids.flatten(1), math.prod(self.geometry.cond_grid(image_size))
             if cond_ids.shape[1] != wanted:
                 raise ValueError(
@@ -99,6 +106,7 @@ class Conditioner:
                     "cond_ids"
                 )
             cond_images = resize(images, size)
+        cond_images = as_tensor("cond_images", cond_images)
         if cond_images.shape[-2:] != size:
             raise ValueError(
                 f"cond_images are {tuple(cond_images.shape[-2:])} pixels, but must be {size} "
@@ -142,22 +150,77 @@ class Conditioner:
         return made
 
 
-def check_texts(texts: Sequence[str] | str | None, allow_empty: bool = False) -> list[str]:
+def check_texts(
+    texts: Any, allow_empty: bool = False, classes: Sequence[str] | None = None
+) -> list[str]:
     """A list of captions, from one or several.
 
+    Args:
+        texts: strings; where there are classes, also their indices, in a list or a tensor.
+        allow_empty: whether a caption may be empty.
+        classes: names of the model's classes, if it has any.
+
     Raises:
-        ValueError: none, what is not a string, or an empty one unless ``allow_empty``.
+        ValueError: none, what is not a string, or an empty one unless ``allow_empty``; an index
+            of no class.
     """
-    texts = [texts] if isinstance(texts, str) else list(texts or ())
-    if not texts:
+    given = plain(texts)
+    given = given if isinstance(given, list) else [] if given is None else [given]
+    if not given:
         raise ValueError("texts is empty: give at least one caption")
-    wrong = next((t for t in texts if not isinstance(t, str)), None)
-    if wrong is not None:
-        raise ValueError(f"texts must be strings, not {type(wrong).__name__}")
-    empty = [i for i, text in enumerate(texts, 1) if not text.strip()]
+    if classes is not None:
+        at = [isinstance(label, Integral) and not isinstance(label, bool) for label in given]
+        given = [
+            classes[whole("class", label, 0, len(classes) - 1)] if index else label
+            for label, index in zip(given, at, strict=True)
+        ]
+    name = "text" if len(given) == 1 else "text {} of " + str(len(given))
+    checked = [as_text(text, name.format(i)) for i, text in enumerate(given, 1)]
+    empty = [i for i, text in enumerate(checked, 1) if not text.strip()]
     if empty and not allow_empty:
-        raise ValueError(f"text {empty[0]} of {len(texts)} is empty: write what to draw")
-    return texts
+        raise ValueError(f"text {empty[0]} of {len(checked)} is empty: write what to draw")
+    return checked
+
+
+def check_embeds(text_embeds: Any, allow_unseen: bool = False) -> TextEmbeds:
+    """Embeddings of texts that were made elsewhere.
+
+    Raises:
+        ValueError: no tensor (B, L, E) of finite numbers; a row of which nothing is seen, unless
+            ``allow_unseen``.
+    """
+    if isinstance(text_embeds, TextEmbeds):
+        text = text_embeds
+    else:
+        text = TextEmbeds.of(as_tensor("text_embeds", text_embeds))
+    if text.embeds.ndim != 3 or not text.embeds.is_floating_point():
+        raise ValueError(
+            f"text_embeds must be floating-point numbers (B, L, E), not {text.embeds.dtype} "
+            f"{tuple(text.embeds.shape)}"
+        )
+    if text.embeds.device.type == "cpu":  # a GPU would have to wait for the answer
+        if not bool(text.embeds.isfinite().all()):
+            raise ValueError("text_embeds holds NaN or infinite numbers")
+        unseen = (~text.mask.any(dim=1)).nonzero().flatten().tolist()
+        if unseen and not allow_unseen:
+            raise ValueError(f"text_embeds: of text {unseen[0] + 1} no token is seen")
+    return text
+
+
+def check_pixels(name: str, images: Any) -> None:
+    """Refuse images that are no finite numbers; warn of those that are not in [0, 1].
+
+    Raises:
+        ValueError: NaN or infinite numbers.
+    """
+    images = as_tensor(name, images)
+    low, high = (float(end) for end in images.aminmax()) if images.numel() else (0.0, 0.0)
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError(f"{name} holds NaN or infinite numbers")
+    if low < -1e-3 or high > 1 + 1e-3:
+        warnings.warn(
+            f"{name} range from {low:.4g} to {high:.4g}, but images are in [0, 1]", stacklevel=3
+        )
 
 
 def check_ids(ids: Tensor, vae: ImageTokenizer, name: str) -> Tensor:
@@ -175,13 +238,13 @@ def one_each(negative_texts: Sequence[str] | str | None, batch: int) -> list[str
     """One negative prompt for each image, from one for all or one each.
 
     Raises:
-        ValueError: another number of them.
+        ValueError: another number of them, or what is not a string.
     """
     if negative_texts is None:
         return None
-    given = [negative_texts] if isinstance(negative_texts, str) else list(negative_texts)
-    if len(given) not in (1, batch):
-        raise ValueError(
-            f"{len(given)} negative_texts for {batch} texts: give one for all, or one each"
-        )
-    return given * (batch if len(given) == 1 else 1)
+    given = [negative_texts] if isinstance(negative_texts, str) else plain(negative_texts)
+    if not isinstance(given, list) or len(given) not in (1, batch):
+        count = len(given) if isinstance(given, list) else shown(given)
+        raise ValueError(f"{count} negative_texts for {batch} texts: give one for all, or one each")
+    checked = [as_text(text, "negative text") for text in given]
+    return checked * (batch if len(checked) == 1 else 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,31 +26,49 @@ def pick_device(name: str | None = None) -> torch.device:
         raise ValueError(f"--device {name!r} cannot be used: {error}") from error
 
 
+# Where both kinds of settings exist (since torch 2.9) they must not be mixed.
+_NEW = hasattr(torch.backends, "fp32_precision")
+_ATTRIBUTE, _OFF = ("fp32_precision", "ieee") if _NEW else ("allow_tf32", False)
+_lock, _inside, _before = threading.Lock(), 0, {}  # how many threads are in `exact`, and what was
+
+
+def _parts() -> list[Any]:
+    """What holds the settings."""
+    backends: Any = torch.backends
+    if not _NEW:
+        return [backends.cuda.matmul, backends.cudnn]
+    return [
+        backends.cuda.matmul,
+        backends.cudnn.conv,
+        backends.mkldnn.matmul,
+        backends.mkldnn.conv,
+    ]
+
+
 @contextmanager
 def exact(device: torch.device | str) -> Iterator[None]:
     """Compute in the tensors' own precision: without autocast, and float32 as real float32.
 
     TF32 on a GPU and bfloat16 in a CPU's matrix products (`torch.set_float32_matmul_precision`)
     keep 8 to 10 bits of each factor: enough for training, too few to choose between neighbouring
-    codes. The settings are the process's, and come back when the block ends.
+    codes. The settings are the process's, and come back when the last block of all threads ends.
 
     Args:
         device: where the block computes.
     """
-    attribute, off = "fp32_precision", "ieee"
-    backends: Any = torch.backends
-    if hasattr(backends, attribute):
-        parts = [backends.cuda.matmul, backends.cudnn.conv]
-        parts += [backends.mkldnn.matmul, backends.mkldnn.conv]
-    else:  # before torch 2.9; where both kinds of settings exist they must not be mixed
-        attribute, off = "allow_tf32", False
-        parts = [backends.cuda.matmul, backends.cudnn]
-    before = [getattr(part, attribute) for part in parts]
+    global _inside
+    with _lock:
+        _inside += 1
+        if _inside == 1:
+            _before.update({part: getattr(part, _ATTRIBUTE) for part in _parts()})
+            for part in _before:
+                setattr(part, _ATTRIBUTE, _OFF)
     try:
-        for part in parts:
-            setattr(part, attribute, off)
         with torch.autocast(torch.device(device).type, enabled=False):
             yield
     finally:
-        for part, value in zip(parts, before, strict=True):
-            setattr(part, attribute, value)
+        with _lock:
+            _inside -= 1
+            if not _inside:
+                for part, value in _before.items():
+                    setattr(part, _ATTRIBUTE, value)

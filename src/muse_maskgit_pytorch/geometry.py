@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 
+from .arguments import plain, shown, whole
 from .transformer import MaskGitTransformer
 from .vqgan_vae import ImageTokenizer
 
@@ -81,9 +82,13 @@ class Geometry:
         """
         if image_size is None:
             return self.image_size, self.image_size
-        sides = (image_size,) * 2 if isinstance(image_size, int) else tuple(image_size)
+        given = plain(image_size)
+        sides = given if isinstance(given, list) else [given] * 2
         if len(sides) != 2:
-            raise ValueError(f"image_size must be a number or (height, width), not {image_size}")
+            raise ValueError(
+                f"image_size must be a number or (height, width), not {shown(image_size)}"
+            )
+        sides = [whole("image_size", side, 1) for side in sides]
         step = self.factor
         if self.cond_image_size is not None:
             # the smallest step that is whole tokens at both resolutions
@@ -91,7 +96,7 @@ class Geometry:
             factor = self.cond_factor
             step = math.lcm(step, low.denominator * factor // math.gcd(low.numerator, factor))
         for side in sides:
-            if side < 1 or side % step:
+            if side % step:
                 near = max(1, round(side / step)) * step
                 raise ValueError(
                     f"image_size {image_size}: {side} is not a positive multiple of {step}, so it "

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from .arguments import as_tensor, one_of, real
 from .checkpoint import Saveable
-from .conditioning import Conditioner, check_ids, one_each
+from .conditioning import Conditioner, check_ids, check_pixels, one_each
 from .geometry import Geometry, ImageSize
-from .masking import draw_mask, mask_ratio, mask_tokens
+from .masking import ScheduleFunction, check_schedule, draw_mask, mask_tokens
 from .presets import find_preset, make_presets
 from .sampling import Callback, Denoiser, SampleOptions, Step, choose_tokens, sample_tokens, step
 from .structures import LossTerms, Schedule, TextEmbeds
@@ -40,7 +41,8 @@ class MaskGit(Saveable):
         cond_image_size: side of the low-resolution images: makes this the super-resolution stage.
         cond_vae: tokenizer of the low-resolution images; ``vae`` by default.
         cond_drop_prob: share of the training samples whose text is removed (paper 2.7: 0.1).
-        noise_schedule: law of the training's mask ratio (paper 2.6: cosine).
+        noise_schedule: law of the training's mask ratio (paper 2.6: cosine), or a function of one's
+            own: times (B,) in [0, 1] -> ratios, falling from 1 to 0.
         label_smoothing: of the cross-entropy.
         no_mask_token_prob: share of the masked positions that keep their id in the input.
         self_cond_prob: share of the batches that train with self-conditioning, if the
@@ -73,7 +75,7 @@ class MaskGit(Saveable):
         cond_image_size: int | None = None,
         cond_vae: ImageTokenizer | None = None,
         cond_drop_prob: float = 0.1,
-        noise_schedule: Schedule = "cosine",
+        noise_schedule: Schedule | ScheduleFunction = "cosine",
         label_smoothing: float = 0.0,
         no_mask_token_prob: float = 0.0,
         self_cond_prob: float = 0.5,
@@ -88,17 +90,10 @@ class MaskGit(Saveable):
         probs = dict(cond_drop_prob=cond_drop_prob, label_smoothing=label_smoothing)
         probs |= dict(no_mask_token_prob=no_mask_token_prob, self_cond_prob=self_cond_prob)
         for name, value in probs.items():
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} must be in [0, 1], not {value}")
-        if not 0 <= critic_loss_weight < math.inf:
-            raise ValueError(
-                f"critic_loss_weight must be finite and >= 0, not {critic_loss_weight}"
-            )
-        if critic_target not in get_args(CriticTarget):
-            raise ValueError(
-                f"critic_target must be one of {get_args(CriticTarget)}, not {critic_target!r}"
-            )
-        mask_ratio(torch.zeros(()), noise_schedule)  # refuses an unknown one before any work
+            real(name, value, 0, 1)
+        real("critic_loss_weight", critic_loss_weight, 0)
+        one_of("critic_target", critic_target, CriticTarget)
+        check_schedule("noise_schedule", noise_schedule)
         if token_critic is not None and self_token_critic:
             raise ValueError("token_critic and self_token_critic exclude each other: choose one")
         if cond_vae is not None and cond_image_size is None:
@@ -159,12 +154,16 @@ class MaskGit(Saveable):
         """
         return find_preset(self.presets, name)
 
+    def no_texts(self, batch: int) -> list[str] | None:
+        """What stands for the texts of an unconditional model; None for any other."""
+        return [""] * batch if self.transformer.classes == () else None
+
     @property
     def conditioner(self) -> Conditioner:
         """What makes this stage's conditioning, from its present parts."""
         model = self.transformer
         return Conditioner(
-            model.t5_name, model.max_text_len, self.geometry, self.cond_vae, self.device
+            model.text_encoder, model.max_text_len, self.geometry, self.cond_vae, self.device
         )
 
     def embed_texts(
@@ -227,12 +226,14 @@ class MaskGit(Saveable):
             ValueError: arguments that fit neither each other nor the model.
         """
         images, conditioner = images_or_ids.to(self.device), self.conditioner
+        if texts is None and text_embeds is None:
+            texts = self.no_texts(len(images))
         if images.is_floating_point():
             self._check_size(images)
             ids = self.vae.encode_to_ids(images).flatten(1)
             cond = conditioner.encode_cond(cond_images, cond_ids, images)
         else:
-            ids = check_ids(images.flatten(1), self.vae, "ids")
+            ids = check_ids(images.flatten(1).long(), self.vae, "ids")
             cond = conditioner.encode_cond(cond_images, cond_ids)
         if ids.shape[1] != (wanted := math.prod(self.geometry.grid())):
             raise ValueError(f"{ids.shape[1]} ids per image, this model has {wanted}")
@@ -347,10 +348,17 @@ class MaskGit(Saveable):
         """
         grid = self.geometry.grid(image_size)
         shape = len(text.mask), math.prod(grid)
+        mask_id = self.transformer.mask_id
         if canvas is None:
-            canvas = torch.full(shape, self.transformer.mask_id, device=self.device)
+            canvas = torch.full(shape, mask_id, device=self.device)
+        canvas = as_tensor("canvas", canvas, whole=True).flatten(1)
         if canvas.shape != shape:
             raise ValueError(f"canvas is {tuple(canvas.shape)}, must be {shape}")
+        low, high = (int(end) for end in canvas.aminmax()) if canvas.numel() else (0, 0)
+        if low < 0 or high > mask_id:
+            raise ValueError(
+                f"canvas ranges from {low} to {high}: ids reach from 0 to {mask_id}, the mask"
+            )
         denoiser = self.denoiser(text, options, negatives, cond, image_size)
         stream = "" if self.cond_vae is None else "superres"
         canvas = canvas.to(self.device)
@@ -372,10 +380,15 @@ class MaskGit(Saveable):
         **changes: Any,
     ) -> Int[Tensor, "B N"]:
         """Sample token ids; arguments as in `generate`."""
+        chosen = (options or self.default_options).replace(**changes)
+        if texts is None and text_embeds is None:
+            texts = self.no_texts(len(chosen.seeds) if isinstance(chosen.seeds, list) else 1)
+        if cond_images is not None:
+            check_pixels("cond_images", cond_images)
         text = self.conditioner.embed_texts(texts, text_embeds)
         return self.sample(
             text,
-            (options or self.default_options).replace(**changes),
+            chosen,
             negatives=one_each(negative_texts, len(text.mask)),
             cond=self.conditioner.encode_cond(cond_images, cond_ids, image_size=image_size),
             canvas=canvas,
@@ -390,7 +403,8 @@ class MaskGit(Saveable):
         """Generate images from texts.
 
         Args:
-            texts: B prompts.
+            texts: B prompts, or classes. An unconditional model takes none: it draws a picture for
+                each of the ``seeds``, or one.
             text_embeds: their embeddings instead.
             negative_texts: what to stay away from: one for all, or one each; empty for none. They
                 take the place of u in ``u + cond_scale * (c - u)``, so they need guidance.

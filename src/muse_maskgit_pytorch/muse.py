@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
 
+from .arguments import shown, whole
 from .checkpoint import Saveable
 from .geometry import ImageSize, Size
 from .images import to_pil
 from .maskgit import MaskGit
 from .provenance import Record, attach, fingerprint, read_records, warn_of_other_bits
 from .request import Drawn, Request
-from .sampling import Callback, SampleOptions, Step, step
+from .sampling import Callback, SampleOptions, Step, known_fields, step
 from .structures import SampleStep, TextEmbeds
 
 
@@ -59,7 +61,20 @@ class Muse(Saveable):
 
     # Drawing ---------------------------------------------------------------------------------
 
-    def __call__(self, *args: Any, **kwargs: Any) -> list[Image.Image]:
+    @overload
+    def __call__(
+        self,
+        texts: Any = None,
+        *,
+        return_lowres: Literal[False] = False,
+        return_pil_images: Literal[True] = True,
+        **arguments: Any,
+    ) -> list[Image.Image]: ...
+
+    @overload
+    def __call__(self, texts: Any = None, **arguments: Any) -> Any: ...
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return super().__call__(*args, **kwargs)
 
     def forward(
@@ -67,8 +82,10 @@ class Muse(Saveable):
         texts: Sequence[str] | str | None = None,
         *,
         callback: Callback | None = None,
+        return_lowres: bool = False,
+        return_pil_images: bool = True,
         **arguments: Any,
-    ) -> list[Image.Image]:
+    ) -> Any:
         """Texts -> PIL images at the final size.
 
         Pictures drawn from texts carry everything that decides them (`provenance`): `save_png`
@@ -79,9 +96,15 @@ class Muse(Saveable):
             texts: B prompts (a single string is one prompt).
             callback: sees a `SampleStep` after each step of either stage; returning True stops
                 that stage.
+            return_lowres: also return what the base drew: (images, base images).
+            return_pil_images: if False, tensors (B, 3, H, W), RGB in [0, 1], without records.
             **arguments: as in `request`.
         """
-        return self.pictures(self.draw(self.request(texts, **arguments), callback))
+        drawn = self.draw(self.request(texts, **arguments), callback)
+        if not return_pil_images:
+            return (drawn.images, drawn.base_images) if return_lowres else drawn.images
+        pictures = self.pictures(drawn)
+        return (pictures, to_pil(drawn.base_images)) if return_lowres else pictures
 
     def request(
         self,
@@ -90,43 +113,74 @@ class Muse(Saveable):
         text_embeds: TextEmbeds | Float[Tensor, "B L E"] | None = None,
         negative_texts: Sequence[str] | str | None = None,
         seeds: int | Sequence[int] | None = None,
-        base_options: SampleOptions | None = None,
-        superres_options: SampleOptions | None = None,
+        base_options: SampleOptions | Mapping[str, Any] | None = None,
+        superres_options: SampleOptions | Mapping[str, Any] | None = None,
         preset: str | None = None,
         image_size: ImageSize | None = None,
         canvases: Mapping[str, Int[Tensor, "B N"]] | None = None,
         large: bool = False,
+        **changes: Any,
     ) -> Request:
         """Complete a call, for `draw`.
 
         Args:
-            texts: B prompts (a single string is one prompt), or
+            texts: B prompts (a single string is one prompt), or classes, by name or index; an
+                unconditional model takes none. Or
             text_embeds: what the text encoder, the same of both stages, made of them.
             negative_texts: what to stay away from: one for all, or one each. A stage without
                 guidance does not see them.
             seeds: one for each image, or an integer s for s, s + 1, ...; if None, random.
-            base_options: sampling of the base; by default its ``default_options``.
-            superres_options: likewise of the super-resolution. To change one field of a model's
-                defaults: ``muse.superres.default_options.replace(cond_scale=2.0)``.
+            base_options: sampling of the base; by default its ``default_options``. Or a mapping:
+                the fields to change.
+            superres_options: likewise of the super-resolution.
             preset: named options (`options`) of the base, and of the super-resolution unless it
                 is given others.
             image_size: of the final pictures, as in `MaskGit.generate`.
             canvases: token ids that are given, by stage, as in `MaskGit.generate`. With them, a
                 text may be empty: none at all.
             large: allow more pictures, pixels and steps than `Request.check_size` does.
+            **changes: single fields of `SampleOptions`, of both stages (``cond_scale=5.0``) or of
+                one (``superres_timesteps=4``).
 
         Raises:
             ValueError: arguments that fit neither each other nor the model.
         """
-        if preset is not None and base_options is not None:
+        if preset is not None and isinstance(base_options, SampleOptions):
             raise ValueError(f"preset {preset!r} and base_options are both given: choose one")
-        if superres_options is not None and self.superres is None:
-            raise ValueError("superres_options given to a model without a super-resolution stage")
+        options = self.options(preset)
+        own: dict[str, dict[str, Any]] = {
+            stage: {
+                name.removeprefix(f"{stage}_"): changes.pop(name)
+                for name in list(changes)
+                if name.startswith(f"{stage}_")
+            }
+            for stage in ("base", "superres")
+        }
+        known_fields(changes, also=inspect.signature(self.request).parameters)
+        if self.superres is None and (superres_options is not None or own["superres"]):
+            names = ", ".join(f"superres_{name}" for name in own["superres"] or ["options"])
+            raise ValueError(f"{names} given to a model without a super-resolution stage")
         given = {"base": base_options, "superres": superres_options}
-        options = {stage: given[stage] or usual for stage, usual in self.options(preset).items()}
+        for stage in options:
+            mapping = given[stage]
+            if isinstance(mapping, SampleOptions):
+                options[stage], mapping = mapping, None
+            if not isinstance(mapping or {}, Mapping):
+                raise ValueError(
+                    f"{stage}_options must be SampleOptions or a mapping, not {shown(mapping)}"
+                )
+            options[stage] = options[stage].replace(**{**changes, **(mapping or {}), **own[stage]})
         size = list(self.sizes(image_size).values())[-1]
         return Request.of(
-            texts, text_embeds, negative_texts, seeds, options, size, canvases, large=large
+            texts,
+            text_embeds,
+            negative_texts,
+            seeds,
+            options,
+            size,
+            canvases,
+            large=large,
+            classes=self.base.transformer.classes,
         )
 
     @torch.no_grad()
@@ -162,7 +216,7 @@ class Muse(Saveable):
         sizes, texts = self.sizes(request.image_size), {}  # of each text encoder
         for name, stage in self.stages.items():
             # embeddings that were given are those of every encoder
-            encoder = stage.transformer.t5_name if request.prompts else None
+            encoder = stage.transformer.text_encoder if request.prompts else None
             if encoder not in texts:
                 given = request.prompts, request.text_embeds
                 texts[encoder] = stage.embed_texts(*given, allow_empty=bool(request.canvases))
@@ -255,8 +309,7 @@ class Muse(Saveable):
         Raises:
             ValueError: n below 1, or a score that is not a number.
         """
-        if n < 1:
-            raise ValueError(f"n must be at least 1, not {n}")
+        n = whole("n", n, 1)
         texts = [texts] if isinstance(texts, str) else list(texts)
         best: list[tuple[float, Image.Image]] = []
         for turn in range(n):

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from .arguments import shown
 from .sampling import SampleOptions, known_fields, upgraded
 
 
@@ -34,9 +35,10 @@ def find_preset(presets: Mapping[str, SampleOptions], name: str) -> SampleOption
     Raises:
         ValueError: an unknown name.
     """
-    if name not in presets:
+    if not isinstance(name, str) or name not in presets:
         known = ", ".join(presets)
-        raise ValueError(f"unknown preset {name!r}{_near(name, presets)}; the presets are {known}")
+        near = _near(str(name), presets)
+        raise ValueError(f"unknown preset {shown(name)}{near}; the presets are {known}")
     return presets[name]
 
 

@@ -11,9 +11,9 @@ FSQ because nothing of it needs such a table.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -366,10 +366,20 @@ class Quantizer(nn.Module):
         self.project_in = nn.Conv2d(dim, width, 1)
         self.project_out = nn.Conv2d(width, dim, 1)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves with the model, but stays in float32 when that is put in half precision."""
+
+        def exactly(tensor: Tensor) -> Tensor:
+            like = fn(tensor.new_empty(0))
+            coarser = like.is_floating_point() and like.dtype.itemsize < 4
+            return tensor.to(like.device) if coarser else fn(tensor)
+
+        return super()._apply(exactly, recurse)
+
     def forward(self, features: Float[Tensor, "B C h w"]) -> QuantizerOutput:
         # distances and rounding decide between neighbouring codes: too fine for half precision
         with torch.autocast(features.device.type, enabled=False):
-            z = self.project_in(features.float())
+            z = self.project_in(features.to(self.project_in.weight.dtype))
             codes, ids, terms = self._quantize(z.flatten(2).transpose(1, 2))
             quantized = self.project_out(codes.transpose(1, 2).reshape(z.shape))
         loss = z.new_zeros(())
@@ -400,5 +410,5 @@ class Quantizer(nn.Module):
         """The quantized feature map that ``forward`` gave together with these ids."""
         inner: Any = self.inner
         look_up = inner.indices_to_codes if self.kind == "simvq" else inner.codes_of
-        codes = look_up(ids.flatten(1)).float().transpose(1, 2)
+        codes = look_up(ids.flatten(1)).to(self.project_out.weight.dtype).transpose(1, 2)
         return self.project_out(codes.reshape(ids.shape[0], -1, *ids.shape[1:]))

@@ -13,8 +13,8 @@ from typing import Any
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .arguments import shown
-from .conditioning import check_texts, one_each
+from .arguments import plain, shown
+from .conditioning import check_embeds, check_texts, one_each
 from .geometry import Size
 from .sampling import SampleOptions, per_row, stream_seed
 from .structures import TextEmbeds
@@ -66,6 +66,7 @@ class Request:
         canvases: Mapping[str, Int[Tensor, "B N"]] | None = None,
         edit: dict[str, Any] | None = None,
         large: bool = False,
+        classes: Sequence[str] | None = None,
     ) -> Request:
         """Complete a call: the one place where its arguments are checked and given rows.
 
@@ -80,14 +81,23 @@ class Request:
             canvases: of each stage; with them, a text may be empty.
             edit: see the attribute.
             large: see the attribute.
+            classes: names of the model's classes, if it has any. With none of them, texts are
+                empty, and may be left out: a picture for each of the seeds.
 
         Raises:
             ValueError: counts that differ, no texts, seeds that are not integers.
         """
+        if classes is not None and not classes and texts is None and text_embeds is None:
+            number = plain(seeds)
+            texts = [""] * (len(number) if isinstance(number, list) else 1)
         if (texts is None) == (text_embeds is None):
             raise ValueError("give either texts or text_embeds")
-        prompts = None if texts is None else check_texts(texts, allow_empty=canvases is not None)
-        text_embeds = None if text_embeds is None else TextEmbeds.of(text_embeds)
+        empty = canvases is not None or classes == ()
+        prompts = None if texts is None else check_texts(texts, empty, classes)
+        text_embeds = None if text_embeds is None else check_embeds(text_embeds, empty)
+        if not isinstance(canvases or {}, Mapping) or {*(canvases or {})} - {*options}:
+            names = " and ".join(map(repr, options))
+            raise ValueError(f"canvases must be a mapping of {names}, not {shown(canvases)}")
         batch = len(prompts if prompts is not None else text_embeds.mask)  # type: ignore[union-attr]
         chosen = SampleOptions(seeds=seeds).with_rows(batch).seeds
         return cls(

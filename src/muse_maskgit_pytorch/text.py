@@ -9,26 +9,30 @@ cross-attention that reads them knows no positions of its own, so any number of 
 
 from __future__ import annotations
 
+import difflib
 import functools
 import math
 import re
 import string
+import threading
 import warnings
 from bisect import bisect_right
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, overload
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from .arguments import one_of, shown, whole
 from .files import digest_file
 from .structures import TextEmbeds
 
 LongTexts = Literal["cut", "windows"]
 
 DEFAULT_TEXT_ENCODER = "google/t5-v1_1-base"
+MAX_TOKENS = 4096  # of a long text: each is a key in every layer's cross-attention
 
 # The same weights as a hub model, out of a Python package, for machines that reach no hub:
 # hub name -> (package, folder in it, sha256 of model.safetensors).
@@ -71,25 +75,52 @@ def packaged_copy(name: str) -> Path | None:
 def _from_hub_or_package(load, name: str):
     """Call ``load`` with the packaged copy of ``name`` where there is one, else with the name.
 
-    The name may come out of somebody's model file, so code that a model brings along never runs:
-    transformers would otherwise ask on standard input.
+    What lies in the hub's cache is taken from there. The name may come out of somebody's model
+    file, so code that a model brings along never runs: transformers would otherwise ask on
+    standard input.
     """
+    source = str(packaged_copy(name) or name)
     try:
-        return load(str(packaged_copy(name) or name), trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        if isinstance(error, TextEncoderError):
-            raise
+        try:
+            return load(source, trust_remote_code=False, local_files_only=True)
+        except OSError:
+            if Path(source).exists() or not _hub_answers():
+                raise
+            return load(source, trust_remote_code=False)
+    except TextEncoderError:
+        raise
+    except Exception as error:  # of damaged files the libraries below raise all sorts of errors
         if "trust_remote_code" in str(error):
             raise TextEncoderError(
                 f"the text encoder {name!r} wants to run code of its own, which is refused: use "
                 "one that transformers supports itself"
             ) from error
-        package = PACKAGED.get(name, (None,))[0]
-        remedy = f", or pip install {package.replace('_', '-')}" if package else ""
         raise TextEncoderError(
             f"the text encoder {name!r} cannot be had ({type(error).__name__}): check the name and "
-            f"the network, or give the path of a local copy as t5_name{remedy}"
+            f"the network, or give the path of a local copy as t5_name{_at_hand(name)}"
         ) from error
+
+
+def _hub_answers() -> bool:
+    """Whether the hub can be reached: without it, huggingface_hub tries on for 24 seconds."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except Exception:  # of whichever client the library uses
+        return False
+    return True
+
+
+def _at_hand(name: str) -> str:
+    """What could be used in the place of an encoder, or where it comes from, for a message."""
+    if name in PACKAGED:
+        return f", or pip install {PACKAGED[name][0].replace('_', '-')}"
+    installed = [known for known, (package, *_) in PACKAGED.items() if find_spec(package)]
+    return f"; at hand is {installed[0]!r}" if installed else ""
 
 
 @functools.cache
@@ -139,6 +170,8 @@ class TextEncoder:
         limit = getattr(config, "max_position_embeddings", None)
         limit = limit or getattr(getattr(config, "text_config", None), "max_position_embeddings", 0)
         self.max_text_len = min(max_text_len, limit or max_text_len)
+        # fast tokenizers keep their settings in one place, and the model moves between devices
+        self._lock = threading.RLock()
 
     @torch.no_grad()
     def encode(
@@ -158,21 +191,28 @@ class TextEncoder:
                 and joins their states, special tokens and all. Either way a warning says so.
                 Where no text is too long, both are the same.
 
+        Words that the encoder does not know are named in a warning.
+
         Raises:
-            ValueError: an unknown ``long``.
+            ValueError: an unknown ``long``, a text of more than `MAX_TOKENS` to be read in windows.
         """
-        if long not in get_args(LongTexts):
-            raise ValueError(f"long must be one of {get_args(LongTexts)}, not {long!r}")
-        texts = [texts] if isinstance(texts, str) else list(texts)
+        one_of("long", long, LongTexts)
+        with self._lock:
+            return self._encode_long(
+                [texts] if isinstance(texts, str) else list(texts), device, long
+            )
+
+    def _encode_long(self, texts: list[str], device: torch.device | str, long: str) -> TextEmbeds:
         full = self.tokenizer(texts, verbose=False)["input_ids"]
+        self._warn_of_unknown(texts, full)
         fits = [len(ids) <= self.max_text_len for ids in full]
         beyond = [text for text, fit in zip(texts, fits, strict=True) if not fit]
         if beyond:
             what = "are cut there" if long == "cut" else "are read in windows of as many"
             warnings.warn(
                 f"{len(beyond)} caption(s) exceed {self.max_text_len} tokens and {what}, "
-                f"first: {beyond[0][:60]!r}",
-                stacklevel=2,
+                f"first: {shown(beyond[0], 60)}",
+                stacklevel=4,
             )
         if long == "cut" or not beyond:
             return self._encode(texts, device)
@@ -182,6 +222,31 @@ class TextEncoder:
         joined = [torch.cat([next(real) for _ in each]) for each in windows]
         seen = [row.new_ones(len(row), dtype=torch.bool) for row in joined]
         return TextEmbeds(*(pad_sequence(rows, batch_first=True) for rows in (joined, seen)))
+
+    def _warn_of_unknown(self, texts: list[str], tokens: list[list[int]]) -> None:
+        """Name the words that are unknown: to the encoder they are all the same."""
+        unknown = self.tokenizer.unk_token_id
+        # some tokenizers have it in common with the padding or the end
+        if unknown is None or unknown in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            return
+        lost: dict[str, None] = {}  # in their order, once each
+        for text, ids in zip(texts, tokens, strict=True):
+            if unknown in ids:
+                read = [
+                    word
+                    for word in WORD.findall(text)
+                    if len(lost) < 10 and self._is(word, unknown)
+                ]
+                lost |= dict.fromkeys(read or [text])
+        if lost:
+            words = ", ".join(shown(word, 40) for word in lost)
+            warnings.warn(
+                f"the text encoder {self.name!r} does not know {words}: unknown words read alike",
+                stacklevel=5,
+            )
+
+    def _is(self, word: str, token: int) -> bool:
+        return token in self.tokenizer(word, verbose=False)["input_ids"]
 
     def _encode(self, texts: list[str], device: torch.device | str) -> TextEmbeds:
         tokens = self._tokens(texts, padding="longest", return_tensors="pt").to(device)
@@ -214,6 +279,10 @@ class TextEncoder:
                 f"the tokenizer of {self.name!r} does not tell which letters its tokens come from: "
                 "words need a fast one (a tokenizer.json)"
             )
+        with self._lock:
+            return self._words(text, long)
+
+    def _words(self, text: str, long: LongTexts) -> list[tuple[str, list[int]]]:
         found: list[tuple[str, list[int]]] = []
         before = 0
         for part in [text] if long == "cut" else self._windows(text):
@@ -239,8 +308,14 @@ class TextEncoder:
         """The text, split at spaces into as few as fit; a word that does not fit is split itself.
 
         Raises:
-            ValueError: not one letter fits next to the special tokens.
+            ValueError: not one letter fits next to the special tokens; more than `MAX_TOKENS`.
         """
+        tokens = len(self.tokenizer(text, verbose=False)["input_ids"])
+        if tokens > MAX_TOKENS:
+            raise ValueError(
+                f"a text of {tokens} tokens is longer than {MAX_TOKENS}: shorten it, or raise "
+                f"{__name__}.MAX_TOKENS; it begins {shown(text, 60)}"
+            )
         windows, rest = [], text
         while not self._fits(rest):
             spaces = [space.start() for space in re.finditer(r"(?<=\S)\s+", rest)]
@@ -258,7 +333,81 @@ class TextEncoder:
         return [*windows, rest] if rest or not windows else windows
 
 
+def class_names(classes: int | Sequence[str]) -> tuple[str, ...]:
+    """The names of classes, from themselves or their number.
+
+    Raises:
+        ValueError: a negative number, names that are empty or no strings, or one that occurs twice.
+    """
+    if not isinstance(classes, Sequence) or isinstance(classes, str):
+        return tuple(str(number) for number in range(whole("classes", classes, 0)))
+    names = tuple(classes)
+    if not all(isinstance(name, str) and name.strip() for name in names):
+        raise ValueError(f"classes must be names or their number, not {shown(classes)}")
+    if len(set(names)) < len(names):
+        raise ValueError(f"classes has a name twice: {shown(classes)}")
+    return names
+
+
+class ClassLabels:
+    """Classes in the place of a text encoder: a label is one token, its class as a one-hot vector.
+
+    The transformer's projection of the text is then a learned embedding of the classes.
+
+    Args:
+        names: of the classes; with none, every image is without a text.
+    """
+
+    def __init__(self, names: Sequence[str]):
+        self.name, self.names = "classes", list(names)
+
+    def encode(
+        self,
+        texts: Sequence[str] | str,
+        device: torch.device | str = "cpu",
+        long: LongTexts = "cut",
+    ) -> TextEmbeds:
+        """Names -> (B, 1, number of classes); "" is no class.
+
+        Raises:
+            ValueError: no name of a class; the nearest one is named.
+        """
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        rows = torch.zeros(len(texts), 1, max(1, len(self.names)))
+        for row, text in zip(rows, texts, strict=True):
+            if text.strip():
+                row[0, self._index(text)] = 1
+        return TextEmbeds(rows, rows.any(dim=-1)).to(device)
+
+    def words(self, text: str, long: LongTexts = "cut") -> list[tuple[str, list[int]]]:
+        """The one word of a label."""
+        return [(text, [0])]
+
+    def _index(self, text: str) -> int:
+        if text in self.names:
+            return self.names.index(text)
+        if not self.names:
+            raise ValueError(f"the model has no classes: {shown(text)} must be left out")
+        near = difflib.get_close_matches(text, self.names, n=1) or self.names[:1]
+        raise ValueError(f"class {shown(text)} is unknown, did you mean {near[0]!r}?")
+
+
+@overload
+def get_text_encoder(source: str, max_text_len: int = 256) -> TextEncoder: ...
+@overload
+def get_text_encoder(
+    source: str | tuple[str, ...], max_text_len: int = 256
+) -> TextEncoder | ClassLabels: ...
 @functools.cache
-def get_text_encoder(name: str, max_text_len: int = 256) -> TextEncoder:
-    """The encoder of this name, loaded once per process and shared by all models."""
-    return TextEncoder(name, max_text_len)
+def get_text_encoder(
+    source: str | tuple[str, ...], max_text_len: int = 256
+) -> TextEncoder | ClassLabels:
+    """What reads a model's texts, made once per process and shared by all models.
+
+    Args:
+        source: `TextEncoder`'s name, or the names of classes.
+        max_text_len: see `TextEncoder`.
+    """
+    if isinstance(source, tuple):
+        return ClassLabels(source)
+    return TextEncoder(source, max_text_len)

@@ -19,10 +19,11 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from .arguments import shown
 from .checkpoint import Saveable
 from .layers import Block, CrossAttention, KeysValues, norm
 from .structures import Conditioning
-from .text import DEFAULT_TEXT_ENCODER, embed_dim
+from .text import DEFAULT_TEXT_ENCODER, class_names, embed_dim
 
 
 @dataclass(frozen=True)
@@ -173,6 +174,9 @@ class MaskGitTransformer(Saveable):
         ff_mult: width of the MLP as a multiple of ``dim``.
         t5_name: text encoder, by Hugging Face name or path.
         text_embed_dim: E; read from the text encoder's configuration unless given.
+        classes: makes this class-conditional, without a text encoder: the names of the classes, or
+            how many there are, their names then being "0", "1" and so on. Names, or indices, take
+            the place of captions everywhere. 0: unconditional.
         max_text_len: captions are cut off after this many text tokens.
         self_cond: feed the previous pass's hidden states back in (Analog Bits, Chen et al. 2022).
         cond_depth: layers of the low-resolution encoder, used by super-resolution only; half of
@@ -200,6 +204,7 @@ class MaskGitTransformer(Saveable):
         ff_mult: float = 4,
         t5_name: str = DEFAULT_TEXT_ENCODER,
         text_embed_dim: int | None = None,
+        classes: int | Sequence[str] | None = None,
         max_text_len: int = 256,
         self_cond: bool = False,
         cond_depth: int | None = None,
@@ -220,6 +225,15 @@ class MaskGitTransformer(Saveable):
         self.num_tokens, self.seq_len, self.dim = num_tokens, seq_len, dim
         self.mask_id = num_tokens
         self.t5_name, self.max_text_len = t5_name, max_text_len
+        self.classes = None if classes is None else class_names(classes)
+        if self.classes is not None:
+            self._init_args["classes"] = list(self.classes)
+            width = max(1, len(self.classes))
+            if text_embed_dim not in (None, width):
+                raise ValueError(
+                    f"text_embed_dim {text_embed_dim} is given with {width} classes: leave it out"
+                )
+            text_embed_dim = width
         self.text_embed_dim = text_embed_dim or embed_dim(t5_name)
         self._init_args["text_embed_dim"] = self.text_embed_dim  # rebuilt without the encoder
         self.self_cond = self_cond
@@ -238,6 +252,16 @@ class MaskGitTransformer(Saveable):
         self.cond_norm: nn.LayerNorm | None = None
         if cond_num_tokens is not None and cond_seq_len is not None:
             self._add_low_resolution(cond_num_tokens, cond_seq_len)
+
+    @property
+    def text_encoder(self) -> str | tuple[str, ...]:
+        """What reads its texts (`get_text_encoder`)."""
+        return self.t5_name if self.classes is None else self.classes
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights: what comes in is converted to it."""
+        return self.embed.row.dtype
 
     def make_head(self) -> nn.Linear:
         """No bias: so guidance commutes with the head and may be applied before it."""
@@ -296,9 +320,9 @@ class MaskGitTransformer(Saveable):
         if text.embeds.shape[-1] != self.text_embed_dim:
             raise ValueError(
                 f"text_embeds have width {text.embeds.shape[-1]}, the transformer reads "
-                f"{self.text_embed_dim} (from {self.t5_name!r} or text_embed_dim)"
+                f"{self.text_embed_dim} (from {shown(self.text_encoder)} or text_embed_dim)"
             )
-        context = self.text_norm(self.text_proj(text.embeds))
+        context = self.text_norm(self.text_proj(text.embeds.to(self.dtype)))
         mask = text.mask & conditioning.keep[:, None]
         if (conditioning.cond_ids is None) != (self.cond_encoder is None):
             needs = "needs" if conditioning.cond_ids is None else "takes no"

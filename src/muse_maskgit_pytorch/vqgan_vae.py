@@ -295,11 +295,13 @@ class VQGanVAE(ImageTokenizer):
             ValueError: not RGB, or a side not divisible by the factor.
         """
         self.check_images(images)
+        images = images.to(next(self.encoder.parameters()).dtype)
         x = F.pixel_unshuffle(images * 2 - 1, self.patch_size)
         return self.quantizer(self.encoder(x))
 
     def decode(self, quantized: Float[Tensor, "B C h w"]) -> Float[Tensor, "B 3 H W"]:
         """Quantized feature map -> pixels, unclamped (training needs the gradient)."""
+        quantized = quantized.to(next(self.decoder.parameters()).dtype)
         return F.pixel_shuffle(self.decoder(quantized), self.patch_size) / 2 + 0.5
 
     def forward(
@@ -332,7 +334,7 @@ class VQGanVAE(ImageTokenizer):
     @torch.no_grad()
     def decode_from_ids(self, ids: Int[Tensor, "B h w"]) -> Float[Tensor, "B 3 H W"]:
         """Token ids -> pixels, clamped to [0, 1]."""
-        return self.decode(self.quantizer.decode(ids)).clamp(0, 1)
+        return self.decode(self.quantizer.decode(ids)).clamp(0, 1).float()
 
 
 def _layers(factor: int | None, layers: int | None, patch_size: int) -> int:

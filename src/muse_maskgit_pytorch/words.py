@@ -29,12 +29,12 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .geometry import ImageSize
+from .arguments import real, shown
 from .layers import CrossAttention
 from .maskgit import MaskGit
 from .muse import Muse
-from .sampling import Denoiser, SampleOptions, SamplePlan, SampleState, Step, per_row, step
-from .text import WORD, TextEncoder, get_text_encoder
+from .sampling import Denoiser, SamplePlan, SampleState, Step, per_row, step
+from .text import WORD, ClassLabels, TextEncoder, get_text_encoder
 from .transformer import Context
 
 Weights = Mapping[str, float]
@@ -68,8 +68,10 @@ def emphasise(
         ValueError: a word that the text does not have, a factor that is not a number.
     """
     request = muse.request(texts, **arguments)
-    prompts = request.prompts or []
-    by_row = [dict(mapping) for mapping in per_row(weights, len(prompts), "weights")]
+    if request.prompts is None:
+        raise ValueError("emphasise works on texts, not on text_embeds")
+    prompts = request.prompts
+    by_row = _by_row(weights, len(prompts))
     steps = {
         name: Emphasis(_factors_of(muse, stage, prompts, by_row))
         for name, stage in muse.stages.items()
@@ -87,12 +89,8 @@ def replace_words(
     *,
     cross_share: float = 0.5,
     weights: Weights | Sequence[Weights] | None = None,
-    negative_texts: Sequence[str] | str | None = None,
-    seeds: int | Sequence[int] | None = None,
-    base_options: SampleOptions | None = None,
-    superres_options: SampleOptions | None = None,
-    preset: str | None = None,
-    image_size: ImageSize | None = None,
+    callback: Any = None,
+    **arguments: Any,
 ) -> list[tuple[Image.Image, Image.Image]]:
     """Draw the pictures of some prompts, and of changed ones such that the rest stays.
 
@@ -108,12 +106,9 @@ def replace_words(
         cross_share: share of the base's steps in which the maps are the source's, in [0, 1]. At 0,
             both only have the noise in common.
         weights: of words of the targets, as in `emphasise`.
-        negative_texts: as in `Muse.request`; they hold for source and target.
-        seeds: one for each pair, or an integer s for s, s + 1, ...; if None, random.
-        base_options: as in `Muse.request`, and so are the following.
-        superres_options: sampling of the super-resolution.
-        preset: named options of both.
-        image_size: of the pictures.
+        callback: as in calling the model.
+        **arguments: as in `Muse.request`, without canvases; negative texts and seeds hold for
+            source and target.
 
     Returns:
         B pairs (source, target). The source is what the model draws of it alone.
@@ -127,21 +122,14 @@ def replace_words(
     batch = len(sources)
     if batch != len(targets) or not batch:
         raise ValueError(f"{batch} source prompts and {len(targets)} targets: give pairs of them")
-    if not 0 <= cross_share <= 1:
-        raise ValueError(f"cross_share must be in [0, 1], not {cross_share}")
-    alone = muse.request(
-        sources,
-        negative_texts=negative_texts,
-        seeds=seeds,
-        base_options=base_options,
-        superres_options=superres_options,
-        preset=preset,
-        image_size=image_size,
-    )
+    cross_share = real("cross_share", cross_share, 0, 1)
+    alone = muse.request(sources, **arguments)
+    if alone.prompts is None or alone.canvases:
+        raise ValueError("replace_words works on prompts alone, without text_embeds and canvases")
     request = replace(alone.take([*range(batch)] * 2), prompts=[*sources, *targets])
     prompts = request.prompts or []
     by_row: list[Weights] = [{}] * batch
-    by_row += [dict(mapping) for mapping in per_row(weights or {}, batch, "weights")]
+    by_row += _by_row(weights or {}, batch)
 
     tokens = math.prod(muse.base.geometry.grid(muse.sizes(request.image_size)["base"]))
     timesteps = alone.options["base"].timesteps
@@ -160,7 +148,7 @@ def replace_words(
         # at least one token is decided in each step
         [math.ceil(cross_share * min(number, tokens)) for number in timesteps],
     )
-    drawn = muse.draw(request, steps=steps)
+    drawn = muse.draw(request, callback, steps=steps)
     edit = {"kind": "words", "cross_share": cross_share, "weights": by_row}
     pictures = muse.pictures(replace(drawn, request=replace(request, edit=edit)))
     return list(zip(pictures[:batch], pictures[batch:], strict=True))
@@ -199,6 +187,14 @@ class Emphasis:
         return replace(context, keys_values=keys_values)
 
 
+def _by_row(weights: Weights | Sequence[Weights], batch: int) -> list[Weights]:
+    given = per_row(weights, batch, "weights")
+    for mapping in given:
+        if not isinstance(mapping, Mapping):
+            raise ValueError(f"weights must be a mapping of words to factors, not {shown(mapping)}")
+    return [{str(word): real(f"the weight of {word!r}", n) for word, n in g.items()} for g in given]
+
+
 def _factors_of(
     muse: Muse, stage: MaskGit, texts: Sequence[str], weights: Sequence[Weights]
 ) -> Float[Tensor, "B L"]:
@@ -217,8 +213,6 @@ def _factors(words: Words, weights: Weights, text: str) -> Float[Tensor, " L"]:
     written = [(word, places) for word, places in words if word and places]
     names = [word.casefold() for word, _ in written]
     for phrase, factor in weights.items():
-        if not isinstance(factor, (int, float)) or not math.isfinite(factor):
-            raise ValueError(f"the weight of {phrase!r} must be a finite number, not {factor}")
         wanted = [word.casefold() for word in WORD.findall(phrase)]
         starts = range(len(names) - len(wanted) + 1) if wanted else ()
         found = [i for i in starts if names[i : i + len(wanted)] == wanted]
@@ -342,11 +336,11 @@ def _alignment(source: Words, target: Words) -> tuple[Float[Tensor, "Ls Lt"], Fl
 # Both -----------------------------------------------------------------------------------------
 
 
-def _encoder(muse: Muse, model: MaskGit) -> TextEncoder:
+def _encoder(muse: Muse, model: MaskGit) -> TextEncoder | ClassLabels:
     """The one whose states the model reads: a cascade uses the base's for both if it can."""
     base, read = muse.base.transformer, model.transformer
-    read = base if read.t5_name == base.t5_name else read
-    return get_text_encoder(read.t5_name, read.max_text_len)
+    read = base if read.text_encoder == base.text_encoder else read
+    return get_text_encoder(read.text_encoder, read.max_text_len)
 
 
 def _length(words: Words) -> int:

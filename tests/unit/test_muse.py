@@ -2,13 +2,16 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
 
-from muse_maskgit_pytorch import MaskGit, MaskGitTransformer, Muse, SampleOptions
+from muse_maskgit_pytorch import MaskGit, MaskGitTransformer, Muse, SampleOptions, TextEmbeds
 from muse_maskgit_pytorch import testing as tiny
+from muse_maskgit_pytorch.images import to_pil
+from tests.shapes import unchecked
 
 
 def cascade(shared: bool = True, **text: Any) -> Any:
@@ -95,6 +98,102 @@ def test_options_of_each_stage():
     other = stages(muse, text_embeds=text, seeds=1, base_options=SampleOptions(timesteps=2))
     assert not torch.equal(other[0], base[0])
     assert not torch.equal(other[1], base[1])  # the low resolution reaches the second stage
+
+
+def test_single_fields_of_the_options():
+    muse, text = cascade(), tiny.text()
+    request = muse.request(text_embeds=text, cond_scale=5, timesteps=8, superres_timesteps=3)
+    base, superres = (request.options[stage] for stage in ("base", "superres"))
+    assert (base.cond_scale, base.timesteps) == ([5.0] * 2, [8] * 2)
+    assert (superres.cond_scale, superres.timesteps) == ([5.0] * 2, [3] * 2)
+    usual = muse.superres.default_options
+    assert superres.temperature == [usual.temperature] * 2
+    # a mapping changes one stage, on top of a preset too; its own name wins
+    changes = dict(base_options={"timesteps": 2}, superres_options={}, base_top_k=3, top_k=7)
+    options = muse.request(text_embeds=text, **changes).options
+    assert (options["base"].timesteps, options["base"].top_k) == ([2] * 2, [3] * 2)
+    assert options["superres"].timesteps == [usual.timesteps] * 2
+    assert options["superres"].top_k == [7] * 2
+    whole = SampleOptions(timesteps=5)
+    one = muse.request(text_embeds=text, base_options=whole, temperature=0.5).options["base"]
+    assert (one.timesteps, one.temperature) == ([5] * 2, [0.5] * 2)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"timestep": 8}, "no 'timestep', did you mean 'timesteps'"),
+        ({"seed": 8}, "no 'seed', did you mean 'seeds'"),
+        ({"superres_timestep": 8}, "no 'timestep', did you mean 'timesteps'"),
+        ({"colour": 8}, "no 'colour'; it has timesteps"),
+        ({"temperature": -1}, "temperature must be at least 0"),
+        ({"temperature": None}, "temperature must be a number, not None"),
+        ({"temperature": "1.0"}, "temperature must be a number, not '1.0'"),
+        ({"timesteps": 4.0}, "timesteps must be a whole number"),
+        ({"top_k": 10**30}, "top_k must be at most"),
+        ({"seeds": b"2"}, "seeds must be a whole number"),
+        ({"seeds": 1e20}, "seeds must be a whole number"),
+        ({"base_options": [("timesteps", 2)]}, "base_options must be SampleOptions or a mapping"),
+        ({"image_size": "32"}, "image_size must be a whole number, not '32'"),
+        ({"preset": 3}, "unknown preset"),
+    ],
+)
+def test_what_is_no_setting(changes, message):
+    with pytest.raises(ValueError, match=message):
+        cascade()(text_embeds=tiny.text(), **changes)
+
+
+def test_what_are_no_texts():
+    muse = cascade()
+    text = tiny.text()
+    broken = TextEmbeds(text.embeds * float("nan"), text.mask)
+    unseen = TextEmbeds(text.embeds, text.mask & torch.tensor([[True], [False]]))
+    for given, message in [
+        (dict(texts=["a", None]), "text 2 of 2 must be a string, not None"),
+        (dict(texts=3), "text must be a string, not 3"),
+        (dict(texts={"a": 1}), "text must be a string"),
+        (dict(text_embeds=broken), "NaN"),
+        (dict(text_embeds=unseen), "of text 2 no token is seen"),
+        (dict(text_embeds="a"), "text_embeds must be a tensor"),
+        (
+            dict(text_embeds=text.embeds[0]),
+            r"text_embeds must be floating-point numbers \(B, L, E\)",
+        ),
+        (dict(texts="a", negative_texts=["b", 3]), "2 negative_texts for 1 texts"),
+        (dict(texts="a", negative_texts=3), "3 negative_texts for 1 texts"),
+    ]:
+        with unchecked(), pytest.raises(ValueError, match=message):
+            muse(**given)
+
+
+@unchecked()
+def test_numbers_of_any_library():
+    muse, text = cascade(), tiny.text()
+    plain = muse(text_embeds=text, seeds=3, timesteps=4, image_size=32)
+    numpy = dict(seeds=np.int32(3), timesteps=np.array([4, 4]), image_size=np.array([32, 32]))
+    assert muse(text_embeds=text.embeds.numpy(), **numpy) == muse(
+        text_embeds=text.embeds, seeds=3, timesteps=4
+    )
+    canvas = torch.full((2, 16), 60, dtype=torch.int32)
+    assert muse(text_embeds=text, canvases={"base": canvas.numpy()}, **numpy) == plain
+    for wrong in (canvas + 1, canvas - 61, canvas.float()):
+        with pytest.raises(ValueError, match="canvas"):
+            muse(text_embeds=text, canvases={"base": wrong})
+    with pytest.raises(ValueError, match="canvases must be a mapping of 'base' and 'superres'"):
+        muse(text_embeds=text, canvases={"bas": canvas})
+
+
+def test_tensors_and_the_low_resolution_can_be_had():
+    muse, given = cascade(), dict(text_embeds=tiny.text(), seeds=1, timesteps=3)
+    images, low = muse(**given, return_lowres=True)
+    assert images == muse(**given)
+    assert [image.size for image in low] == [(16, 16)] * 2
+    tensors, low_tensors = muse(**given, return_lowres=True, return_pil_images=False)
+    assert [to_pil(t)[0].tobytes() for t in (tensors, low_tensors)] == [
+        images[0].tobytes(),
+        low[0].tobytes(),
+    ]
+    assert torch.equal(muse(**given, return_pil_images=False), tensors)
 
 
 @pytest.mark.parametrize("shared", [True, False])

@@ -439,3 +439,61 @@ def test_confidence_chooses_what_diffusers_chooses(schedule, steps, known, monke
         ids = scheduler.step(logits, timestep, ids, starting_mask_ratio=1 - known / N).prev_sample
         assert torch.equal(ids, seen[now].ids), now
     assert (ids < MASK).all()
+
+
+def test_a_policy_of_ones_own():
+    """A function that does what a name does draws the same; another one does not."""
+    model, text = tiny.maskgit(), tiny.text()
+
+    def ids(**changes):
+        return model.generate_ids(text_embeds=text, seeds=1, timesteps=5, **changes)
+
+    assert torch.equal(ids(policy=lambda logits, log_prob: log_prob), ids(policy="confidence"))
+    assert not torch.equal(ids(policy=lambda logits, log_prob: -log_prob), ids(policy="confidence"))
+    SCORES["mine"] = lambda logits, log_prob: -log_prob
+    ORDERS["upwards"] = lambda noise, grid: torch.arange(len(noise)).flip(0)
+    try:
+        mine = ids(policy="mine")
+        assert torch.equal(mine, ids(policy=lambda logits, log_prob: -log_prob))
+        seen = []
+        model.generate(
+            text_embeds=text, timesteps=16, policy="upwards", callback=lambda s: seen.append(s.mask)
+        )
+        assert not seen[0][:, 15].any()  # the last position is decided first
+        assert seen[0][:, :15].all()
+    finally:
+        del SCORES["mine"], ORDERS["upwards"]
+    with pytest.raises(ValueError, match=r"its scores must be \(2, 16\), not \(2,\)"):
+        ids(policy=lambda logits, log_prob: log_prob[:, 0])
+    for wrong in ("mine", 3, ["confidence"]):
+        with pytest.raises(ValueError, match=r"policy must be one of .* or a function"):
+            ids(policy=wrong)
+
+
+def test_schedules_of_ones_own():
+    model, text = tiny.maskgit(), tiny.text()
+
+    def ids(**changes):
+        return model.generate_ids(text_embeds=text, seeds=1, timesteps=5, **changes)
+
+    assert torch.equal(ids(noise_schedule=lambda u: 1 - u), ids(noise_schedule="linear"))
+    assert torch.equal(ids(guidance_schedule=torch.ones_like), ids(guidance_schedule="constant"))
+    assert not torch.equal(ids(guidance_schedule=lambda p: 1 - p), ids())
+    power = tiny.maskgit(noise_schedule=lambda u: (1 - u) ** 3)
+    masked = torch.stack([power.draw_mask(4).float().mean() for _ in range(200)]).mean()
+    assert abs(masked - 0.25) < 0.04  # the mean of (1 - u)^3, and at least one token
+    wrong: list[Any] = [lambda u: u, lambda u: 2 - u, lambda u: u * math.nan, lambda u: 1.0]
+    for schedule in wrong:
+        with pytest.raises(ValueError, match="noise_schedule"):
+            SampleOptions(noise_schedule=schedule)
+        with pytest.raises(ValueError, match="noise_schedule"):
+            tiny.maskgit(noise_schedule=schedule)
+    with pytest.raises(ValueError, match="guidance_schedule"):
+        ids(guidance_schedule=lambda p: p[:1])
+
+
+def test_more_steps_than_tokens_cost_no_more():
+    model, text = tiny.maskgit(), tiny.text()
+    with pytest.warns(UserWarning, match="timesteps 2000000000 exceed the 16 tokens"):
+        many = model.generate_ids(text_embeds=text, seeds=1, timesteps=2 * 10**9)
+    assert torch.equal(many, model.generate_ids(text_embeds=text, seeds=1, timesteps=16))

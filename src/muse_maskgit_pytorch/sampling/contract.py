@@ -108,4 +108,6 @@ def guided_hidden(
     if scale is None:
         return hidden[0], hidden
     conditional, unconditional = hidden
-    return torch.lerp(unconditional, conditional, scale[:, None, None].to(hidden.dtype)), hidden
+    wide = torch.promote_types(hidden.dtype, torch.float32)  # small differences, made large
+    guided = torch.lerp(unconditional.to(wide), conditional.to(wide), scale[:, None, None].to(wide))
+    return guided.to(hidden.dtype), hidden

@@ -47,7 +47,7 @@ class SampleState:
     @classmethod
     def start(cls, canvas: Int[Tensor, "B N"], mask_id: int) -> SampleState:
         """Before the first step."""
-        zeros = torch.zeros(canvas.shape, device=canvas.device)
+        zeros = torch.zeros(canvas.shape, dtype=torch.float32, device=canvas.device)
         step = torch.zeros(len(canvas), dtype=torch.long, device=canvas.device)
         return cls(canvas, canvas == mask_id, step, zeros, zeros)
 

@@ -191,22 +191,24 @@ def _row(
     remasked = (torch.minimum(decided, counts) * values["remask"]).long()
 
     last = min(steps, open_tokens) - 1  # the ramps end where the row does
-    done = (torch.arange(steps) / last).clamp(max=1) if last > 0 else torch.ones(steps)
+    done = torch.ones(steps, dtype=torch.float32)
+    if last > 0:
+        done = (torch.arange(steps, dtype=torch.float32) / last).clamp(max=1)
     start = values["temperature"]
     temperature = start + (values.get("temperature_end", start) - start) * done
     choice = values["choice_temperature"] * (1 - done)
     scale = 1 + (values["cond_scale"] - 1) * guidance_share(done, options.guidance_schedule)
 
     generator = torch.Generator().manual_seed(stream_seed(values["seeds"], stream))
-    noise = torch.rand(steps, 2, len(mask), generator=generator)
+    noise = torch.rand(steps, 2, len(mask), generator=generator, dtype=torch.float32)
     if options.policy == "critic":
         generator.manual_seed(stream_seed(values["seeds"], f"{stream} critic"))
-        noise[:, 1] = torch.rand(steps, len(mask), generator=generator)
+        noise[:, 1] = torch.rand(steps, len(mask), generator=generator, dtype=torch.float32)
     gumbel = -torch.log(-torch.log(noise[:, 1].clamp(1e-9, 1 - 1e-7)))
-    order = torch.zeros(len(mask))
+    order = torch.zeros(len(mask), dtype=torch.float32)
     if not callable(options.policy) and options.policy in ORDERS:
         order = ORDERS[options.policy](gumbel[0], grid).float()
-        choice = torch.zeros(steps)
+        choice = torch.zeros_like(done)
     by_step = {
         "num_masked": counts,
         "num_remasked": remasked,
