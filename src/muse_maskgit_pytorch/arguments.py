@@ -133,6 +133,8 @@ def fitting(name: str, value: Any, kind: Any) -> Any:
     if kind is Any:
         return _plain_inside(value)
     if origin in (Union, UnionType):
+        if is_function(value) and any(get_origin(each) is Literal for each in inner):
+            return value  # one's own, in the place of a name
         return _fitting_any(name, value, inner)
     if origin is Literal:
         return one_of(name, value, kind)
@@ -184,6 +186,51 @@ def _plain_inside(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain_inside(item) for item in value]
     return value.tolist() if isinstance(value, (np.generic, np.ndarray, torch.Tensor)) else value
+
+
+class Missing:
+    """A function of somebody's own, of which a file knows no more than what it was called."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __call__(self, *args: Any) -> Any:
+        raise ValueError(f"{self}: give it again, or another in its place")
+
+    def __repr__(self) -> str:
+        return f"{printable(self.name, 120)} (a function of one's own, which the file does not hold)"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Missing) and self.name == other.name
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+
+def is_function(value: Any) -> bool:
+    """Whether this is a function of somebody's own, and no module or class."""
+    return callable(value) and not isinstance(value, (type, torch.nn.Module))
+
+
+def with_names(value: Any) -> Any:
+    """Settings as a file can hold them: each function as {"function": what it is called}."""
+    if isinstance(value, Missing):
+        return {"function": value.name}
+    if is_function(value):
+        name = getattr(value, "__qualname__", type(value).__qualname__)
+        return {"function": f"{getattr(value, '__module__', None)}.{name}"}
+    if isinstance(value, dict):
+        return {key: with_names(item) for key, item in value.items()}
+    return value
+
+
+def without_functions(value: Any) -> Any:
+    """What `with_names` made, with `Missing` in the place of the functions."""
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {"function"} and isinstance(value["function"], str):
+        return Missing(value["function"])
+    return {key: without_functions(item) for key, item in value.items()}
 
 
 def as_path(value: Any, name: str = "path") -> Path:

@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .arguments import as_path, fitting, printable, shown
+from .arguments import as_path, fitting, printable, shown, with_names, without_functions
 from .files import digest_state, replacing
 from .weights import (
     Allowance,
@@ -248,7 +248,7 @@ class Saveable(nn.Module):
     def _stated(self, name: str, value: Any) -> Any:
         part = unwrapped(value)
         if not isinstance(part, Saveable):
-            return value
+            return with_names(value)
         # another one may stand in its place now
         now = unwrapped(self._modules.get(name))
         part = now if isinstance(now, Saveable) else part
@@ -489,7 +489,7 @@ def _build(cls: type[Saveable], config: dict[str, Any], homes: Any = None) -> An
                     f"import {module}, before you load it"
                 )
             return _build(known[kind], argument["config"], homes)
-        return argument
+        return without_functions(argument)
 
     for name, dropped in cls._retired.items():
         if name in config and config[name] != dropped:

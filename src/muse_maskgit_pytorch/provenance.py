@@ -32,7 +32,7 @@ import torch
 from PIL import Image
 
 from . import __version__
-from .arguments import printable
+from .arguments import Missing, printable, with_names, without_functions
 from .checkpoint import Saveable, weights_key
 from .files import digest_state
 from .images import read_record, record_of, set_record
@@ -97,6 +97,17 @@ class Record:
                 f"{source} was drawn by muse-maskgit-pytorch 0.1, in which both stages used the "
                 "same random numbers; since then each has its own, so the same picture cannot be "
                 "drawn again: muse inspect shows the prompts and seeds to draw a new one"
+            )
+        missing = [
+            f"{name} {value}"
+            for options in self.request.options.values()
+            for name, value in vars(options).items()
+            if isinstance(value, Missing)
+        ]
+        if missing:
+            raise ValueError(
+                f"{printable(str(source))} cannot be drawn again, since {missing[0]}: muse inspect "
+                "shows the other settings"
             )
         if self.model != model:
             raise ValueError(
@@ -212,7 +223,9 @@ def to_json(records: Sequence[Record]) -> str:
             "made_by": record.made_by,
             "prompts": record.request.prompts,
             "negative_prompts": record.request.negatives,
-            "options": {name: asdict(given) for name, given in record.request.options.items()},
+            "options": {
+                name: with_names(asdict(given)) for name, given in record.request.options.items()
+            },
             "rows": record.rows,
             "image_size": record.request.image_size,
             "edit": record.request.edit,
@@ -265,7 +278,7 @@ def _record(drawing: dict[str, Any], version: int) -> Record:
         raise ValueError("model is not a fingerprint")
     options = {}
     for stage, values in drawing["options"].items():
-        values = upgraded(values)
+        values = without_functions(upgraded(values))
         unknown = values.keys() - {field.name for field in fields(SampleOptions)}
         if stage not in ("base", "superres") or unknown:
             raise ValueError(f"unknown options {stage!r} {sorted(unknown)}, of a later version?")

@@ -8,8 +8,9 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from muse_maskgit_pytorch import SampleOptions, TextEmbeds
+from muse_maskgit_pytorch import Muse, SampleOptions, TextEmbeds
 from muse_maskgit_pytorch import testing as tiny
+from muse_maskgit_pytorch.images import save_png
 from muse_maskgit_pytorch.sampling import (
     ORDERS,
     SCORES,
@@ -497,3 +498,31 @@ def test_more_steps_than_tokens_cost_no_more():
     with pytest.warns(UserWarning, match="timesteps 2000000000 exceed the 16 tokens"):
         many = model.generate_ids(text_embeds=text, seeds=1, timesteps=2 * 10**9)
     assert torch.equal(many, model.generate_ids(text_embeds=text, seeds=1, timesteps=16))
+
+
+def fading(u: Tensor) -> Tensor:
+    return (1 - u) ** 3
+
+
+def test_files_say_what_they_cannot_repeat(t5, tmp_path):
+    """Functions of one's own are named in records and model files, and asked for when needed."""
+    transformer = tiny.transformer(t5_name=t5, text_embed_dim=None)
+    options = dict(policy=lambda logits, log_prob: log_prob, timesteps=3)
+    model = Muse(tiny.maskgit(transformer, noise_schedule=fading, sample_options=options))
+    [picture] = model("a red car", seeds=1)
+    path = save_png(picture, tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"since policy .*<lambda> \(a function of one's own"):
+        model.like(path)
+    again = Muse.from_pretrained(model.save(tmp_path / "model.safetensors"))
+    with pytest.raises(ValueError, match=r"<lambda> .*: give it again, or another in its place"):
+        again("a red car", seeds=1)
+    with pytest.raises(ValueError, match=r"test_policies.fading .*: give it again"):
+        again.base(tiny.images(), ["a", "b"])
+    [repeated] = again("a red car", seeds=1, policy="confidence")  # the same law, by its name
+    assert repeated.tobytes() == picture.tobytes()
+    again.base.noise_schedule = fading
+    assert again.base(tiny.images(), ["a", "b"]).isfinite()
+    # what is not given again is passed on
+    third = Muse.from_pretrained(again.save(tmp_path / "again.safetensors"))
+    with pytest.raises(ValueError, match="<lambda>"):
+        third("a red car")

@@ -358,7 +358,7 @@ def test_pictures_of_version_1_are_read_and_not_drawn_again(muse: Any, tmp_path:
         (document(options={"base": {"seeds": [1], "timesteps": 0}}), "timesteps must be at least"),
         (
             document(options={"base": {"seeds": [1], "timesteps": "\x1b"}}),
-            "timesteps must be whole",
+            "timesteps must be a whole",
         ),
     ],
 )
@@ -370,7 +370,7 @@ def test_damaged_records(record: Any, says: str, tmp_path: Path):
 
 
 def test_seeds_beyond_64_bits(muse: Any):
-    with pytest.raises(ValueError, match="seeds must be whole numbers of at most 64 bits"):
+    with pytest.raises(ValueError, match="seeds must be at most 18446744073709551615"):
         muse("a", seeds=2**64)
 
 
@@ -450,6 +450,7 @@ def test_another_number_of_threads_is_said(muse: Any, pictures: list, tmp_path: 
     assert record.made_by["threads"] == str(threads)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "the text encoder .* does not know")
         muse.like(path)
     torch.set_num_threads(threads + 1)
     try:
@@ -459,6 +460,7 @@ def test_another_number_of_threads_is_said(muse: Any, pictures: list, tmp_path: 
         earlier = {k: v for k, v in record.made_by.items() if k != "threads"}
         with warnings.catch_warnings():
             warnings.simplefilter("error")
+            warnings.filterwarnings("ignore", "the text encoder .* does not know")
             muse.like(replace(record, made_by=earlier))
     finally:
         torch.set_num_threads(threads)
