@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ from typing import Any
 
 from ..checkpoint import load_tree, save_tree
 from ..watching.log import writing
+from ..weights import CheckpointError, reading, safetensors_file
 
 
 class Checkpoints:
@@ -28,9 +30,27 @@ class Checkpoints:
 
     def newest(self) -> Path | None:
         """The checkpoint of the latest step."""
-        found = self.folder.glob(f"{self.name}-checkpoint-*.safetensors")
-        ours = [path for path in found if self._is_ours(path.name)]
-        return max(ours, default=None, key=lambda path: (len(path.name), path.name))
+        found = self._found()
+        return found[max(found)] if found else None
+
+    def strangers(self) -> list[str]:
+        """Names of files that look like checkpoints of this stage, but that the run did not name.
+
+        A copy under another name, say, or a checkpoint of another step than its name says.
+        """
+        ours = set(self._found().values())
+        found = self.folder.glob(f"{self.name}-checkpoint-*")
+        return sorted(path.name for path in found if path not in ours)
+
+    def _found(self) -> dict[int, Path]:
+        """Checkpoints by step; what is too damaged to say its step has that of its name."""
+        named = {}
+        for path in self.folder.glob(f"{self.name}-checkpoint-*.safetensors"):
+            if self._is_ours(path.name):
+                step = int(path.stem.rpartition("-")[2])
+                if _step_of(path) in (step, None):
+                    named[step] = path
+        return named
 
     def save(self, tree: dict[str, Any], step: int) -> None:
         """Write a checkpoint, then remove those of this run that are too many."""
@@ -43,8 +63,32 @@ class Checkpoints:
             (self.folder / self._written.pop(0)).unlink(missing_ok=True)
 
     def load(self, path: Path) -> dict[str, Any]:
-        """Read a checkpoint; call `resumed` once the run goes on from it."""
+        """Read a checkpoint; call `resumed` once the run goes on from it.
+
+        Raises:
+            CheckpointError: it cannot be read; says which is the next one that can.
+        """
+        try:
+            return self._read(path)
+        except CheckpointError as error:
+            found = self._found()
+            for step in sorted(found, reverse=True):
+                if found[step] != path and self._is_good(found[step]):
+                    way = f"to go on from the next good one, {found[step].name}, move it elsewhere"
+                    break
+            else:
+                way = "there is no other to go on from: choose another results_folder"
+            raise CheckpointError(f"{error}; {way}") from error
+
+    def _read(self, path: Path) -> dict[str, Any]:
         return load_tree(path, kind=self.kind)[0]
+
+    def _is_good(self, path: Path) -> bool:
+        try:
+            self._read(path)
+        except CheckpointError:
+            return False
+        return True
 
     def resumed(self, path: Path, tree: dict[str, Any]) -> None:
         """The run goes on from this checkpoint: what it wrote before is its own again."""
@@ -53,9 +97,10 @@ class Checkpoints:
         self._written = [*written, path.name]
 
     def _is_ours(self, name: Any) -> bool:
-        """Whether a file name is that of a checkpoint of this stage, without any folder."""
-        pattern = rf"{re.escape(self.name)}-checkpoint-[0-9]{{8,}}\.safetensors"
-        return isinstance(name, str) and re.fullmatch(pattern, name) is not None
+        """Whether a run of this stage may have given a file this name, which has no folder."""
+        pattern = rf"{re.escape(self.name)}-checkpoint-([0-9]{{8,18}})\.safetensors"
+        found = re.fullmatch(pattern, name) if isinstance(name, str) else None
+        return found is not None and found[1] == f"{int(found[1]):08d}"
 
     def sweep(self) -> None:
         """Remove what earlier processes of this run left half-written when they were killed."""
@@ -73,3 +118,14 @@ class Checkpoints:
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
+
+
+def _step_of(path: Path) -> int | None:
+    """The step that a checkpoint's header states; None if it cannot be read."""
+    try:
+        with reading(path), safetensors_file(path) as file:
+            pairs = json.loads(file.metadata()["tree"])["dict"]
+            step = next(node["value"] for key, node in pairs if key == "step")
+    except CheckpointError:
+        return None
+    return step if isinstance(step, int) else None

@@ -24,6 +24,7 @@ from ..arguments import as_path, one_of, plain, real, shown, whole
 from ..checkpoint import CheckpointError, Saveable
 from ..data.dataset import ImageDataset
 from ..data.order import EndlessBatches
+from ..data.source import few
 from ..files import digest_state
 from ..watching.health import Health
 from ..watching.interval import Interval
@@ -369,6 +370,10 @@ class Trainer:
             file.write(now, self.step, before)
         if resumed:
             self.progress.say(f"going on from step {self.step:,} of {self.num_train_steps:,}")
+            if strangers := self.checkpoints.strangers():
+                self.progress.say(
+                    f"left alone, since this run did not name it so: {few(strangers)}"
+                )
             text, exact = changes_in_words(before, now)
             if text:
                 self.progress.say(text) if exact else self.log.warn(self.step, text)

@@ -17,6 +17,7 @@ from muse_maskgit_pytorch import (
     VQGanVAETrainer,
 )
 from muse_maskgit_pytorch.checkpoint import load_tree
+from muse_maskgit_pytorch.training.checkpoints import Checkpoints
 from tests.runs import (
     assert_same,
     checkpoints,
@@ -120,13 +121,54 @@ def test_a_checkpoint_of_another_model_is_refused(
     assert_same(dict(vae.state_dict()), weights)
 
 
-def test_a_damaged_checkpoint_is_named(images: Path, tmp_path: Path):
-    results = tmp_path / "r"
-    vae_trainer(images, results).train()
-    path = next(results.glob("*checkpoint*"))
+def halve(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(CheckpointError, match=path.name):
-        vae_trainer(images, results, resume=True).train()
+
+
+def test_a_damaged_checkpoint_names_the_next_good_one(images: Path, tmp_path: Path):
+    results = tmp_path / "r"
+    settings: dict[str, Any] = dict(num_train_steps=4, save_every=1, keep_checkpoints=3)
+    vae_trainer(images, results, **settings).train()
+    third, second = (results / f"vae-checkpoint-0000000{step}.safetensors" for step in (4, 3))
+    halve(third)
+    halve(second)
+    with pytest.raises(CheckpointError, match=third.name) as caught:
+        vae_trainer(images, results, resume=True, **settings).train()
+    assert "next good one, vae-checkpoint-00000002.safetensors, move it" in str(caught.value)
+    for path in (third, second):
+        path.rename(tmp_path / path.name)  # as it says
+    vae_trainer(images, results, resume=True, **settings).train()
+    assert checkpoints(results) == [2, 3, 4]
+
+    for path in results.glob("*checkpoint*"):
+        halve(path)
+    with pytest.raises(CheckpointError, match="no other to go on from"):
+        vae_trainer(images, results, resume=True, **settings).train()
+
+
+def test_the_step_decides_which_checkpoint_is_newest(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    """Copies of a user's have any name: they are mentioned, and stay."""
+    results = tmp_path / "r"
+    interrupt(vae_trainer(images, results, num_train_steps=6), step=3)
+    content = next(results.glob("*checkpoint*")).read_bytes()
+    copies = ["00000099", "0000000000000000004", "best", "9", "00000003 (1)"]
+    names = sorted(f"vae-checkpoint-{copy}.safetensors" for copy in copies)
+    for name in names:
+        (results / name).write_bytes(content)
+    interrupt(vae_trainer(images, results, num_train_steps=6, resume=True), step=5)
+    printed = capsys.readouterr().out
+    assert "going on from step 3 of 6" in printed
+    assert f"did not name it so: {', '.join(names)}" in printed
+    assert last_step(results) == 5
+    assert all((results / name).read_bytes() == content for name in names)
+
+
+def last_step(results: Path) -> int:
+    newest = Checkpoints(results, "vae", "VQGanVAETrainer checkpoint", 1).newest()
+    assert newest is not None
+    return load_tree(newest)[0]["step"]
 
 
 def test_the_run_keeps_its_last_checkpoints_and_removes_nothing_else(images: Path, tmp_path: Path):
