@@ -73,14 +73,14 @@ def _in_range(name: str, number: Any, low: Any, high: Any) -> Any:
     raise ValueError(f"{name} must be {wanted}, not {shown(number)}")
 
 
-def as_tensor(name: str, value: Any, whole: bool = False) -> torch.Tensor:
+def as_tensor(name: str, value: Any, whole: bool | None = False) -> torch.Tensor:
     """A tensor, also from a NumPy array.
 
     Args:
         name: of the argument.
         value: what was given.
-        whole: it holds whole numbers, of any integer type, and becomes int64; else floating-point
-            numbers, and stays as it is.
+        whole: whether it must hold whole numbers, of any integer type, which become int64, or
+            floating-point numbers, which stay as they are; None: either.
 
     Raises:
         ValueError: no tensor, or of another kind.
@@ -90,10 +90,11 @@ def as_tensor(name: str, value: Any, whole: bool = False) -> torch.Tensor:
     if not isinstance(value, torch.Tensor):
         raise ValueError(f"{name} must be a tensor, not {shown(value)}")
     integers = not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
-    if whole != integers or value.is_complex() or value.dtype == torch.bool:
-        wanted = "whole" if whole else "floating-point"
-        raise ValueError(f"{name} must hold {wanted} numbers, not {value.dtype}")
-    return value.long() if whole else value
+    if whole is False and not value.is_floating_point():
+        raise ValueError(f"{name} must hold floating-point numbers, not {value.dtype}")
+    if not integers and (whole or not value.is_floating_point()):
+        raise ValueError(f"{name} must hold whole numbers, not {value.dtype}")
+    return value.long() if integers else value
 
 
 def one_of(name: str, value: Any, kind: Any, more: str = "") -> Any:
@@ -198,7 +199,9 @@ class Missing:
         raise ValueError(f"{self}: give it again, or another in its place")
 
     def __repr__(self) -> str:
-        return f"{printable(self.name, 120)} (a function of one's own, which the file does not hold)"
+        return (
+            f"{printable(self.name, 120)} (a function of one's own, which the file does not hold)"
+        )
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Missing) and self.name == other.name

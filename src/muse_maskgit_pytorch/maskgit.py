@@ -225,7 +225,8 @@ class MaskGit(Saveable):
         Raises:
             ValueError: arguments that fit neither each other nor the model.
         """
-        images, conditioner = images_or_ids.to(self.device), self.conditioner
+        images = as_tensor("images_or_ids", images_or_ids, whole=None).to(self.device)
+        conditioner = self.conditioner
         if texts is None and text_embeds is None:
             texts = self.no_texts(len(images))
         if images.is_floating_point():
@@ -233,7 +234,7 @@ class MaskGit(Saveable):
             ids = self.vae.encode_to_ids(images).flatten(1)
             cond = conditioner.encode_cond(cond_images, cond_ids, images)
         else:
-            ids = check_ids(images.flatten(1).long(), self.vae, "ids")
+            ids = check_ids(images.flatten(1), self.vae, "ids")
             cond = conditioner.encode_cond(cond_images, cond_ids)
         if ids.shape[1] != (wanted := math.prod(self.geometry.grid())):
             raise ValueError(f"{ids.shape[1]} ids per image, this model has {wanted}")

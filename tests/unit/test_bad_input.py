@@ -246,7 +246,7 @@ def test_a_folder_that_goes_and_comes_back(images: Path, tmp_path: Path):
         (["vae.quantizer=fsq", "vae.fsq_levels=[5,5]"], "leave one of them out"),
         (["vae.quantizer=simvq", "vae.fsq_levels=[4,4]"], "leave them out"),
         (["trainer.image_size=18"], "use 16"),
-        (["trainer.image_size=0"], "use 4"),
+        (["trainer.image_size=0"], "image_size must be at least 1"),
     ],
 )
 def test_geometry_that_cannot_be(images: Path, tmp_path: Path, options, says: str, capsys):

@@ -396,16 +396,16 @@ def test_an_edit_says_how_it_was_made(muse, tmp_path):
         (dict(texts=["a", "b"], seeds=[1, 2, 3]), "2 texts for 3 pictures"),
         (dict(texts=["a", "b", "c"], negative_texts=["d", "e"]), "2 negative_texts for 3"),
         (dict(masks=[HALF, HALF], texts=["a"] * 3), "2 masks or strengths for 3"),
-        (dict(feather=-1), "feather must be an integer from 0 to 1024 pixels"),
-        (dict(feather=1.5), "feather must be an integer from 0 to 1024 pixels"),
-        (dict(grow=3_000_000_000), "grow must be an integer from 0 to 1024"),
+        (dict(feather=-1), "feather must be"),
+        (dict(feather=1.5), "feather must be"),
+        (dict(grow=3_000_000_000), "grow must be at most 1024"),
         (dict(pictures="a.png"), "pictures must be PIL images or tensors, not str: open files"),
         (dict(pictures=["a.png"]), "a picture must be a PIL image or a tensor, not str"),
         (dict(pictures=None), "not NoneType"),
         (dict(masks=None), "masks must be PIL images or tensors, not NoneType"),
         (dict(pictures=Image.new("RGB", (0, 5))), "no pixels"),
         (dict(masks=torch.zeros(0, 0, dtype=torch.bool)), "a mask has no pixels"),
-        (dict(seeds=1.5), "seeds must be whole numbers"),
+        (dict(seeds=1.5), "seeds must be a whole number"),
         (dict(image_size=30), "30 is not a positive multiple of 8"),
     ],
 )
@@ -420,23 +420,23 @@ def test_what_the_others_refuse(muse):
         editing.outpaint(muse, picture(), "a")
     with pytest.raises(ValueError, match="nothing to add"):
         editing.outpaint(muse, picture(), "a", aspect=1.0)
-    with pytest.raises(ValueError, match="must not be negative"):
+    with pytest.raises(ValueError, match="left must be at least 0, not -4"):
         editing.outpaint(muse, picture(), "a", left=-4)
-    with pytest.raises(ValueError, match="without further sides"):
+    with pytest.raises(ValueError, match=r"aspect 2.0 and sides .* are both given"):
         editing.outpaint(muse, picture(), "a", left=4, aspect=2.0)
     with pytest.raises(ValueError, match="aspect"):
         editing.outpaint(muse, picture(), "a", aspect=float("nan"))
     with pytest.raises(ValueError, match="32032 x 32 pixels: a side may have at most 16384"):
         editing.outpaint(muse, picture(), "a", right=32_000)
     for aspect in (1e9, 1e308, 1e-320, -1.0):
-        with pytest.raises(ValueError, match=r"aspect .* must be width / height"):
+        with pytest.raises(ValueError, match=r"aspect (must be|.* both given)"):
             editing.outpaint(muse, picture(), "a", aspect=aspect)
     with pytest.raises(ValueError, match="would become 640000 x 32: a side may have at most 16384"):
         editing.outpaint(muse, torch.zeros(3, 1, 20_000), "a", left=1)
     with pytest.raises(ValueError, match="one by one"):
         editing.outpaint(muse, [picture(), picture(0, 32, 48)], "a", left=4)
     for strength in (-0.1, 1.5, float("nan"), "0.5", None):
-        with pytest.raises(ValueError, match=r"strength must be in \[0, 1\]"):
+        with pytest.raises(ValueError, match="strength must be"):
             editing.vary(muse, picture(), "a", strength=strength)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="rising iterations"):
         editing.free(muse, picture(), "a", at=(50, 20))

@@ -20,12 +20,13 @@ from jaxtyping import Bool, Float, Int
 from PIL import Image
 from torch import Tensor
 
+from ..arguments import plain, real, shown, whole
 from ..files import digest_pixels
 from ..geometry import ImageSize
 from ..images import resize
 from ..muse import Muse
 from ..request import Drawn, Request
-from ..sampling import Callback, per_row, sample_tokens, stream_seed
+from ..sampling import Callback, sample_tokens, stream_seed
 from ..structures import SampleStep
 from .pixels import (
     LARGEST,
@@ -78,6 +79,8 @@ def inpaint(
             [0, 1]; a mask that repaints nothing, or is not boolean.
     """
     _check_seam(feather, grow)
+    if not isinstance(blend, bool):
+        raise ValueError(f"blend must be True or False, not {shown(blend)}")
     edit = _Edit.of(muse, pictures, texts, count_of(masks, "masks"), **arguments)
     repaint = edit.masks(pictures, masks)
     images = edit.repainted(edit.images, repaint, feather if blend else None, grow)
@@ -124,17 +127,18 @@ def outpaint(
         ValueError: as `inpaint`; nothing to add, or both sides and an aspect.
     """
     _check_seam(feather, grow)
+    names = ("left", "top", "right", "bottom")
+    sides = [
+        whole(name, side, 0) for name, side in zip(names, (left, top, right, bottom), strict=True)
+    ]
+    left, top, right, bottom = sides
+    if aspect is not None:
+        aspect = real("aspect", aspect, 1 / LARGEST, LARGEST)
+        if any(sides):
+            raise ValueError(f"aspect {aspect} and sides {sides} are both given: choose one")
     edit = _Edit.of(muse, pictures, texts, crop=False, **arguments)
     height, width = edit.images.shape[-2:]
-    sides = (left, top, right, bottom)
-    if min(sides) < 0:
-        raise ValueError(f"left, top, right, bottom {sides} must not be negative")
     if aspect is not None:
-        if any(sides) or not 1 / LARGEST <= aspect <= LARGEST:
-            raise ValueError(
-                f"aspect {aspect} must be width / height, positive and reasonable, without "
-                "further sides"
-            )
         wide = max(0, round(height * aspect) - width)
         high = 0 if wide else max(0, round(width / aspect) - height)
         left, top = wide // 2, high // 2
@@ -184,11 +188,11 @@ def vary(
     Raises:
         ValueError: as `inpaint`; a strength outside [0, 1].
     """
-    given = list(strength) if isinstance(strength, Sequence) else [strength]
-    if not all(isinstance(share, (int, float)) and 0 <= share <= 1 for share in given):
-        raise ValueError(f"strength must be in [0, 1], not {strength!r}")
+    given = plain(strength)
+    given = given if isinstance(given, list) else [given]
+    given = [real("strength", share, 0, 1) for share in given]
     edit = _Edit.of(muse, pictures, texts, len(given), **arguments)
-    strengths = [float(share) for share in per_row(strength, len(edit.request), "strength")]
+    strengths = given * (len(edit.request) if len(given) == 1 else 1)
     grid = muse.base.geometry.grid(muse.sizes(edit.request.image_size)["base"])
     ranks = torch.stack([_shuffled(math.prod(grid), seed) for seed in edit.request.seeds])
     wanted = torch.tensor([round(share * math.prod(grid)) for share in strengths])[:, None]
@@ -197,6 +201,9 @@ def vary(
     same = (wanted == 0).to(drawn.device).view(-1, 1, 1, 1)
     images = torch.where(same, edit.images, drawn)
     return edit.finished(images, "vary", strength=strengths)
+
+
+MOST = 10_000  # iterations of `free`
 
 
 @torch.no_grad()
@@ -235,13 +242,16 @@ def free(
     Raises:
         ValueError: as `inpaint`; an empty or falling ``at``, a share outside (0, 1].
     """
+    at = plain(at)
+    if not isinstance(at, list) or not at:
+        raise ValueError(f"at must be a list of rising iterations, not {shown(at)}")
+    at = [whole("at", iteration, 1, MOST) for iteration in at]
+    if at != sorted(set(at)):
+        raise ValueError(f"at must be rising iterations, not {shown(at)}")
+    share = real("share", share, 0, 1)
+    if not share:
+        raise ValueError("share must be above 0: a part of the tokens is drawn in each iteration")
     edit = _Edit.of(muse, pictures, texts, **arguments)
-    if not _whole(at) or list(at) != sorted(set(at)) or at[0] < 1:
-        raise ValueError(
-            f"at must be a list of rising iterations, starting from 1 or later, not {at}"
-        )
-    if not 0 < share <= 1:
-        raise ValueError(f"share must be in (0, 1], not {share}")
     base, size = muse.base, muse.sizes(edit.request.image_size)["base"]
     options = edit.request.options["base"].replace(
         timesteps=1,
@@ -318,10 +328,13 @@ class _Edit:
             image_size, callback: as in calling the model.
             **arguments: likewise.
         """
-        texts = "" if texts is None else texts
-        texts = [texts] if isinstance(texts, str) else list(texts)
-        negatives, seeds = arguments.get("negative_texts"), arguments.get("seeds")
+        given = plain("" if texts is None else texts)
+        texts = given if isinstance(given, list) else [given]
+        if not texts:
+            raise ValueError("texts is empty: give one for all pictures, one each, or None")
+        negatives = arguments.get("negative_texts")
         negatives = [negatives] if isinstance(negatives, str) else negatives
+        seeds = plain(arguments.get("seeds"))
         counts = {
             "pictures": count_of(pictures, "pictures"),
             "texts": len(texts),
@@ -335,7 +348,7 @@ class _Edit:
             raise ValueError(
                 f"{' and '.join(wrong)} for {batch} pictures: give one for all, or one each"
             )
-        texts = texts * (batch // len(texts))
+        texts = [*texts] * (batch // len(texts))
         request = muse.request(texts, image_size=image_size, canvases={}, **arguments)
         scaled = [fitted(picture, request.image_size, crop) for picture in listed(pictures)]
         if len({image.shape for image in scaled}) > 1:
@@ -424,13 +437,6 @@ def _digest(tensor: Tensor) -> str:
     return digest_pixels((tensor.float() * 255).round().to(torch.uint8))
 
 
-def _whole(numbers: Any) -> bool:
-    """Whether this is a list of integers, and not empty."""
-    is_list = isinstance(numbers, Sequence) and not isinstance(numbers, str) and len(numbers) > 0
-    return is_list and all(isinstance(number, int) for number in numbers)
-
-
 def _check_seam(feather: int, grow: int) -> None:
     for name, value in {"feather": feather, "grow": grow}.items():
-        if not isinstance(value, int) or not 0 <= value <= 1024:
-            raise ValueError(f"{name} must be an integer from 0 to 1024 pixels, not {value}")
+        whole(name, value, 0, 1024)
