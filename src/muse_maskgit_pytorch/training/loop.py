@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import signal
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
@@ -45,6 +43,7 @@ from .guard import Diverged, Guard
 from .lock import locked
 from .optimizers import adamw, load_named_state, named_state
 from .parallel import Parallel, Precision
+from .stop import Stop
 
 LrSchedule = Literal["cosine", "constant"]
 MAX_RESTARTS = 3  # returns to a checkpoint, before the run is given up
@@ -107,8 +106,8 @@ class Trainer:
         log_every: optimizer steps between lines in ``metrics.jsonl``, whose figures are means over
             these steps; the first step has a line of its own.
         sample_every: optimizer steps between validations with a picture; 0: only at the end.
-        save_every: optimizer steps between checkpoints; one is always written at the end and on
-            Ctrl-C or SIGTERM, after the step in progress.
+        save_every: optimizer steps between checkpoints, each with the weights as models; one is
+            always written at the end and on Ctrl-C or SIGTERM, after the step in progress.
         keep_checkpoints: how many of the checkpoints that this run wrote to keep.
         valid_fraction: share of the data held back for validation.
         max_valid: of these, how many each validation looks at (the main process does it while the
@@ -119,6 +118,10 @@ class Trainer:
 
     name = "model"
     dataset: ImageDataset  # all the images, for training and validation
+    judged_by: tuple[str, int] = (
+        "loss",
+        -1,
+    )  # the validation's figure, and whether more of it is better (1)
     shown: tuple[str, ...] = ("loss",)  # figures next to the progress bar
 
     def __init__(
@@ -178,9 +181,11 @@ class Trainer:
         self.max_minutes = None if max_minutes is None else real("max_minutes", max_minutes)
         if self.max_minutes is not None and self.max_minutes <= 0:
             raise ValueError(f"max_minutes must be above 0, not {max_minutes}")
+        self.stop = Stop(shown=self.parallel.is_main)
         self.step = 0
         self.samples = 0  # consumed by all processes: the position in the data
         self._saved_at = self._looked_at = -1  # steps
+        self._changing = False  # within a step that has begun to change what is trained
         self._minutes = 0.0
         self._loss = torch.zeros(())
         self.interval = Interval()
@@ -242,7 +247,11 @@ class Trainer:
         return self.parallel.device
 
     def train(self) -> None:
-        """Train to ``num_train_steps``, then write the weights: raw and averaged.
+        """Train to ``num_train_steps``.
+
+        With every checkpoint the weights are written: raw (``NAME.safetensors``), averaged
+        (``NAME-ema.safetensors``), and of the best validation so far (``NAME-best.safetensors``,
+        averaged).
 
         Raises:
             CheckpointError: ``results_folder`` holds a run and ``resume`` is off, or its
@@ -250,7 +259,8 @@ class Trainer:
             Diverged: the loss or the weights are not finite.
         """
         # one process stands for all of them
-        with locked(self.results_folder) if self.parallel.is_main else nullcontext():
+        lock = locked(self.results_folder) if self.parallel.is_main else nullcontext()
+        with lock, self.stop.listening():
             self._train()
 
     def _train(self) -> None:
@@ -302,17 +312,20 @@ class Trainer:
             self._describe(newest is not None, total)
         self._started = time.monotonic()
         self.interval.start(self.step)
-        with closing(self.progress), self._signals_wait(), self._saved_on_failure():
+        self.stop.begin()
+        with closing(self.progress), self._saved_on_failure():
             while self.step < self.num_train_steps and not self._out_of_time():
                 self._seed_step()
                 factor = self._lr_factor() * self.guard.lr_factor
                 for name, optimizer in self.optimizers.items():
                     for group in optimizer.param_groups:
                         group["lr"] = self.lr_of(name) * factor
-                terms = self.train_step(batches)
+                with self.stop.free():
+                    terms = self.train_step(batches)
                 self.samples += self.batch_size * self.grad_accum_every * self.parallel.world
                 if self.guard.must_return():
                     self._return_to_checkpoint()
+                    self._changing = False
                     batches = self._batches(train_set)
                     continue
                 self.interval.add(terms)
@@ -320,6 +333,7 @@ class Trainer:
                     self._loss = terms["loss"]
                 self.step += 1
                 self.ema.update(self.step)
+                self._changing = False
                 self.progress.step_to(self.step)
                 if self.step % self.log_every == 0 or self.step in (1, self.num_train_steps):
                     values = self.interval.line(self.step, self.parallel.reduce)
@@ -338,15 +352,14 @@ class Trainer:
                 if self.step % self.save_every == 0 and self.guard.in_a_row == 0:
                     self._check_loss()
                     self._save_checkpoint()
-                if self.parallel.agreed(self._stop_asked):
-                    self.progress.say(f"\nstopped after step {self.step}: saving")
+                if self.parallel.agreed(self.stop.asked):
+                    self.progress.say(f"stopped after step {self.step}: saving")
                     self._check_loss()
                     self._save_checkpoint()
                     self._report()
                     raise KeyboardInterrupt
         self._check_loss()
         self._save_checkpoint()  # first: nothing that fails below may cost the last steps
-        self.save()
         self._look()
         self._report()
         self.parallel.wait()  # what follows may read the files
@@ -459,47 +472,36 @@ class Trainer:
             yield
         except (Diverged, CheckpointError):
             raise
-        except Exception as error:
+        except (Exception, KeyboardInterrupt) as error:
             good = self.guard.in_a_row == 0 and math.isfinite(float(self._loss))
             if self.step and good and self._is_finite():
                 try:
                     self._write_checkpoint()
+                    if self._changing and self.parallel.is_main:
+                        self.log.warn(
+                            self.step,
+                            "the next step failed while it changed the weights: what is saved is "
+                            "good to go on from, but no longer exact",
+                        )
                 except CheckpointError as failure:
                     error.add_note(str(failure))
             raise
 
-    @contextmanager
-    def _signals_wait(self) -> Iterator[None]:
-        """Ctrl-C, SIGTERM and SIGHUP take effect between two steps; a second one at once."""
+    def changing(self) -> None:
+        """From here on this step changes what is trained, and must come to its end."""
+        self.stop.hold()
+        self._changing = True
 
-        def ask(signum: int, frame: Any) -> None:
-            if self._stop_asked:
-                raise KeyboardInterrupt
-            self._stop_asked = True
-
-        self._stop_asked = False
-        main = threading.current_thread() is threading.main_thread()
-        numbers = [signal.SIGINT, signal.SIGTERM]
-        hangup = getattr(signal, "SIGHUP", None)
-        if hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN:  # as nohup sets it
-            numbers.append(hangup)
-        before = {number: signal.signal(number, ask) for number in numbers if main}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def save(self) -> None:
+    def _write_weights(self) -> None:
         """Write ``NAME.safetensors`` (raw weights) and ``NAME-ema.safetensors`` (averaged)."""
-        self._check_weights()
-        if self.parallel.is_main:
-            path = self.results_folder / f"{self.name}.safetensors"
-            with writing(path):
-                self.model.save(path)
-            path = path.with_stem(f"{self.name}-ema")
-            with writing(path), self.ema.applied():
-                self.model.save(path)
+        self._write_model("")
+        with self.ema.applied():
+            self._write_model("-ema")
+
+    def _write_model(self, which: str) -> None:
+        path = self.results_folder / f"{self.name}{which}.safetensors"
+        with writing(path):
+            self.model.save(path)
 
     def autocast(self) -> AbstractContextManager:
         """Half precision where it is safe, if ``mixed_precision`` says so."""
@@ -524,6 +526,7 @@ class Trainer:
         Returns:
             the gradient norm before clipping: the same on all processes.
         """
+        self.changing()
         parameters = [p for p in self.wrapped[name].parameters() if p.requires_grad]
         norm = self.parallel.clip(parameters, self.max_grad_norm)
         # fp16's scaler skips its own overflows, which are no fault unless the loss was one before
@@ -603,16 +606,27 @@ class Trainer:
                 module.eval()
             torch.manual_seed(self.seed)
             if self._valid_loader is not None:
-                with self.autocast():
+                with self.autocast(), self.stop.free():
                     figures = self.validate(self._valid_loader)
+                if self._is_best(figures):
+                    self._write_model("-best")
                 self.log.add(
                     self.step, {f"valid_{k}": v for k, v in figures.items()}, self.codes_full()
                 )
             path = self.results_folder / "samples" / f"{self.name}-{self.step:08d}.png"
-            with writing(path):
+            with writing(path), self.stop.free():
                 self.draw(path)
             for module in modules:
                 module.train()
+
+    def _is_best(self, figures: dict[str, float]) -> bool:
+        """Whether a validation is better than all before it, which stand in the log."""
+        name, sign = self.judged_by
+        value, earlier = (
+            figures.get(name, math.nan),
+            self.log.health.curves.get(f"valid_{name}", []),
+        )
+        return math.isfinite(value) and all(sign * value > sign * past for _, past in earlier)
 
     def _gpus(self) -> list[torch.device]:
         return [self.device] if self.device.type == "cuda" else []
@@ -644,6 +658,7 @@ class Trainer:
         }
         self.checkpoints.save(tree, self.step)
         self._saved_at = self.step
+        self._write_weights()
 
     def _load_checkpoint(self, path: Path) -> None:
         tree = self.checkpoints.load(path)

@@ -91,6 +91,7 @@ class VQGanVAETrainer(Trainer):
     """
 
     name = "vae"
+    judged_by = ("psnr", 1)
     shown = ("loss", "psnr", "codebook_usage", "grad_norm")
 
     def __init__(
@@ -187,6 +188,7 @@ class VQGanVAETrainer(Trainer):
                     "nothing to train: all parameters of the tokenizer are frozen, as by a MaskGit "
                     "that uses it; call vae.requires_grad_(True) first"
                 )
+        self._ids: list[Tensor] = []  # of this step's images
         processes = self.parallel.world
         self.usage = CodeUsage(vae.codebook_size, self.device, processes)
 
@@ -253,6 +255,10 @@ class VQGanVAETrainer(Trainer):
                 note(terms)
                 if judge is not None:
                     pairs.append((images, recon.detach()))
+            self.changing()  # the codes learn as the block ends
+        for ids in self._ids:
+            self.usage.see(ids)
+        self._ids.clear()
         totals["grad_norm"] = self.optimizer_step("vae")
 
         means = torch.zeros(2, device=self.device)  # scores of real and of generated patches
@@ -302,7 +308,7 @@ class VQGanVAETrainer(Trainer):
             terms["gan_weight"] = weight
             loss = loss + weight * terms["generator"]
         loss = loss + quantized.loss
-        self.usage.see(quantized.ids)
+        self._ids.append(quantized.ids)
         error = (recon.detach().clamp(0, 1) - images).square().mean(dim=(1, 2, 3))
         terms["psnr"] = _psnr(error)
         return recon, terms | quantized.terms | {"loss": loss}

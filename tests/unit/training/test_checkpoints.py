@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,6 @@ def test_an_interrupted_tokenizer_run_ends_as_an_unbroken_one(
     torch.manual_seed(0)
     interrupt(trainer("broken", 0), step=3)
     assert last_checkpoint(tmp_path / "broken")["step"] == 3
-    assert not (tmp_path / "broken" / "vae.safetensors").exists()
     trainer("broken", seed=1, resume=True).train()
     assert_same(last_state(tmp_path / "broken"), last_state(tmp_path / "unbroken"))
     assert_same(
@@ -188,6 +188,7 @@ def test_the_run_keeps_its_last_checkpoints_and_removes_nothing_else(images: Pat
         "metrics.jsonl",
         "mine.safetensors",
         "report.html",
+        "vae-best.safetensors",
         "vae-checkpoint-00000003.safetensors",
         "vae-checkpoint-00000008.safetensors",
         "vae-checkpoint-00000009.safetensors",
@@ -196,6 +197,53 @@ def test_the_run_keeps_its_last_checkpoints_and_removes_nothing_else(images: Pat
         "vae-run.json",
         "vae.safetensors",
     ]
+
+
+def test_a_stopped_run_leaves_weights(images: Path, tmp_path: Path):
+    """At the end, after a stop, and beside every checkpoint: always those of the same step."""
+    results, seen = tmp_path / "r", []
+    trainer = vae_trainer(images, results, num_train_steps=9, save_every=2)
+    train_step = trainer.train_step
+
+    def looking(batches: Any) -> Any:
+        if trainer.step == 2:
+            seen.append(VQGanVAE.from_pretrained(results / "vae.safetensors"))
+            assert_same(dict(seen[0].state_dict()), dict(trainer.vae.state_dict()))
+        return train_step(batches)
+
+    trainer.train_step = looking  # type: ignore[method-assign]
+    interrupt(trainer, step=5)
+    assert len(seen) == 1
+    for name, state in (("vae", trainer.vae.state_dict()), ("vae-ema", trainer.ema.average)):
+        model = VQGanVAE.from_pretrained(results / f"{name}.safetensors")
+        assert_same(dict(model.state_dict()), dict(state))
+
+
+def test_the_best_weights_stay_beside_the_newest(images: Path, tmp_path: Path):
+    """Best is judged over the whole run, also where it was resumed."""
+    settings: dict[str, Any] = dict(num_train_steps=6, sample_every=1, valid_fraction=0.3)
+    figures, kept = iter([1.0, 3.0, 2.0, 2.5, 4.0, math.nan]), {}
+
+    def judged(**changes: Any) -> VQGanVAETrainer:
+        trainer = vae_trainer(images, tmp_path / "r", **settings, **changes)
+
+        def validate(loader: Any) -> dict[str, float]:
+            kept[trainer.step] = {k: v.clone() for k, v in trainer.vae.state_dict().items()}
+            return {"psnr": next(figures)}
+
+        trainer.validate = validate  # type: ignore[method-assign]
+        return trainer
+
+    def best() -> dict[str, Any]:
+        path = tmp_path / "r" / "vae-best.safetensors"
+        return dict(VQGanVAE.from_pretrained(path).state_dict())
+
+    interrupt(judged(), step=3)
+    assert_same(best(), kept[2])
+    interrupt(judged(resume=True), step=4)
+    assert_same(best(), kept[2])  # 2.5 is better than what this life has seen, not than 3
+    judged(resume=True).train()
+    assert_same(best(), kept[5])
 
 
 def test_saved_weights_load_as_models(images: Path, tmp_path: Path, t5: str):
