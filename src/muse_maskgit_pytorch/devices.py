@@ -21,8 +21,11 @@ def pick_device(name: str | None = None) -> torch.device:
     """
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError) as error:  # both, depending on how torch was built
+        device = torch.zeros(1, device=name).device
+        if device.type == "meta":
+            raise RuntimeError("it holds shapes without numbers")
+        return device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # as torch was built
         raise ValueError(f"--device {name!r} cannot be used: {error}") from error
 
 

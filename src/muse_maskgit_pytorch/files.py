@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .arguments import as_path
+from .arguments import as_path, shown
 
 
 @contextmanager
@@ -24,6 +25,9 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Args:
         path: where to; its folder is made. The temporary path has the same name and ending.
+
+    Raises:
+        OSError: naming ``path``, also where the one who writes, a full disk say, names no file.
     """
     path = as_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,8 +40,48 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.filename is not None and folder.name not in str(error.filename):
+            raise  # about another file
+        if error.errno is None:  # some libraries say it in words alone
+            raise OSError(f"{path} cannot be written: {error}") from error
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_output(name: str, value: object, ending: str | None = None, folder: bool = False) -> Path:
+    """A place for a result, checked before the work: nothing is written, and no folder made.
+
+    Args:
+        name: of the argument, for messages.
+        value: the path; ``~`` is the home folder.
+        ending: that a file must have, such as ".png", in capitals or not.
+        folder: whether it is to be a folder of files, and not a file.
+
+    Raises:
+        ValueError: another ending, a folder in the place of a file or a file in that of a folder,
+            a place that cannot be written.
+    """
+    path = as_path(value, name)
+    if ending is not None and path.suffix.lower() != ending:
+        raise ValueError(f"{name} {shown(str(path))} must end in {ending}")
+    if not folder and path.is_dir():
+        raise ValueError(f"{name} {shown(str(path))} is a folder: give the name of a file")
+    place = path if folder else path.parent
+    while not os.path.lexists(place) and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise ValueError(f"{name} {shown(str(path))}: {shown(str(place))} is no folder")
+    try:
+        with tempfile.TemporaryFile(dir=place):  # the only way to know
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{name} {shown(str(path))}: nothing can be written in {shown(str(place))} "
+            f"({error.strerror})"
+        ) from error
+    return path
 
 
 def digest_state(state: Mapping[str, Tensor], prefix: str = "") -> str:
@@ -69,7 +113,7 @@ def digest_text(text: str) -> str:
 
 def digest_file(path: str | os.PathLike[str]) -> str:
     """SHA-256 of a file's content, 64 hexadecimal digits."""
-    with open(path, "rb") as file:
+    with open(as_path(path), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -32,7 +32,7 @@ import torch
 from PIL import Image
 
 from . import __version__
-from .arguments import Missing, printable, with_names, without_functions
+from .arguments import Missing, as_path, printable, with_names, without_functions
 from .checkpoint import Saveable, weights_key
 from .files import digest_state
 from .images import read_record, record_of, set_record
@@ -206,11 +206,12 @@ def read_records(path: str | PathLike[str]) -> list[Record]:
     Raises:
         ValueError: not an image, one without a record, or with one that is damaged or not ours.
     """
+    path = as_path(path)
     text = read_record(path)
     if text is None:
         raise ValueError(
-            f"{path} does not say how it was drawn: only PNG files written by this package do "
-            "(other programs may have removed it)"
+            f"{printable(str(path))} does not say how it was drawn: only PNG files written by this "
+            "package do (other programs may have removed it)"
         )
     return from_json(text, path)
 

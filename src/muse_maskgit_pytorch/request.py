@@ -155,6 +155,11 @@ class Request:
         assert isinstance(seeds, list)
         return seeds
 
+    def with_seeds(self, seeds: Sequence[int]) -> Request:
+        """The same, drawn with other seeds in every stage."""
+        options = {name: given.replace(seeds=list(seeds)) for name, given in self.options.items()}
+        return replace(self, options=options)
+
     def in_stream(self, stream: str) -> Request:
         """The same, drawn with another of the seeds' streams of random numbers (`stream_seed`)."""
         options = {

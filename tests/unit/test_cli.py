@@ -501,6 +501,249 @@ def test_more_than_is_sensible_needs_a_switch(muse_file, tmp_path: Path, capsys,
     assert main([*make, "--base.timesteps=9", "--large=true"]) == 0
 
 
+# Files -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def nothing_drawn(monkeypatch):
+    """Drawing, or opening a model, fails the test."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("work before the outputs were checked")
+
+    monkeypatch.setattr(drawing, "open_model", refuse)
+    monkeypatch.setattr(generating, "open_model", refuse)
+
+
+@pytest.mark.parametrize("command", [["generate", "a"], ["edit", "vary", "x.png"]])
+@pytest.mark.parametrize(
+    "output, says",
+    [
+        ("--out={}/folder.png", "is a folder: give the name of a file"),
+        ("--out={}/file/a.png", "file' is no folder"),
+        ("--out=/proc/a.png", "nothing can be written in '/proc'"),
+        ("--out=/proc/new/deep/a.png", "nothing can be written in '/proc'"),
+        ("--each={}/file", "file' is no folder"),
+        ("--each=/proc/each", "nothing can be written in '/proc'"),
+    ],
+)
+def test_an_impossible_output_is_refused_before_any_work(
+    command, output, says, nothing_drawn, tmp_path: Path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "file").touch()
+    assert says in fails([*command, output.format(tmp_path)], capsys)
+    assert {path.name for path in tmp_path.iterdir()} == {"folder.png", "file"}
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["generate", "a", "--gif=/proc/a.gif"],
+        ["bundle", "--base=b.safetensors", "--out=/proc/a.safetensors"],
+        ["bundle", "--base=b.safetensors", "--out=a.bin"],
+        ["tune", "--model=emoji", "--folder=f", "--preset=p", "--out=/proc/a.safetensors"],
+        ["tune", "--model=emoji", "--folder=f", "--preset=p", "--results=/proc/a"],
+        ["eval", "vae", "--vae=emoji:base", "--folder=f", "--image_size=8", "--out=/proc/a.json"],
+    ],
+)
+def test_so_is_one_of_another_command(argv, nothing_drawn, capsys):
+    error = fails(argv, capsys)
+    assert "nothing can be written in '/proc'" in error or "must end in .safetensors" in error
+
+
+def test_a_failing_output_does_not_take_the_others_with_it(
+    muse_file: Path, tmp_path: Path, capsys, monkeypatch
+):
+    def full(image, path, *args):
+        if "002" in Path(path).name or Path(path).suffix == ".gif":
+            raise OSError(28, "No space left on device", str(path))
+        return save(image, path)
+
+    save = save_png
+    monkeypatch.setattr(generating, "save_png", full)
+    monkeypatch.setattr(generating, "save_gif", full)
+    make = ["generate", "a", "b", f"--model={muse_file}", f"--gif={tmp_path}/a.gif"]
+    assert main([*make, f"--out={tmp_path}/a.png", f"--each={tmp_path}/each"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "No space left on device" in error
+    assert "002-b.png" in error
+    assert "a.gif" in error
+    assert read_records(tmp_path / "a.png")[0].prompts == ["a", "b"]
+    assert [path.name for path in (tmp_path / "each").iterdir()] == ["001-a.png"]
+
+
+@pytest.mark.parametrize("seed", [["--seed=5"], []])
+def test_many_pictures_are_written_as_they_are_drawn(
+    muse_file: Path, tmp_path: Path, capsys, monkeypatch, seed
+):
+    """An interrupted start leaves them, another one goes on."""
+    monkeypatch.setattr(generating, "SHEET", 6)
+    (tmp_path / "p.txt").write_text("\n".join(f"a {i}" for i in range(8)))
+    make = ["generate", f"--file={tmp_path}/p.txt", f"--model={muse_file}", "--batch_size=2", *seed]
+    each = tmp_path / "each"
+    assert "too many for one sheet" in fails([*make, f"--out={tmp_path}/a.png"], capsys)
+    make += [f"--each={each}", f"--out={tmp_path}/a.png"]
+    drawn: list[list[str]] = []
+
+    def drawing_until(stop: int):
+        def draw(self, request, *args):
+            drawn.append(request.prompts)
+            if len(drawn) > stop:
+                raise KeyboardInterrupt
+            return real(self, request, *args)
+
+        return draw
+
+    real = Muse.draw
+    monkeypatch.setattr(Muse, "draw", drawing_until(3))
+    assert main(make) == 130
+    assert "6 of 8 pictures are there" in capsys.readouterr().err
+    names = [f"00{i + 1}-a-{i}.png" for i in range(8)]
+    assert sorted(path.name for path in each.iterdir()) == names[:6]
+    before = {path.name: path.read_bytes() for path in each.iterdir()}
+
+    (each / names[2]).write_bytes(before[names[2]][:-60])  # damaged: its batch is drawn again
+    drawn.clear()
+    monkeypatch.setattr(Muse, "draw", drawing_until(99))
+    assert main(make) == 0
+    output = capsys.readouterr()
+    assert drawn == [["a 2", "a 3"], ["a 6", "a 7"]]
+    assert output.out == f"{each}\n"
+    assert "8 of 8 pictures are there, 4 of them from an earlier start" in output.err
+    assert not (tmp_path / "a.png").exists()
+    after = {path.name: path.read_bytes() for path in each.iterdir()}
+    assert sorted(after) == names
+    kept = [name for name in before if seed or name not in names[2:4]]
+    assert all(after[name] == before[name] for name in kept)
+
+    drawn.clear()  # all are there: with a seed they stay, without one others are wanted
+    assert main([*make, "--base.timesteps=3"]) == 0
+    assert len(drawn) == (0 if seed else 4)
+    drawn.clear()
+    assert main([*make, "--base.timesteps=2"]) == 0
+    assert len(drawn) == 4  # they are others
+
+
+def test_an_interrupted_sheet_shows_what_was_drawn(muse_file: Path, tmp_path: Path, monkeypatch):
+    def draw(self, request, *args):
+        if "c" in request.prompts:
+            raise KeyboardInterrupt
+        return real(self, request, *args)
+
+    real = Muse.draw
+    monkeypatch.setattr(Muse, "draw", draw)
+    make = ["generate", *"abcd", f"--model={muse_file}", "--batch_size=2"]
+    assert main([*make, f"--out={tmp_path}/a.png"]) == 130
+    assert read_records(tmp_path / "a.png")[0].prompts == ["a", "b"]
+
+
+def test_names_of_files_sort_and_fit_a_disk():
+    names = [path.name for path in drawing.each_files(Path("x"), ["a"] * 1200)]
+    assert names == sorted(names)
+    assert names[0] == "0001-a.png"
+    [path] = drawing.each_files(Path("x"), ["caf\udce9 " + "\U00010330" * 60])
+    assert len(path.name.encode()) < 200
+    assert path.name.startswith("001-caf-\U00010330")
+
+
+def test_the_home_folder(muse_file: Path, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "o.yaml").write_text("out: ~/out.png\neach: ~/each")
+    make = ["generate", "a", "--seed=1", f"--model={muse_file}", "--config=~/o.yaml"]
+    assert main(make) == 0
+    assert (tmp_path / "out.png").exists()
+    assert (tmp_path / "each" / "001-a.png").exists()
+    assert main(["inspect", "~/out.png"]) == 0
+    vary = ["edit", "vary", "~/out.png", f"--model={muse_file}", "--out=~/b.png"]
+    assert main(vary) == 0
+    like = ["generate", "--like=~/out.png", f"--model={muse_file}", "--out=~/c.png"]
+    assert main(like) == 0
+    assert main(["inspect", "~/out.png", "--json=true"]) == 0
+    capsys.readouterr()
+    assert "would be overwritten" in fails([*vary, "--out=~/out.png"], capsys)
+    assert not (tmp_path / "~").exists()
+
+
+# Streams ----------------------------------------------------------------------------------------
+
+
+def test_the_model_that_draws_is_named(muse_file: Path, tmp_path: Path, capsys):
+    assert main(["generate", "a", f"--model={muse_file}", f"--out={tmp_path}/a.png"]) == 0
+    output = capsys.readouterr()
+    assert output.out == f"{tmp_path}/a.png\n"
+    name = Muse.from_pretrained(muse_file).fingerprint
+    assert f"muse: drawing with {muse_file}, {name}, on cpu\n" in output.err
+    config = generating.generate_parser().read(["a"])
+    drawing.announce(config, Muse.from_pretrained(muse_file))
+    assert "the shipped model emoji (--model FILE draws with" in capsys.readouterr().err
+
+
+def test_a_negative_prompt_in_brackets_is_a_text():
+    def given(value: str) -> Any:
+        return generating.generate_parser().read(["a", "--negative", value]).negative
+
+    assert given("[a, b]") == "[a, b]"
+    assert given('["a", "b"]') == ["a", "b"]
+    assert given("no") == "no"
+    assert given("2024") == "2024"
+
+
+def test_standard_input_that_is_closed(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", None)
+    assert "standard input, which is closed" in fails(["generate", "-"], capsys)
+
+
+def test_a_device_without_numbers(muse_file: Path, capsys):
+    error = fails(["generate", "a", f"--model={muse_file}", "--device=meta"], capsys)
+    assert "--device 'meta' cannot be used" in error
+
+
+def test_a_terminal_without_the_letters_and_a_reader_that_leaves(tmp_path: Path):
+    """Of `muse inspect`: the first is shown by numbers, the second no error."""
+    options = {"base": SampleOptions(seeds=[1]).with_rows(1)}
+    request = Request(prompts=["日本 é"], negatives=None, options=options, image_size=(16, 16))
+    image = Image.new("RGB", (2, 2))
+    set_record(image, to_json([Record(request, (0,), "0a", {"torch": "2"})]))
+    path = save_png(image, tmp_path / "é.png")
+    source = str(Path(__file__).parents[2] / "src")
+    plain = {**os.environ, "PYTHONPATH": source, "PYTHONIOENCODING": "ascii:strict"}
+    code = (
+        "import os, sys; from muse_maskgit_pytorch.cli.main import main\n"
+        "words = sys.argv[1:]; code = main(words); code += main([*words, '--json', 'true'])\n"
+        "read, write = os.pipe(); os.dup2(write, 1); os.close(read)\n"
+        "code = code * 1000 + main(words); os._exit(0 if code == 141 else 1)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "inspect", str(path)],
+        env=plain,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "\\u65e5\\u672c \\xe9" in done.stdout
+    document = done.stdout[done.stdout.index("{") :]
+    assert json.loads(document)["drawings"][0]["prompts"] == ["日本 é"]
+
+
+def test_what_should_not_happen_and_what_has_no_room(monkeypatch, capsys):
+    def failing(error: Exception):
+        def broken(argv):
+            raise error
+
+        monkeypatch.setattr(generating, "inspect", broken)
+
+    failing(KeyError("x"))
+    assert main(["inspect"]) == 1
+    assert "this should not have happened: KeyError: 'x'" in capsys.readouterr().err
+    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")):
+        failing(error)
+        assert "more memory than there is" in fails(["inspect"], capsys)
+
+
 # Keys ------------------------------------------------------------------------------------------
 
 PARSERS = {

@@ -50,3 +50,14 @@ def test_what_a_digest_sees():
 def test_the_digest_of_a_file(tmp_path):
     (tmp_path / "a").write_bytes(b"abc")
     assert digest_file(tmp_path / "a") == hashlib.sha256(b"abc").hexdigest()
+
+
+def test_a_full_disk_names_the_file(tmp_path):
+    """The one who writes may not: Pillow's and the system's errors have no name."""
+    for error in (OSError(28, "No space left on device"), OSError("encoder error -2")):
+        with pytest.raises(OSError, match=r"a\.png") as caught, replacing(tmp_path / "a.png"):
+            raise error
+        assert caught.value.errno == error.errno
+    with pytest.raises(OSError, match="other"), replacing(tmp_path / "a.png"):
+        (tmp_path / "other").read_text()
+    assert list(tmp_path.iterdir()) == []

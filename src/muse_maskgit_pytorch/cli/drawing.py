@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import re
+import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import Namespace
 from tqdm.auto import tqdm
 
+from ..arguments import printable
+from ..files import check_output
 from ..loading import open_model
 from ..muse import Muse
 from ..request import Request
 from ..sampling import SampleOptions, per_row
 from ..structures import SampleStep
 from .parser import Parser, stated
+
+SHIPPED_MODEL = "emoji"
 
 
 def add_options(parser: Parser, base: Collection[str] | None = None) -> None:
@@ -28,11 +35,13 @@ def add_options(parser: Parser, base: Collection[str] | None = None) -> None:
     parser.add_argument(
         "--model",
         type=str,
-        default="emoji",
+        default=SHIPPED_MODEL,
         help="name of a shipped model, file of a whole model or of a base stage, or hub repository",
     )
     parser.add_argument(
-        "--negative", type=list[str] | str | None, help="what to stay away from: for all, or each"
+        "--negative",
+        type=_texts,
+        help='what to stay away from, for all; or for each, as a list: \'["a text", ""]\'',
     )
     parser.add_argument(
         "--seed", type=int | list[int] | None, help="s for s, s + 1, ..., or one for each picture"
@@ -64,18 +73,20 @@ def add_options(parser: Parser, base: Collection[str] | None = None) -> None:
 
 
 def check_options(config: Namespace, endings: dict[str, str]) -> None:
-    """Refuse what can be refused before any work.
+    """Refuse what can be refused before any work, and make paths of the names of files.
 
     Args:
         config: of `add_options`.
         endings: of the files to write, by the option that names them.
 
     Raises:
-        ValueError: a file of another kind, an empty batch.
+        ValueError: a file of another kind, a place that cannot be written, an empty batch.
     """
     for name, ending in endings.items():
-        if config[name] and Path(config[name]).suffix.lower() != ending:
-            raise ValueError(f"--{name} {config[name]!r} must end in {ending}")
+        if config[name] is not None:
+            config[name] = check_output(f"--{name}", config[name], ending)
+    if config.each is not None:
+        config.each = check_output("--each", config.each, folder=True)
     if config.batch_size < 1:
         raise ValueError(f"--batch_size must be at least 1, not {config.batch_size}")
 
@@ -126,11 +137,61 @@ def num_steps(request: Request) -> int:
     return sum(max(per_row(o.timesteps, len(request), "")) for o in request.options.values())
 
 
-def each_files(folder: str, labels: Sequence[str]) -> list[Path]:
-    """A file for every picture, named by its number and its label."""
+def each_files(folder: Path, labels: Sequence[str]) -> list[Path]:
+    """A file for every picture, named by its number and its label; the names sort."""
+    digits = max(3, len(str(len(labels))))
     words = ("-".join(re.findall(r"\w+", label))[:60] for label in labels)
-    names = (f"{number:03d}-{word}".rstrip("-") for number, word in enumerate(words, 1))
-    return [Path(folder) / f"{name}.png" for name in names]
+    # a name has at most 255 bytes, and letters of most scripts take several
+    short = (word.encode()[:150].decode(errors="ignore") for word in words)
+    names = (f"{number:0{digits}d}-{word}".rstrip("-") for number, word in enumerate(short, 1))
+    return [folder / f"{name}.png" for name in names]
+
+
+def announce(config: Namespace, model: Muse) -> None:
+    """Say on standard error which model draws; standard output is for the names of files."""
+    name = printable(config.model, 200)
+    if config.model == SHIPPED_MODEL:
+        name = f"the shipped model {name} (--model FILE draws with your own)"
+    note(f"drawing with {name}, {model.fingerprint}, on {model.device}")
+
+
+def note(text: str) -> None:
+    """A line on standard error."""
+    print(f"muse: {text}", file=sys.stderr)
+
+
+class Outputs:
+    """The files that a command writes: one that fails does not take the others with it."""
+
+    def __init__(self) -> None:
+        self.failed: list[str] = []
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        """Write one of them in the block."""
+        try:
+            yield
+        except OSError as error:
+            self.failed.append(str(error))
+
+    def check(self) -> None:
+        """Raises:
+        OSError: what could not be written, when all others are.
+        """
+        if self.failed:
+            raise OSError("; ".join(self.failed))
+
+
+def _texts(value: Any) -> list[str] | str:
+    """A text, or a list of texts in YAML or in JSON; "[a, b]" is a text."""
+    if not isinstance(value, str):
+        return [str(text) for text in value]
+    try:
+        listed = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    good = isinstance(listed, list) and all(isinstance(text, str) for text in listed)
+    return listed if good else value
 
 
 @contextmanager

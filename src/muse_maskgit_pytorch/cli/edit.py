@@ -13,18 +13,20 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import wraps
-from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
 from PIL import Image, ImageOps
 
 from .. import editing
+from ..arguments import as_path
 from ..images import image_grid, read_image, record_of, save_png
 from ..provenance import Record, from_json
 from ..request import Request
 from .drawing import (
+    Outputs,
     add_options,
+    announce,
     check_options,
     each_files,
     new_requests,
@@ -222,10 +224,13 @@ def read_picture(config: Namespace) -> Image.Image:
     names = labels(config)
     if len(names) > RESULTS:
         raise ValueError(f"a sheet shows up to {RESULTS} results, not {len(names)}: ask for fewer")
+    given = {name: config.get(name) for name in ("picture", "white", "transparent")}
+    for name, value in given.items():
+        if value:
+            config[name] = given[name] = as_path(value, name)
     picture = read_image(config.picture)
-    given = [config.picture, config.get("white"), config.get("transparent")]
-    sources = [Path(name) for name in given if name and Path(name).exists()]
-    for file in [Path(config.out), *(each_files(config.each, names) if config.each else [])]:
+    sources = [path for path in given.values() if path and path.exists()]
+    for file in [config.out, *(each_files(config.each, names) if config.each else [])]:
         if file.exists() and any(file.samefile(source) for source in sources):
             raise ValueError(
                 f"{file} is one of the given files and would be overwritten: choose another --out "
@@ -298,6 +303,7 @@ def draw(
     prompts = [prompt for prompt in config.prompts or [""] for _ in range(config.count)]
     model = open_drawing_model(config)
     requests = new_requests(prompts, config, model)
+    announce(config, model)
     images: list[Image.Image] = []
     total = None if steps is None else sum(map(steps, requests))
     with progress(total) as bar, warnings.catch_warnings():
@@ -335,10 +341,11 @@ def write(config: Namespace, results: list[Image.Image], *given: Image.Image) ->
         results: in the order of `labels`.
         *given: what a sheet begins with: the picture, and maybe its masked form.
     """
-    names = labels(config)
+    names, outputs = labels(config), Outputs()
     if config.each:
-        for image, file in zip(results, each_files(config.each, names), strict=True):
-            save_png(image, file)
+        with outputs.one():
+            for image, file in zip(results, each_files(config.each, names), strict=True):
+                save_png(image, file)
     out = results[0]
     if len(results) > 1:
         captions = ["given", "masked"][: len(given)]
@@ -347,5 +354,7 @@ def write(config: Namespace, results: list[Image.Image], *given: Image.Image) ->
             captions.append(f"seed {drawn.request.seeds[drawn.rows[0]]}{name}")
         images = [*given, *results]
         out = image_grid(images, math.ceil(math.sqrt(len(images))), captions)
-    save_png(out, config.out)
+    with outputs.one():
+        save_png(out, config.out)
+    outputs.check()
     print(config.out)

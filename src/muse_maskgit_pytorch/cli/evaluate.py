@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 from PIL import Image
@@ -13,7 +12,7 @@ from ..data.folder import ImageFolder
 from ..devices import pick_device
 from ..evaluation import Metric, evaluate_tokenizer
 from ..features import LITE, FeatureNet, FeatureNetError
-from ..files import replacing
+from ..files import check_output, replacing
 from ..foreign import load_tokenizer
 from ..images import image_grid
 from ..vqgan_vae import ImageTokenizer
@@ -52,8 +51,8 @@ def eval_vae_parser() -> Parser:
 def eval_vae(argv: list[str]) -> None:
     config = eval_vae_parser().read(argv)
     for option, ending in {"out": ".json", "picture": ".png"}.items():
-        if config[option] and Path(config[option]).suffix.lower() != ending:
-            raise ValueError(f"--{option} {config[option]!r} must end in {ending}")
+        if config[option] is not None:
+            config[option] = check_output(f"--{option}", config[option], ending)
     device = pick_device(config.device)
     vae = load_tokenizer(config.vae)
     vae.fmap_size(config.image_size)

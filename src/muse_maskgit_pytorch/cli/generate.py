@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,22 +17,32 @@ import torch
 from jsonargparse import Namespace
 from PIL import Image
 
-from ..arguments import printable
+from ..arguments import as_path, printable
 from ..conditioning import one_each
+from ..files import check_output
 from ..foreign import load_tokenizer
-from ..images import image_grid, read_record, save_gif, save_png
+from ..images import image_grid, read_record, record_of, save_gif, save_png
 from ..loading import open_model
 from ..maskgit import MaskGit
 from ..muse import Muse
-from ..provenance import Record, attach_to_sheet, read_records, warn_of_other_bits
+from ..provenance import (
+    Record,
+    attach_to_sheet,
+    from_json,
+    read_records,
+    warn_of_other_bits,
+)
 from ..request import Request
 from ..sampling import ROW_WISE, row_seeds
 from ..structures import SampleStep
 from .drawing import (
+    Outputs,
     add_options,
+    announce,
     check_options,
     each_files,
     new_requests,
+    note,
     num_steps,
     open_drawing_model,
     progress,
@@ -40,7 +50,9 @@ from .drawing import (
 from .film import Film
 from .parser import Parser, stated
 
+SHEET = 256  # pictures on one that can still be looked at
 GIF_PICTURES = 64  # more would be a large file of small pictures
+Job = tuple[Request, Sequence[int]]  # a batch, and which of its pictures are wanted
 ROWS, LINE = 100, 2000  # what `muse inspect` shows of a file: pictures, and characters of a line
 
 
@@ -70,7 +82,7 @@ def generate_parser() -> Parser:
 
 def generate(argv: list[str]) -> None:
     config = generate_parser().read(argv)
-    prompts, out = _prompts(config), Path(config.out)
+    prompts = _prompts(config)
     if not (prompts or config.like) or not all(prompt.strip() for prompt in prompts):
         raise ValueError('give at least one prompt, and no empty one: muse generate "a red heart"')
     check_options(config, {"out": ".png", "gif": ".gif"})
@@ -79,39 +91,119 @@ def generate(argv: list[str]) -> None:
     model = open_drawing_model(config)
     for record in like:
         record.check(model.fingerprint, config.like)
+    jobs: list[Job]
     if like:
         jobs = _again(like, prompts, config, model)
     else:
-        jobs = [(request, range(len(request))) for request in new_requests(prompts, config, model)]
+        jobs = [(batch, range(len(batch))) for batch in new_requests(prompts, config, model)]
     captions = [(request.prompts or [])[row] for request, rows in jobs for row in rows]
     if config.gif and len(captions) > GIF_PICTURES:
         raise ValueError(f"--gif shows up to {GIF_PICTURES} pictures, not {len(captions)}")
+    if len(captions) > SHEET and not config.each:
+        raise ValueError(
+            f"{len(captions)} pictures are too many for one sheet, which shows up to {SHEET}: "
+            "--each FOLDER writes every picture as its own file"
+        )
+    announce(config, model)
+    _draw(jobs, captions, config, model)
 
+
+def _draw(jobs: list[Job], captions: list[str], config: Namespace, model: Muse) -> None:
+    """Draw and write, batch by batch; of many pictures no more than a batch is held.
+
+    What was drawn before Ctrl-C, or before an error, is written too. The pictures of --each that
+    an earlier start has written are not drawn again.
+    """
+    files = each_files(config.each, captions) if config.each else []
+    sheet = len(captions) <= SHEET
+    # Without a seed every start draws other pictures: it goes on only where one has stopped.
+    go_on = bool(files) and not config.gif
+    go_on = go_on and (config.seed is not None or not all(file.exists() for file in files))
+    outputs = Outputs()
     images: list[Image.Image] = []
     films: list[list[Image.Image]] = []  # the frames of each picture
-    with progress(sum(num_steps(request) for request, _ in jobs)) as bar:
-        for request, rows in jobs:
-            film = Film(model, rows, request.image_size) if config.gif else None
+    done = kept = 0
+    try:
+        with progress(sum(num_steps(request) for request, _ in jobs)) as bar:
+            for request, rows in jobs:
+                here = files[done : done + len(rows)]
+                old = _written(request, rows, here, config, model) if go_on and here else None
+                if old:
+                    batch = old
+                    kept += len(rows)
+                else:
+                    batch, strips = _draw_batch(request, rows, bool(config.gif), model, bar)
+                    films += strips
+                if sheet:
+                    images += batch
+                done += len(rows)
+                if here and not old:
+                    try:
+                        for image, file in zip(batch, here, strict=True):
+                            save_png(image, file)
+                    except OSError as error:
+                        if not sheet:
+                            raise
+                        outputs.failed.append(str(error))
+                        files = []  # the others would fail alike
+    finally:
+        if kept or 0 < done < len(captions):
+            there = f", {kept} of them from an earlier start" if kept else ""
+            note(f"{done} of {len(captions)} pictures are there{there}")
+        if images:
+            if films:
+                with outputs.one():
+                    longest = max(map(len, films))
+                    films = [film + film[-1:] * (longest - len(film)) for film in films]
+                    frames = zip(*films, strict=True)
+                    shown = captions[: len(images)]
+                    save_gif([_sheet(list(frame), shown) for frame in frames], config.gif)
+            with outputs.one():
+                save_png(_sheet(images, captions[: len(images)]), config.out)
+    outputs.check()
+    if not sheet:
+        note(f"a sheet shows up to {SHEET} pictures: {config.out} is not written")
+    print(config.out if sheet else config.each)
 
-            def callback(step: SampleStep, film: Film | None = film) -> None:
-                bar(step)
-                if film is not None:
-                    film.add(step)
 
-            batch = model.pictures(model.draw(request, callback))
-            images += [batch[row] for row in rows]
-            films += film.strips() if film else []
-    if config.each:
-        for image, file in zip(images, each_files(config.each, captions), strict=True):
-            save_png(image, file)
-    if config.gif:
-        longest = max(map(len, films))
-        films = [film + film[-1:] * (longest - len(film)) for film in films]
-        save_gif(
-            [_sheet(list(frames), captions) for frames in zip(*films, strict=True)], config.gif
-        )
-    save_png(_sheet(images, captions), out)
-    print(out)
+def _draw_batch(
+    request: Request,
+    rows: Sequence[int],
+    with_film: bool,
+    model: Muse,
+    bar: Callable[[SampleStep], None],
+) -> tuple[list[Image.Image], list[list[Image.Image]]]:
+    """Some pictures of a batch, and if wanted the frames of each."""
+    film = Film(model, rows, request.image_size) if with_film else None
+
+    def callback(step: SampleStep) -> None:
+        bar(step)
+        if film is not None:
+            film.add(step)
+
+    batch = model.pictures(model.draw(request, callback))
+    return [batch[row] for row in rows], film.strips() if film else []
+
+
+def _written(
+    request: Request, rows: Sequence[int], files: list[Path], config: Namespace, model: Muse
+) -> list[Image.Image] | None:
+    """The pictures of a batch from their files, if all are there and are the wanted ones."""
+    images: list[Image.Image] = []
+    for row, file in zip(rows, files, strict=True):
+        try:
+            with Image.open(file, formats=["PNG"]) as image:
+                image.load()
+            [record] = from_json(record_of(image) or "", file)
+        except (OSError, ValueError, SyntaxError):  # not there, damaged, another picture
+            return None
+        if not images and config.seed is None and not config.like:
+            request = request.with_seeds(record.request.seeds)  # those of the first start
+        wanted = Record(request, (row,), model.fingerprint, record.made_by)
+        if record != wanted.allowing(False):
+            return None
+        images.append(image)
+    return images
 
 
 def inspect_parser() -> Parser:
@@ -123,12 +215,12 @@ def inspect_parser() -> Parser:
 
 def inspect(argv: list[str]) -> None:
     config = inspect_parser().read(argv)
-    for path in config.pictures:
+    for path in map(as_path, config.pictures):
         records = read_records(path)
         if config.json:
             print(_safe_json(json.loads(read_record(path) or "")))
             continue
-        print(printable(path))
+        print(printable(str(path)))
         left = ROWS
         for record in records:
             made = ", ".join(f"{name} {value}" for name, value in record.made_by.items())
@@ -191,6 +283,7 @@ def bundle_parser() -> Parser:
 
 def bundle(argv: list[str]) -> None:
     config = bundle_parser().read(argv)
+    out = check_output("--out", config.out, ".safetensors")
     model = open_model(config.base)
     if config.superres:
         model = Muse(model.base, MaskGit.from_pretrained(config.superres))
@@ -202,7 +295,7 @@ def bundle(argv: list[str]) -> None:
                 f"--vae {name}: its encoder and codebook are of no tokenizer in this model, whose "
                 "transformers would not understand its ids; fine-tune theirs (muse train decoder)"
             )
-    print(model.save(config.out, getattr(torch, config.dtype)))
+    print(model.save(out, getattr(torch, config.dtype)))
 
 
 def _prompts(config: Namespace) -> list[str]:
@@ -213,8 +306,10 @@ def _prompts(config: Namespace) -> list[str]:
 
 def _lines(name: str) -> list[str]:
     """Prompts in a text file, or in standard input for "-"."""
+    if name == "-" and sys.stdin is None:
+        raise ValueError("- stands for the lines of standard input, which is closed")
     try:
-        text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8-sig")
+        text = sys.stdin.read() if name == "-" else as_path(name).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} is not a text file in UTF-8: {error}") from error
     lines = [line.strip() for line in text.splitlines()]
@@ -224,9 +319,7 @@ def _lines(name: str) -> list[str]:
     return prompts
 
 
-def _again(
-    like: list[Record], prompts: list[str], config: Namespace, model: Muse
-) -> list[tuple[Request, Sequence[int]]]:
+def _again(like: list[Record], prompts: list[str], config: Namespace, model: Muse) -> list[Job]:
     """What a PNG says, as it was; or what the command line makes of it, without the batch."""
     count = sum(len(record.rows) for record in like)
     if prompts and len(prompts) != count:

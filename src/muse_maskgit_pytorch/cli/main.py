@@ -1,17 +1,20 @@
 """The `muse` command: finds the subcommand, turns errors into one sentence and an exit code.
 
-Exit codes: 0 done, 2 a mistake in the input, 130 interrupted. `MUSE_DEBUG=1` shows tracebacks.
+Exit codes: 0 done, 1 a mistake of this package, 2 one in the input, 130 interrupted, 141 nobody
+reads the output any more. `MUSE_DEBUG=1` shows tracebacks.
 Also a module to launch: ``accelerate launch -m muse_maskgit_pytorch.cli.main train base ...``.
 """
 
 from __future__ import annotations
 
 import difflib
+import io
 import os
 import sys
 import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 
 from .. import __version__
@@ -82,6 +85,10 @@ def run(argv: Sequence[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script; returns the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        # a letter that the terminal cannot show is shown by its number
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
     def show(message, category, filename, lineno, file=None, line=None):
         print(f"muse: warning: {_one_line(message)}", file=sys.stderr)
@@ -90,19 +97,47 @@ def main(argv: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = show
             run(sys.argv[1:] if argv is None else argv)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where a full disk or a closed pipe can be told
     except KeyboardInterrupt:
         print("muse: interrupted", file=sys.stderr)
         return 130
-    except (ValueError, OSError, ImportError, ArgumentError) as error:
+    except BrokenPipeError:
+        # who reads has seen enough, as `head` has; Python would complain again at its end
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
         if os.environ.get("MUSE_DEBUG"):
             raise
-        print(f"muse: error: {_one_line(error)}", file=sys.stderr)
-        return 2
+        text, code = _said(error)
+        print(f"muse: error: {_one_line(text)}", file=sys.stderr)
+        return code
     return 0
 
 
+def _said(error: Exception) -> tuple[str, int]:
+    """What to say of an error, and the exit code."""
+    if isinstance(error, (ValueError, OSError, ImportError, ArgumentError)):
+        return str(error), 2
+    words = str(error).lower()
+    if isinstance(error, MemoryError) or "out of memory" in words or "can't allocate" in words:
+        return (
+            "this takes more memory than there is: take fewer at a time (a smaller batch_size) or "
+            f"smaller ones (image_size). {error}",
+            2,
+        )
+    return (
+        f"this should not have happened: {type(error).__name__}: {error}. MUSE_DEBUG=1 shows where "
+        "it was; please report it",
+        1,
+    )
+
+
 def _one_line(message: object) -> str:
-    return " ".join(str(message).split())
+    from ..arguments import printable  # brings torch, which `muse --help` can do without
+
+    return printable(" ".join(str(message).split()), 2000)
 
 
 if __name__ == "__main__":

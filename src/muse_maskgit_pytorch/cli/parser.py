@@ -220,7 +220,7 @@ class _Recipe:
             return {key: self._words(loader, item, True) for key, item in self._pairs(loader, node)}
         if typed:
             return loader.construct_object(node)
-        return node.value if node.value or node.style else "null"
+        return node.value if node.value or getattr(node, "style", None) else "null"
 
 
 def _plain_words(message: str) -> str:

@@ -26,6 +26,7 @@ from ..evaluation.tuning import (
     write_preset,
 )
 from ..features import LITE, FeatureNet
+from ..files import check_output
 from ..loading import Stage, open_stage
 from ..presets import check_preset
 from ..sampling import Policy, SampleOptions
@@ -110,7 +111,9 @@ def tune(argv: list[str]) -> None:
     if config.preset != "default":
         check_preset(config.preset)
     model = find_file(config.model)
-    _check_out(config.out, model)
+    out = _check_out(config.out, model)
+    if config.results is not None:
+        config.results = check_output("--results", config.results)
     stage = open_stage(model, config.stage)
     start = start_of(stage, config.preset, config.timesteps)
     axes = make_axes(stage, config.policies)
@@ -149,8 +152,8 @@ def tune(argv: list[str]) -> None:
             "take more captions or seeds",
             stacklevel=2,
         )
-    if config.out:
-        print(write_preset(model, config.out, config.preset, effective(found), config.stage))
+    if out:
+        print(write_preset(model, out, config.preset, effective(found), config.stage))
 
 
 def table(figures: list[Figures]) -> str:
@@ -171,17 +174,16 @@ def _images(dataset: ImageFolder) -> Tensor:
     return torch.stack([dataset[row]["image"] for row in range(len(dataset))])
 
 
-def _check_out(out: str | None, model: Path) -> None:
+def _check_out(out: str | None, model: Path) -> Path | None:
     if out is None:
-        return
-    path = Path(out)
-    if path.suffix != ".safetensors":
-        raise ValueError(f"--out {out!r} must end in .safetensors")
+        return None
+    path = check_output("--out", out, ".safetensors")
     if path.exists() and not path.samefile(model):
         raise ValueError(
             f"--out {out!r} exists and is not the file of --model: take a new name, or name the "
             "model's file to change the preset in place"
         )
+    return path
 
 
 def _json(options: SampleOptions) -> str:

@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..arguments import as_path
 from ..checkpoint import find_file, load_tree, save_tree
 from ..features import FeatureNet
 from ..files import digest_pixels, digest_text, replacing
@@ -77,7 +78,7 @@ class Results:
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None):
-        self.path = None if path is None else Path(path)
+        self.path = None if path is None else as_path(path)
         self._lines: dict[str, Figures] = {}
         if self.path is not None and self.path.exists():
             for number, line in enumerate(self.path.read_text(encoding="utf-8").splitlines(), 1):
