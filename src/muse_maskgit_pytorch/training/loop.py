@@ -492,8 +492,11 @@ class Trainer:
         self.stop.hold()
         self._changing = True
 
-    def _write_weights(self) -> None:
-        """Write ``NAME.safetensors`` (raw weights) and ``NAME-ema.safetensors`` (averaged)."""
+    def save(self) -> None:
+        """Write ``NAME.safetensors`` (raw weights) and ``NAME-ema.safetensors`` (averaged).
+
+        Once training has begun, and by the main process alone.
+        """
         self._write_model("")
         with self.ema.applied():
             self._write_model("-ema")
@@ -658,7 +661,7 @@ class Trainer:
         }
         self.checkpoints.save(tree, self.step)
         self._saved_at = self.step
-        self._write_weights()
+        self.save()
 
     def _load_checkpoint(self, path: Path) -> None:
         tree = self.checkpoints.load(path)
