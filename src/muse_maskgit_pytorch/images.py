@@ -7,19 +7,26 @@ form without losing or inventing pixels, and turns tensors back into PIL images 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from functools import cache
+import io
+import os
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache, lru_cache
 from itertools import zip_longest
 from os import PathLike
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from PIL import Image, ImageDraw, ImageFile, ImageFont, ImageOps, PngImagePlugin
+from PIL import ExifTags, Image, ImageDraw, ImageFile, ImageFont, PngImagePlugin
 from torch import Tensor
 
+from .arguments import as_path, real, shown
 from .files import replacing
 
 # Formats by Pillow's names that are opened, with the endings of their files, and no others: among
@@ -36,6 +43,20 @@ FORMATS = {
     "PPM": ".ppm .pgm .pbm .pnm",
     "QOI": ".qoi",
 }
+MEGAPIXELS = "MUSE_MAX_MEGAPIXELS"  # in the environment: millions of pixels a picture may have
+PNG = b"\x89PNG\r\n\x1a\n"
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+NAN = "images must be numbers in [0, 1], not NaN: look where it comes from"
+NO_DIFFERENCE = 2  # levels of 255 by which profiles that mean sRGB differ
+_PILLOW = re.compile(r"PIL\.")
 LABEL_LINES = 3
 RECORD = "muse"  # name of the PNG chunk that says how a picture was drawn
 PIXELS = "muse pixels"  # in memory: the digest of the pixels that the record belongs to
@@ -54,36 +75,38 @@ def suffixes() -> frozenset[str]:
     return frozenset(" ".join(FORMATS[name] for name in formats()).split())
 
 
-def read_image(path: str | PathLike[str]) -> Image.Image:
-    """Read a whole image file as upright 8-bit RGB.
+def read_image(source: str | PathLike[str] | Image.Image) -> Image.Image:
+    """Open a picture as a viewer shows it: whole, upright, 8-bit RGB, in sRGB.
 
-    The EXIF orientation is applied, transparency is laid on white, and of an animation the first
-    frame is taken. 16-bit grey is scaled to 8 bits. Float grey is taken to reach to 1, 255 or
-    65535, whichever is the first that holds its largest value.
+    Every picture comes in by this function. The EXIF orientation and an embedded colour profile
+    are applied, transparency is laid on white, and of an animation the first frame is taken. 16-bit
+    grey is scaled to 8 bits. Float grey is taken to reach to 1, 255 or 65535, whichever is the
+    first that holds its largest value. Metadata that cannot be read are passed over. What has
+    already come in by this function is returned as it is.
 
     Args:
-        path: an image file in any format that Pillow reads.
+        source: an image file in one of `formats`, or a PIL image.
 
     Returns:
         An image of mode "RGB".
 
     Raises:
-        ValueError: the file is missing, not an image, damaged, cut short, or has so many pixels
-            that Pillow takes it for a decompression bomb; the message names the file.
+        ValueError: no image, or a file that is missing, not an image, damaged or cut short; the
+            message names it. More pixels than `PIL.Image.MAX_IMAGE_PIXELS` (89 million), which the
+            environment variable MUSE_MAX_MEGAPIXELS changes.
     """
-    # Other libraries switch this on for the whole process: half a JPEG would then pass as an image.
-    ImageFile.LOAD_TRUNCATED_IMAGES = False
-    try:
-        with Image.open(path, formats=formats()) as image:
-            image.load()
-            return to_rgb(ImageOps.exif_transpose(image))
-    except Image.DecompressionBombError as error:
-        raise ValueError(
-            f"image {str(path)!r} is too large: {error}; scale it down, or raise "
-            "PIL.Image.MAX_IMAGE_PIXELS if you trust it"
-        ) from error
-    except Exception as error:  # on damaged files decoders raise all sorts of errors
-        raise ValueError(f"cannot read image {str(path)!r}: {error}") from error
+    with _naming(source):
+        return to_rgb(_open(source))
+
+
+def read_with_alpha(source: str | PathLike[str] | Image.Image) -> Image.Image:
+    """Open a picture as `read_image` does, but of any mode and with its transparency.
+
+    Raises:
+        ValueError: as `read_image`.
+    """
+    with _naming(source):
+        return _open(source)
 
 
 def check_image(path: str | PathLike[str]) -> None:
@@ -92,17 +115,180 @@ def check_image(path: str | PathLike[str]) -> None:
     Raises:
         ValueError: as `read_image`.
     """
+    with _naming(path):
+        _decoded(as_path(path, "image"), pixels=False)
+
+
+@contextmanager
+def _naming(source: str | PathLike[str] | Image.Image) -> Iterator[None]:
+    """Whatever goes wrong within the block is a ValueError with the picture's name."""
+    path = getattr(source, "filename", "") if isinstance(source, Image.Image) else source
+    given = isinstance(path, (str, PathLike)) and str(path)
+    name = f"image {shown(given, 400)}" if given else "the given image"
     try:
-        Image.open(path, formats=formats()).close()
-    except Exception as error:  # as above
-        raise ValueError(f"cannot read image {str(path)!r}: {error}") from error
+        yield
+    except (Image.DecompressionBombError, _TooLarge) as error:
+        raise ValueError(
+            f"{name} is too large: {error}; scale it down or, if you trust it, set the environment "
+            f"variable {MEGAPIXELS} to the millions of pixels to allow (in Python: raise "
+            "PIL.Image.MAX_IMAGE_PIXELS)"
+        ) from error
+    except Exception as error:  # on damaged files decoders raise all sorts of errors
+        raise ValueError(f"cannot read {name}: {error}") from error
+
+
+class _TooLarge(Exception):
+    pass
+
+
+def _open(source: str | PathLike[str] | Image.Image) -> Image.Image:
+    if isinstance(source, Image.Image):
+        _check_size(source)
+        source.load()
+        return _in_srgb(_upright(source))
+    image = _decoded(as_path(source, "image"))
+    seen = _in_srgb(_upright(image))
+    return image.copy() if seen is image else seen  # not tied to the file any more
+
+
+def _decoded(path: Path, pixels: bool = True) -> Image.Image:
+    """An image file as it is stored; without ``pixels`` its header is read alone."""
+    try:
+        return _load(path, pixels)
+    except (Image.DecompressionBombError, _TooLarge):
+        raise
+    except Exception:
+        with open(path, "rb") as file:
+            if file.read(len(PNG)) != PNG:
+                raise
+            bare = _bare_png(file)
+        return _load(bare, pixels)  # what was wrong may be in its texts
+
+
+def _load(file: Path | io.BytesIO, pixels: bool = True) -> Image.Image:
+    # Other libraries switch this on for the whole process: half a JPEG would then pass as an image.
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    if MEGAPIXELS in os.environ:
+        Image.MAX_IMAGE_PIXELS = _allowed(os.environ[MEGAPIXELS])
+    for warning in (UserWarning, Image.DecompressionBombWarning):
+        # of metadata, without the file's name; changed once, since any change makes Python repeat
+        # the warnings of other modules
+        if ("ignore", None, warning, _PILLOW, 0) not in warnings.filters:
+            warnings.filterwarnings("ignore", category=warning, module=_PILLOW.pattern)
+    with Image.open(file, formats=formats()) as image:
+        _check_size(image)
+        if pixels:
+            image.load()
+    return image
+
+
+def _allowed(megapixels: str) -> int | None:
+    try:
+        number = real(MEGAPIXELS, float(megapixels), 0)
+    except ValueError as error:
+        raise ValueError(
+            f"{MEGAPIXELS} must be a number of millions of pixels, or 0 for no limit, not "
+            f"{shown(megapixels)}"
+        ) from error
+    return round(number * 1e6) or None
+
+
+def _bare_png(file: BinaryIO) -> io.BytesIO:
+    """What a PNG's pixels need, without texts, EXIF and profile; the file stands at its chunks."""
+    kept = io.BytesIO(PNG)
+    kept.seek(0, io.SEEK_END)
+    while len(head := file.read(8)) == 8:
+        chunk = head + file.read(int.from_bytes(head[:4]) + 4)
+        if head[4:] in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"):
+            kept.write(chunk)
+    kept.seek(0)
+    return kept
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF says. Pillow's own way writes the EXIF anew, and fails if it is odd."""
+    try:
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # programs write all sorts of things there
+        return image
+    if turn is None:
+        return image
+    turned = image.transpose(turn)
+    for name in ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"):
+        turned.info.pop(name, None)
+    return turned
+
+
+def _in_srgb(image: Image.Image) -> Image.Image:
+    """The colours that its embedded profile means; as it is without one that is usable."""
+    profile = image.info.get("icc_profile")
+    if not profile or not isinstance(profile, bytes):
+        return image
+    if image.mode[0] in "IF":
+        colours = _eight_bits(image)
+    elif image.mode[0] == "L" and image.mode != "LAB":
+        colours = image.convert("L")
+    else:
+        colours = image if image.mode == "CMYK" else image.convert("RGB")
+    transform = _to_srgb(profile, colours.mode)
+    if transform is None:
+        return image
+    seen = transform.apply(colours)
+    if image.has_transparency_data:
+        seen.putalpha(image.convert("RGBA").getchannel("A"))
+    seen.info = {
+        name: value
+        for name, value in image.info.items()
+        if name not in ("icc_profile", "transparency")
+    }
+    return seen
+
+
+@lru_cache(maxsize=32)  # photographs of one camera have the same
+def _to_srgb(profile: bytes, mode: str) -> Any:
+    """The transform from a profile; None if it is broken, of another mode, or sRGB itself."""
+    try:
+        from PIL import ImageCms  # a Pillow built without it raises here or below
+
+        transform = ImageCms.buildTransform(
+            ImageCms.ImageCmsProfile(io.BytesIO(profile)),
+            ImageCms.createProfile("sRGB"),
+            mode,
+            "RGB",
+            ImageCms.Intent.RELATIVE_COLORIMETRIC,
+            # no cache: threads may share it
+            ImageCms.Flags.BLACKPOINTCOMPENSATION | ImageCms.Flags.NOCACHE,
+        )
+    except Exception:
+        return None
+    levels = np.arange(256, dtype=np.uint8)
+    if mode == "RGB":
+        some = levels[::15]
+        levels = np.stack(np.meshgrid(some, some, some), -1).reshape(1, -1, 3)
+    elif mode == "L":
+        levels = levels[None]
+    else:
+        return transform
+    probe = Image.fromarray(levels)
+    given, seen = (
+        np.asarray(image, np.int16) for image in (probe.convert("RGB"), transform.apply(probe))
+    )
+    return transform if np.abs(seen - given).max() > NO_DIFFERENCE else None
+
+
+def _check_size(image: Image.Image) -> None:
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and image.width * image.height > limit:
+        raise _TooLarge(
+            f"its {image.width} x {image.height} pixels are more than {limit / 1e6:.0f} million"
+        )
 
 
 def to_tensor(image: Image.Image, image_size: int | None = None) -> Float[Tensor, "3 H W"]:
     """Turn a PIL image into a tensor, optionally as a square of a given size.
 
     Args:
-        image: any mode; converted to RGB.
+        image: of any mode; comes in by `read_image`.
         image_size: side of the square in pixels: the shorter side is scaled to it (bicubic,
             antialiased; smaller images are enlarged) and the centre is kept. None keeps the image
             as it is. An image that already has the size keeps its pixels exactly.
@@ -111,9 +297,9 @@ def to_tensor(image: Image.Image, image_size: int | None = None) -> Float[Tensor
         float32 in [0,1].
 
     Raises:
-        ValueError: image_size is not positive.
+        ValueError: as `read_image`, or image_size is not positive.
     """
-    image = to_rgb(image)
+    image = read_image(image)
     if image_size is not None:
         image = center_square(image, image_size)
     pixels = torch.from_numpy(np.array(image))
@@ -152,7 +338,8 @@ def resize(images: Float[Tensor, "B 3 H W"], size: tuple[int, int]) -> Float[Ten
         float32 in [0,1], multiples of 1/255. No gradient passes the rounding.
 
     Raises:
-        ValueError: another shape, or a size that is not positive.
+        ValueError: another shape, a size that is not positive, or, on a CPU, NaN. (A GPU would
+            have to be waited for, in every training step.)
     """
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images must be (B,3,H,W), got {tuple(images.shape)}")
@@ -163,6 +350,9 @@ def resize(images: Float[Tensor, "B 3 H W"], size: tuple[int, int]) -> Float[Ten
         if pixels.shape[-2:] != step:
             pixels = F.interpolate(pixels, step, mode="bicubic", antialias=True)
             pixels = (pixels.clamp(0, 255) + 0.5).floor()  # halves up, as Pillow
+    # NaN has spread into these fewer pixels; another device would have to be waited for
+    if pixels.device.type == "cpu" and bool(pixels.isnan().any()):
+        raise ValueError(NAN)
     return pixels / 255
 
 
@@ -173,12 +363,14 @@ def to_pil(images: Tensor) -> list[Image.Image]:
         images: (B,3,H,W) or (3,H,W), RGB; values outside [0,1] are clamped.
 
     Raises:
-        ValueError: another shape.
+        ValueError: another shape, or NaN.
     """
     if images.ndim == 3:
         images = images[None]
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images must be (B,3,H,W) or (3,H,W), got {tuple(images.shape)}")
+    if bool(images.isnan().any()):
+        raise ValueError(NAN)
     # Clamp before the bytes: 1.004 * 255 would wrap round to 0.
     pixels = (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
     return [Image.fromarray(p) for p in pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()]
@@ -232,12 +424,9 @@ def read_record(path: str | PathLike[str]) -> str | None:
     Raises:
         ValueError: as `read_image`, or a text too long to be one of ours.
     """
-    try:
-        with Image.open(path, formats=formats()) as image:
-            image.load()  # some programs write such texts behind the pixels
-            record = record_of(image)
-    except Exception as error:  # as in `read_image`
-        raise ValueError(f"cannot read image {str(path)!r}: {error}") from error
+    with _naming(path):
+        # some programs write such texts behind the pixels, so these are read too
+        record = record_of(_load(as_path(path, "image")))
     if record is not None and len(record) > RECORD_LIMIT:
         raise ValueError(f"{str(path)!r} has a record of {len(record)} characters: not ours")
     return record
@@ -290,7 +479,7 @@ def image_grid(
     Raises:
         ValueError: no images, no columns, or another number of labels than of images.
     """
-    images = to_pil(images) if isinstance(images, Tensor) else list(images)
+    images = to_pil(images) if isinstance(images, Tensor) else [read_image(i) for i in images]
     if not images:
         raise ValueError("image_grid needs at least one image")
     if columns < 1:
@@ -325,18 +514,27 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Convert any mode to RGB on white; Pillow's own `convert` would clip 16 bits to 255."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if image.mode[0] in "IF":  # I;16 in its byte orders, I (how some files hold 16 bits), F
-        pixels = np.nan_to_num(np.asarray(image, dtype=np.float64))
-        full = 65535.0
-        if image.mode == "F":
-            full = next((top for top in (1.0, 255.0) if pixels.max(initial=0) <= top), full)
-        grey = np.rint(pixels.clip(0, full) * (255 / full)).astype(np.uint8)
-        return Image.fromarray(grey).convert("RGB")
+    if image.mode[0] in "IF":
+        return _eight_bits(image).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
     return image.convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Grey of I;16 in its byte orders, of I (how some files hold 16 bits), or of F."""
+    pixels = np.asarray(image)
+    if image.mode != "F":
+        table = np.rint(np.arange(65536) * (255 / 65535)).astype(np.uint8)
+        return Image.fromarray(table[pixels.clip(0, 65535)])
+    largest = np.nan_to_num(pixels).max(initial=0)
+    full = next((top for top in (1.0, 255.0) if largest <= top), 65535.0)
+    grey = np.empty(pixels.shape, np.uint8)
+    for row, line in zip(grey, pixels, strict=True):  # a whole picture would take much memory
+        row[:] = np.rint(np.nan_to_num(line.astype(np.float64)).clip(0, full) * (255 / full))
+    return Image.fromarray(grey)
 
 
 def _wrap(text: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> list[str]:

@@ -212,6 +212,48 @@ def test_sizes_that_differ_are_scaled_and_said(muse):
     assert scaled == editing.inpaint(muse, picture(), "a", HALF, seeds=3)
 
 
+def test_photographs_are_upright_and_so_are_their_masks(muse, tmp_path):
+    """A telephone stores them lying down and says so in EXIF."""
+    upright = picture(3, 48, 32)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = tmp_path / "photo.png"
+    upright.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif)
+    with Image.open(path) as photo, pytest.warns(UserWarning, match="32 x 48 pixels is scaled"):
+        results = editing.vary(muse, [photo, upright], strength=0, seeds=[0, 0])
+    assert raw(results)[0] == raw(results)[1]
+
+    lying = Image.new("L", (32, 48))
+    lying.paste(255, (0, 24, 32, 48))  # the lower half, when it stands
+    lying.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif)
+    with Image.open(path) as stored:
+        mask = editing.white(stored)
+    assert torch.equal(mask, editing.box((48, 32), 0, 24, 32, 48))
+    layer = upright.convert("RGBA")
+    layer.putalpha(lying.point(lambda level: 255 - level))
+    layer.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif)
+    with Image.open(path) as stored:
+        assert torch.equal(editing.transparent(stored), mask)
+
+
+def test_large_pictures_become_small_before_they_become_numbers(muse, monkeypatch):
+    sizes = []
+
+    def counting(image: Image.Image, *arguments: Any) -> torch.Tensor:
+        sizes.append(max(image.size))
+        return to_tensor(image, *arguments)
+
+    monkeypatch.setattr("muse_maskgit_pytorch.editing.pixels.to_tensor", counting)
+    big = Image.new("RGB", (640, 640), "red")
+    with pytest.warns(UserWarning, match="scaled"):
+        editing.inpaint(muse, big, "", editing.box((640, 640), 0, 0, 320, 640), seeds=0)
+    assert max(sizes) == 32
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 640 * 600)
+    for take in (lambda image: editing.vary(muse, image), editing.white):
+        with pytest.raises(ValueError, match="MUSE_MAX_MEGAPIXELS"):
+            take(big)
+
+
 def test_another_size_than_trained(muse):
     mask = editing.box((32, 64), 32, 0, 64, 32)
     source = picture(0, 32, 64)

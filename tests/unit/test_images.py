@@ -1,19 +1,23 @@
 """Reading files, tensors and sheets: no pixel is lost, invented or turned."""
 
 import io
+import struct
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import GifImagePlugin, Image, ImageFile, PngImagePlugin
+from PIL import GifImagePlugin, Image, ImageCms, ImageFile, PngImagePlugin
 from skimage import data
 
 from muse_maskgit_pytorch.images import (
     RECORD,
+    check_image,
     image_grid,
     read_image,
     read_record,
+    read_with_alpha,
     record_of,
     resize,
     save_gif,
@@ -186,11 +190,202 @@ def test_damage_gives_a_picture_or_a_value_error(tmp_path: Path, photo: Image.Im
     assert refused > 0
 
 
-def test_decompression_bomb(tmp_path: Path, monkeypatch):
-    Image.new("L", (64, 64)).save(tmp_path / "bomb.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(ValueError, match=r"bomb\.png.*MAX_IMAGE_PIXELS"):
+# Limits, formats, metadata, colours --------------------------------------------------------------
+
+
+def test_too_many_pixels(tmp_path: Path, monkeypatch):
+    """From a file, from its header alone, and as a PIL image; the switch is the environment's."""
+    bomb = Image.new("L", (64, 64))
+    bomb.save(tmp_path / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3000)  # Pillow itself would open it
+    for read in (read_image, check_image, read_record, read_with_alpha):
+        with pytest.raises(ValueError, match=r"bomb\.png.*64 x 64.*MUSE_MAX_MEGAPIXELS"):
+            read(tmp_path / "bomb.png")
+    for take in (read_image, to_tensor):
+        with pytest.raises(ValueError, match=r"the given image is too large.*MAX_IMAGE_PIXELS"):
+            take(bomb)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow refuses it
+    with pytest.raises(ValueError, match=r"bomb\.png.*MUSE_MAX_MEGAPIXELS"):
         read_image(tmp_path / "bomb.png")
+    for switch in ("0.005", "0"):
+        monkeypatch.setenv("MUSE_MAX_MEGAPIXELS", switch)
+        assert read_image(tmp_path / "bomb.png").size == (64, 64)
+    monkeypatch.setenv("MUSE_MAX_MEGAPIXELS", "0.001")
+    with pytest.raises(ValueError, match=r"bomb\.png"):
+        read_image(tmp_path / "bomb.png")
+    monkeypatch.setenv("MUSE_MAX_MEGAPIXELS", "many")
+    with pytest.raises(ValueError, match=r"MUSE_MAX_MEGAPIXELS must be a number.*'many'"):
+        read_image(tmp_path / "bomb.png")
+
+
+def test_other_formats_are_not_opened_whatever_they_are_called(tmp_path: Path, photo, monkeypatch):
+    def run(*_, **__):
+        raise AssertionError("another program is started")
+
+    monkeypatch.setattr(subprocess, "check_call", run)
+    monkeypatch.setattr(subprocess, "Popen", run)
+    for format in ("EPS", "TGA", "PCX", "ICO"):
+        path = tmp_path / f"{format}.png"
+        photo.save(path, format)
+        for read in (read_image, check_image, read_record):
+            with pytest.raises(ValueError, match=rf"{format}\.png"):
+                read(path)
+
+
+def exif_block(*entries: tuple[int, int, bytes]) -> bytes:
+    """EXIF with entries (tag, type, value); a value of eight bytes stands behind them."""
+    behind = 8 + 2 + 12 * len(entries) + 4
+    table, values = struct.pack("<H", len(entries)), b""
+    for tag, kind, value in entries:
+        if len(value) > 4:
+            place = struct.pack("<I", behind + len(values))
+            values += value
+        else:
+            place = value.ljust(4, b"\0")
+        table += struct.pack("<HHI", tag, kind, 1) + place
+    return b"Exif\0\0II*\0" + struct.pack("<I", 8) + table + struct.pack("<I", 0) + values
+
+
+SIDEWAYS = (0x0112, 3, struct.pack("<H", 6))
+ODD_RATIONAL = (0x011A, 10, struct.pack("<ii", -1, 0))
+
+
+@pytest.mark.filterwarnings("error")  # Pillow's, of metadata, do not say which file it is
+@pytest.mark.parametrize("suffix", ["png", "webp", "jpg"])
+@pytest.mark.parametrize(
+    "exif, turned",
+    [
+        (b"Exif\0\0no TIFF at all", False),
+        (exif_block(SIDEWAYS, ODD_RATIONAL), True),
+        (exif_block(SIDEWAYS)[:-9], False),
+        (exif_block((0x0112, 2, b"up\0")), False),
+    ],
+)
+def test_metadata_never_cost_a_picture(
+    tmp_path: Path, photo: Image.Image, suffix: str, exif: bytes, turned: bool
+):
+    path = tmp_path / f"a.{suffix}"
+    photo.save(path, exif=exif, lossless=True)
+    expected = np.rot90(np.asarray(photo), -1) if turned else np.asarray(photo)
+    for read in (read_image(path), read_image(Image.open(path))):
+        assert read.size == expected.shape[1::-1]
+        assert np.abs(pixels(read).astype(int) - expected).mean() < (12 if suffix == "jpg" else 0.1)
+        assert read_image(read) is read  # upright once and for all
+
+
+def test_texts_of_any_length_and_broken_ones_cost_no_png(tmp_path: Path, photo: Image.Image):
+    chunks = PngImagePlugin.PngInfo()
+    chunks.add_itxt("workflow", "x" * 2**22, zip=True)
+    photo.save(tmp_path / "long.png", pnginfo=chunks)
+    chunks = PngImagePlugin.PngInfo()
+    chunks.add_text("comment", "red apple")
+    photo.save(tmp_path / "broken.png", pnginfo=chunks)
+    raw = (tmp_path / "broken.png").read_bytes()
+    (tmp_path / "broken.png").write_bytes(raw.replace(b"red apple", b"red tomat"))
+    for name in ("long.png", "broken.png"):
+        check_image(tmp_path / name)
+        np.testing.assert_array_equal(pixels(read_image(tmp_path / name)), np.asarray(photo))
+
+
+def profile_of(space: str, *tags: tuple[str, bytes]) -> bytes:
+    """An ICC profile of a display, version 2."""
+    table, data = struct.pack(">I", len(tags)), b""
+    first = 128 + 4 + 12 * len(tags)
+    for name, body in tags:
+        table += name.encode() + struct.pack(">II", first + len(data), len(body))
+        data += body.ljust(-(-len(body) // 4) * 4, b"\0")
+    head = bytearray(128)
+    head[8:12] = struct.pack(">I", 0x02100000)
+    head[12:24] = f"mntr{space:<4}XYZ ".encode()
+    head[36:40] = b"acsp"
+    head[68:80] = struct.pack(">iii", 0xF6D6, 0x10000, 0xD32D)  # D50
+    head[0:4] = struct.pack(">I", len(head) + len(table) + len(data))
+    return bytes(head) + table + data
+
+
+def xyz(*values: float) -> bytes:
+    return b"XYZ \0\0\0\0" + struct.pack(">iii", *(round(v * 65536) for v in values))
+
+
+def gamma(value: float) -> bytes:
+    return b"curv\0\0\0\0" + struct.pack(">IH", 1, round(value * 256))
+
+
+WHITE = ("wtpt", xyz(0.9642, 1, 0.8249))
+ADOBE_RGB = profile_of(
+    "RGB",
+    WHITE,
+    ("rXYZ", xyz(0.60974, 0.31111, 0.01947)),
+    ("gXYZ", xyz(0.20528, 0.62567, 0.06087)),
+    ("bXYZ", xyz(0.14919, 0.06322, 0.74457)),
+    *((f"{channel}TRC", gamma(2.19921875)) for channel in "rgb"),
+)
+GREY_18 = profile_of("GRAY", WHITE, ("kTRC", gamma(1.8)))
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "webp"])
+def test_colours_are_those_that_the_profile_means(tmp_path: Path, suffix: str):
+    path = tmp_path / f"a.{suffix}"
+    image = Image.new("RGB", (8, 8), (60, 200, 60))
+    image.save(path, icc_profile=ADOBE_RGB, lossless=True)
+    read = read_image(path)
+    np.testing.assert_allclose(pixels(read)[0, 0], (0, 201, 37), atol=1)  # as browsers show it
+    assert read_image(read) is read  # and no second time
+    opened = Image.open(path)
+    np.testing.assert_array_equal(pixels(read_image(opened)), pixels(read))
+    np.testing.assert_array_equal(to_tensor(opened), to_tensor(read))
+
+
+def test_profiles_of_other_modes(tmp_path: Path):
+    faint = Image.new("RGBA", (4, 4), (60, 200, 60, 0))
+    faint.putpixel((0, 0), (60, 200, 60, 255))
+    faint.save(tmp_path / "alpha.png", icc_profile=ADOBE_RGB)
+    read = pixels(read_image(tmp_path / "alpha.png"))
+    np.testing.assert_allclose(read[0, 0], (0, 201, 37), atol=1)
+    assert read[1, 1].tolist() == [255] * 3
+    assert np.asarray(read_with_alpha(tmp_path / "alpha.png"))[1, 1, 3] == 0
+    faint.convert("P").save(tmp_path / "palette.png", icc_profile=ADOBE_RGB)
+    assert pixels(read_image(tmp_path / "palette.png"))[0, 0, 0] < 20
+    seen = round(255 * (1.055 * (100 / 255) ** (1.8 / 2.4) - 0.055))  # by the formula of sRGB
+    deep = Image.fromarray(np.full((4, 4), 100 * 257, np.uint16))
+    for grey in (Image.new("L", (4, 4), 100), Image.new("LA", (4, 4), (100, 255)), deep):
+        grey.save(tmp_path / "grey.png", icc_profile=GREY_18)
+        np.testing.assert_allclose(pixels(read_image(tmp_path / "grey.png")), seen, atol=1)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P"])
+@pytest.mark.parametrize(
+    "profile",
+    [
+        ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(),
+        b"no profile",
+        ADOBE_RGB[:200],
+        profile_of("CMYK", WHITE),
+        b"",
+    ],
+    ids=["sRGB", "nonsense", "cut short", "another mode", "empty"],
+)
+def test_srgb_and_broken_profiles_change_no_pixel(
+    tmp_path: Path, photo: Image.Image, mode: str, profile: bytes
+):
+    photo.convert(mode).save(tmp_path / "plain.png")
+    photo.convert(mode).save(tmp_path / "a.png", icc_profile=profile)
+    plain, read = (pixels(read_image(tmp_path / name)) for name in ("plain.png", "a.png"))
+    np.testing.assert_array_equal(read, plain)
+
+
+def test_what_is_no_picture_is_refused_in_words():
+    for wrong in (None, 3, b"a.png", np.zeros((4, 4, 3)), ""):
+        with pytest.raises(ValueError, match=r"cannot read .*image must be a path"):
+            read_image(wrong)  # type: ignore[arg-type]
+    for images in (torch.full((1, 3, 4, 4), torch.nan), torch.eye(4).log().log().expand(3, 4, 4)):
+        with pytest.raises(ValueError, match="not NaN"):
+            to_pil(images)
+    spoilt = torch.zeros(1, 3, 64, 64)
+    spoilt[0, 1, 20, 20] = torch.nan
+    for size in ((64, 64), (8, 8), (80, 80)):
+        with pytest.raises(ValueError, match="not NaN"):
+            resize(spoilt, size)
 
 
 def test_reading_closes_the_file(tmp_path: Path, photo: Image.Image):

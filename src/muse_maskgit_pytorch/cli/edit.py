@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 
 from .. import editing
 from ..arguments import as_path
-from ..images import image_grid, read_image, record_of, save_png
+from ..images import image_grid, read_image, read_with_alpha, record_of, save_png
 from ..provenance import Record, from_json
 from ..request import Request
 from .drawing import (
@@ -254,9 +254,7 @@ def read_mask(config: Namespace, picture: Image.Image) -> editing.Mask:
     if config.box:
         return editing.box(picture.size[::-1], *config.box)
     [(name, path)] = given.items()
-    read_image(path)  # refuses in words what is not an image
-    with Image.open(path) as image:
-        mask = ImageOps.exif_transpose(image)
+    mask = read_with_alpha(path)
     try:
         return editing.white(mask) if name == "white" else editing.transparent(mask)
     except ValueError as error:

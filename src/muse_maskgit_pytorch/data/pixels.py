@@ -11,7 +11,7 @@ from jaxtyping import Float
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ..images import center_square, to_rgb, to_tensor
+from ..images import center_square, read_image, to_tensor
 
 Crop = Literal["center", "random"]
 
@@ -59,7 +59,7 @@ class View:
         The latter is scaled down until its smallest crop has ``size`` pixels a side, and never
         scaled up.
         """
-        image = to_rgb(image)
+        image = read_image(image)
         if self.crop == "center":
             return center_square(image, self.size)
         short = math.ceil(self.size / self.crop_scale[0])

@@ -81,6 +81,8 @@ def inpaint(
     _check_seam(feather, grow)
     if not isinstance(blend, bool):
         raise ValueError(f"blend must be True or False, not {shown(blend)}")
+    count_of(pictures, "pictures")
+    pictures = listed(pictures)  # once, for the pictures and their masks
     edit = _Edit.of(muse, pictures, texts, count_of(masks, "masks"), **arguments)
     repaint = edit.masks(pictures, masks)
     images = edit.repainted(edit.images, repaint, feather if blend else None, grow)

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ..images import to_pil, to_tensor
+from ..images import read_image, read_with_alpha, to_pil, to_tensor
 
 Picture = Image.Image | Float[Tensor, "3 H W"]  # a tensor is RGB in [0, 1]
 Mask = Bool[Tensor, "H W"]
@@ -34,8 +34,11 @@ def white(mask: Image.Image) -> Mask:
 
     What is transparent in it is kept: white strokes on an empty layer do.
     """
-    light = to_tensor(mask).mean(dim=0) >= 0.5
-    return light & ~transparent(mask) if mask.has_transparency_data else light
+    mask = read_with_alpha(mask)
+    light = np.asarray(read_image(mask)).sum(axis=-1, dtype=np.uint16) * 2 >= 3 * 255
+    if mask.has_transparency_data:
+        light &= ~_clear(mask)
+    return torch.from_numpy(light)
 
 
 def transparent(mask: Image.Image) -> Mask:
@@ -46,12 +49,17 @@ def transparent(mask: Image.Image) -> Mask:
     Raises:
         ValueError: an image without transparency.
     """
+    mask = read_with_alpha(mask)
     if not mask.has_transparency_data:
         raise ValueError(
             f"the mask image (mode {mask.mode}) has no transparency: if its white is to be "
             "repainted, say so with white()"
         )
-    return torch.from_numpy(np.array(mask.convert("RGBA").getchannel("A"))) < 128
+    return torch.from_numpy(_clear(mask))
+
+
+def _clear(mask: Image.Image) -> np.ndarray:
+    return np.asarray(mask.convert("RGBA").getchannel("A")) < 128
 
 
 def box(size: tuple[int, int], left: int, top: int, right: int, bottom: int) -> Mask:
@@ -123,10 +131,12 @@ def composite(
 
 
 def listed(pictures: Picture | Sequence[Picture]) -> list[Picture]:
+    """A list of pictures, opened as `read_image` does."""
     single = isinstance(pictures, Image.Image) or (
         isinstance(pictures, Tensor) and pictures.ndim == 3
     )
-    return [pictures] if single else list(pictures)  # type: ignore[arg-type, list-item]
+    many = [pictures] if single else list(pictures)  # type: ignore[arg-type, list-item]
+    return [read_image(one) if isinstance(one, Image.Image) else one for one in many]  # type: ignore[bad-return]
 
 
 def count_of(given: Any, name: str) -> int:
@@ -162,14 +172,15 @@ def fitted(picture: Picture, size: tuple[int, int], crop: bool) -> Float[Tensor,
             raise ValueError(
                 "a picture's pixels must be numbers in [0, 1]: divide bytes by 255, look for NaN"
             )
-        whole = picture.detach().float().cpu()
+        picture = picture.detach().float().cpu()
+        given = picture.shape[1], picture.shape[2]
     elif isinstance(picture, Image.Image):
-        whole = to_tensor(picture)
+        given = picture.height, picture.width
     else:
         raise ValueError(f"a picture must be a PIL image or a tensor, not {type(picture).__name__}")
-    if not whole.numel():
+    if 0 in given:
         raise ValueError("a picture has no pixels")
-    given, wanted = (whole.shape[1], whole.shape[2]), size
+    wanted = size
     if not crop:
         scale = max(size[0] / given[0], size[1] / given[1])
         wanted = max(size[0], round(given[0] * scale)), max(size[1], round(given[1] * scale))
@@ -179,14 +190,15 @@ def fitted(picture: Picture, size: tuple[int, int], crop: bool) -> Float[Tensor,
             f"a side may have at most {LARGEST}"
         )
     if given == wanted:
-        return whole
+        return picture if isinstance(picture, Tensor) else to_tensor(picture)
     cropped = given[0] * wanted[1] != given[1] * wanted[0] and crop
     warnings.warn(
         f"a picture of {given[1]} x {given[0]} pixels is scaled to {wanted[1]} x {wanted[0]}"
         + (", and its margins are cut" if cropped else ""),
         stacklevel=5,
     )
-    fitted = ImageOps.fit(to_pil(whole)[0], wanted[::-1], Image.Resampling.BICUBIC)
+    image = to_pil(picture)[0] if isinstance(picture, Tensor) else picture
+    fitted = ImageOps.fit(image, wanted[::-1], Image.Resampling.BICUBIC)
     return to_tensor(fitted)
 
 
