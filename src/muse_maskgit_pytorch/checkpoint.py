@@ -8,6 +8,7 @@ that a saved model can be rebuilt without a config.
 
 from __future__ import annotations
 
+import difflib
 import functools
 import inspect
 import itertools
@@ -599,9 +600,14 @@ def _hints(init: Callable[..., Any]) -> dict[str, Any]:
 
 
 def find_file(name: str | os.PathLike) -> Path:
-    """Find a saved model by path, by the name of a shipped one, or on the Hugging Face hub."""
+    """Find a saved model by path, by the name of a shipped one, or on the Hugging Face hub.
+
+    Raises:
+        CheckpointError: there is none; says what lies near. Or the file is a training's checkpoint.
+    """
     path = as_path(name, "model")
     if path.is_file():
+        _refuse_checkpoint(path)
         return path
     shipped = Path(str(SHIPPED)) / f"{name}.safetensors"
     if shipped.is_file():
@@ -617,11 +623,45 @@ def find_file(name: str | os.PathLike) -> Path:
                 f"{text} could not be had from the Hugging Face hub ({type(error).__name__}): "
                 "check the name and the network, or give the path of a local copy"
             ) from error
+    if "/" in text or text.endswith(ENDINGS):
+        raise CheckpointError(f"no such model file: {printable(text, 200)}; {_near(path)}")
     known = sorted(p.stem for p in Path(str(SHIPPED)).glob("*.safetensors"))
     raise CheckpointError(
         f"unknown model {shown(text, 200)}: not a file, and the shipped models are {known}; "
         "a hub repository is written owner/name"
     )
+
+
+def _refuse_checkpoint(path: Path) -> None:
+    try:
+        kind = kind_of(path)
+    except CheckpointError:
+        return  # whoever reads it says what is wrong with it
+    if kind.endswith(" checkpoint"):
+        raise CheckpointError(
+            f"{path} is a checkpoint, for a training to go on from, and no model; {_near(path)}"
+        )
+
+
+def _near(path: Path) -> str:
+    """What model files lie near a place where there is none, those of like names first."""
+    folder = path.parent
+    while not folder.is_dir():
+        folder = folder.parent
+    names = [
+        entry.relative_to(folder).as_posix()
+        for pattern in ("*", "*/*")
+        for entry in sorted(itertools.islice(folder.glob(pattern), 10_000))
+        if entry.suffix in ENDINGS and "-checkpoint-" not in entry.name
+    ]
+    likeness = difflib.SequenceMatcher(b=path.name)
+
+    def unlike(name: str) -> float:
+        likeness.set_seq1(name)
+        return -likeness.ratio()
+
+    found = ", ".join(printable(name, 100) for name in sorted(names, key=unlike)[:5])
+    return f"in {folder} there {f'are {found}' if found else 'is none'}"
 
 
 def is_repository(name: str) -> bool:

@@ -23,7 +23,7 @@ from muse_maskgit_pytorch import (
 )
 from muse_maskgit_pytorch import checkpoint as module
 from muse_maskgit_pytorch import testing as tiny
-from muse_maskgit_pytorch.checkpoint import Saveable, load_tree, save_tree, weights_key
+from muse_maskgit_pytorch.checkpoint import Saveable, find_file, load_tree, save_tree, weights_key
 
 
 def equal(a, b) -> bool:
@@ -292,15 +292,49 @@ def test_wrong_class(tmp_path):
         MaskGit.from_pretrained(path)
 
 
-@pytest.mark.parametrize("name", ["emojy", "a/b/c", "./none.safetensors", "results/x.safetensors"])
-def test_unknown_names_list_the_shipped_models(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("emojy", r"unknown model .*\['mine'\]"),
+        ("a/b/c", "no such model file: a/b/c; in . there are mine.safetensors"),
+        ("./none.safetensors", "no such model file"),
+        ("results/x.safetensors", "no such model file"),
+    ],
+)
+def test_unknown_names_list_the_shipped_models(name, said, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "SHIPPED", tmp_path)
     monkeypatch.chdir(tmp_path)
     vae = tiny.vae()
     vae.save(tmp_path / "mine.safetensors")
-    with pytest.raises(CheckpointError, match=r"unknown model .*\['mine'\]"):
+    with pytest.raises(CheckpointError, match=said):
         VQGanVAE.from_pretrained(name)
     assert VQGanVAE.from_pretrained("mine").config == vae.config
+
+
+def test_a_missing_file_names_what_lies_near_it(tmp_path: Path):
+    run = tmp_path / "run"
+    with pytest.raises(
+        CheckpointError, match=f"no such model file: .*; in {tmp_path} there is non"
+    ):
+        find_file(run / "vae-ema.safetensors")
+    (run / "older").mkdir(parents=True)
+    for name in ("vae.safetensors", "vae-best.safetensors", "notes.txt", "older/b.pt"):
+        (run / name).write_bytes(b"")
+    (run / "vae-checkpoint-00000002.safetensors").write_bytes(b"")
+    near = f"in {run} there are vae-best.safetensors, vae.safetensors, older/b.pt"
+    with pytest.raises(CheckpointError, match=f"{near}$"):
+        find_file(run / "vae-bets.safetensors")
+    with pytest.raises(CheckpointError, match="older there are b.pt"):
+        find_file(run / "older" / "c.pt")
+
+
+def test_a_checkpoint_is_no_model(tmp_path: Path):
+    path = tmp_path / "vae-checkpoint-00000002.safetensors"
+    save_tree(path, {"step": 2}, kind="VQGanVAETrainer checkpoint")
+    tiny.vae().save(tmp_path / "vae-ema.safetensors")
+    for opened in (find_file, load_tokenizer, VQGanVAE.from_pretrained):
+        with pytest.raises(CheckpointError, match="to go on from, and no model; in .* vae-ema"):
+            opened(path)
 
 
 def test_hub_without_network():

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from ..arguments import as_path, one_of, plain, real, shown, whole
+from ..arguments import one_of, plain, real, shown, whole
 from ..checkpoint import CheckpointError, Saveable
 from ..data.dataset import ImageDataset
 from ..data.order import EndlessBatches
 from ..data.source import few
-from ..files import digest_state
+from ..files import check_output, digest_state
 from ..watching.health import Health
 from ..watching.interval import Interval
 from ..watching.log import Log, drop_lines_after, writing
@@ -154,6 +154,9 @@ class Trainer:
         max_minutes: float | None = None,
     ):
         self.settings = settings_of(locals())
+        # before any work: reading and encoding a data set takes long
+        self.results_folder = check_output("results_folder", results_folder, folder=True)
+        self.resume = bool(resume)
         self.recipe: dict[str, Any] | None = None  # the command line's, for the run's description
         self.parallel = Parallel(one_of("mixed_precision", mixed_precision, Precision))
         self.model = model
@@ -171,7 +174,6 @@ class Trainer:
         self.ema_decay = _share("ema_decay", ema_decay)
         self.seed = whole("seed", seed, 0, 2**32 - 1)
         self.num_workers = whole("num_workers", num_workers, 0, 1024)
-        self.results_folder, self.resume = as_path(results_folder, "results_folder"), bool(resume)
         self.log_every = whole("log_every", log_every, 1)
         self.sample_every = whole("sample_every", sample_every, 0)
         self.save_every = whole("save_every", save_every, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -27,9 +28,11 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
+        full = getattr(error, "errno", None) in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        remedy = "make room" if full else "see to it that the folder is there and can be written"
         raise CheckpointError(
-            f"{path} could not be written ({error}): make room and resume; checkpoints "
-            "written before are intact"
+            f"{path} could not be written ({error}): {remedy} and resume; checkpoints written "
+            "before are intact"
         ) from error
 
 

@@ -199,8 +199,8 @@ def test_names_that_lead_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         tmp_path: "no weights of a tokenizer, or several.*; understood are",
         f"{tmp_path}:vqvae": "no weights of a tokenizer, or several.*; understood are",
         "nothing": "unknown model 'nothing'",
-        tmp_path / "absent.ckpt": "unknown model",
-        "./absent/absent.safetensors": "unknown model",
+        tmp_path / "absent.ckpt": "no such model file",
+        "./absent/absent.safetensors": "no such model file",
         "nobody/nothing": "nobody/nothing has no weights .*, or the hub is out of reach",
     }.items():
         with pytest.raises(CheckpointError, match=words):
