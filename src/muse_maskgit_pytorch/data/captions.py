@@ -27,6 +27,11 @@ MARKS = {
 _EVEN, _ODD = slice(0, None, 2), slice(1, None, 2)
 _HALVES = (("utf-16-le", _ODD, _EVEN), ("utf-16-be", _EVEN, _ODD))
 
+# Those in which people's files are, of which a few words can be told from one another.
+LATIN = ["cp1252", "cp1250", "cp1254", "cp1257"]
+ENCODINGS = [*LATIN, "cp1251", "cp1253", "cp1255", "cp1256", "koi8_r"]
+ENCODINGS += ["gb18030", "big5", "cp932", "cp949", "euc_jp"]
+
 
 class Row(NamedTuple):
     """One row of a metadata table."""
@@ -74,7 +79,11 @@ def read_texts(folder: Path, names: Sequence[str]) -> tuple[dict[str, str], dict
         except UnicodeDecodeError as error:
             failed[name] = f"its encoding is unknown ({error})"
     if encoding and (read := [name for name in unknown if name in texts]):
-        warn(f"read {len(read)} caption files that are not UTF-8 as {encoding}", read)
+        warn(
+            f"{len(read)} caption files are not UTF-8 and were read as {encoding} (if that is "
+            "wrong, save them as UTF-8)",
+            read,
+        )
     return {name: one_line(text, f"the caption {name!r}") for name, text in texts.items()}, failed
 
 
@@ -108,13 +117,15 @@ def guess_encoding(raws: Iterable[bytes]) -> str | None:
         return None
     from charset_normalizer import from_bytes
 
-    found = from_bytes(sample)
-    best = found.best()
-    if best is None:
-        return None
-    # many encodings of Latin letters fit alike: then it is the commonest
-    alike = [match.encoding for match in found if match.chaos <= best.chaos]
-    return "cp1252" if "cp1252" in alike else best.encoding
+    found = {match.encoding: match for match in from_bytes(sample, cp_isolation=ENCODINGS)}
+    best = next(iter(found), None)  # they are sorted
+    if best in LATIN:
+        # they differ in a few letters: another must be clearly better than the commonest
+        common = found.get("cp1252")
+        alike = common is None and "cp1252" in found[best].could_be_from_charset
+        if alike or (common and found[best].coherence - common.coherence <= 0.05):
+            return "cp1252"
+    return best
 
 
 def one_line(text: str, name: str) -> str:
@@ -137,7 +148,10 @@ def read_table(file: Path) -> list[Row]:
             if encoding is None:
                 raise ValueError("its encoding is unknown: save it as UTF-8")
             text = raw.decode(encoding)
-            warn(f"{shown(str(file), 400)} is not UTF-8, and was read as {encoding}")
+            warn(
+                f"{shown(str(file), 400)} is not UTF-8 and was read as {encoding} (if that is "
+                "wrong, save it as UTF-8)"
+            )
         rows = _csv_rows if file.suffix.lower() == ".csv" else _json_rows
         return [
             Row(line, name, one_line(caption, f"the caption of {shown(name)}"))

@@ -126,7 +126,7 @@ class Folder:
         complaints = list(tables.complaints())
         if failed:
             reasons = [f"{file} ({why})" for file, why in failed.items()]
-            complaints.append(f"{len(failed)} caption files cannot be read: {few(reasons)}")
+            complaints.append(f"cannot read {len(failed)} of the caption files: {few(reasons)}")
         if not any(texts.values()):
             raise ValueError(
                 f"none of the {len(self.names)} images in {shown(str(self.folder), 400)} has a "

@@ -100,7 +100,10 @@ def test_an_empty_or_unreadable_caption_is_none(folder: Path):
     (folder / "20.txt").write_bytes(b"\xff\xfe\xfa")
     (folder / "30.txt").write_text("thirty")
     with (
-        pytest.warns(UserWarning, match=r"1 caption files .* 20\.txt \(it is marked as utf-16"),
+        pytest.warns(
+            UserWarning,
+            match=r"cannot read 1 of the caption files: 20\.txt \(it is marked as utf-16",
+        ),
         pytest.warns(UserWarning, match="5 of 6 images that have no caption"),
     ):
         assert ImageFolder(folder, 8, captions=True).names == ["30.png"]
