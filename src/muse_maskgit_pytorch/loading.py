@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from os import PathLike
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
+from .arguments import as_path
 from .checkpoint import CheckpointError, find_file, kind_of
 from .devices import pick_device
 from .maskgit import MaskGit
@@ -45,12 +47,15 @@ def open_stage(name: str | PathLike[str], stage: Stage = "base") -> MaskGit:
     """Load one stage, in eval mode, on the CPU: of a whole model, or the one that a file holds.
 
     Args:
-        name: as in `open_model`.
-        stage: of a whole model.
+        name: as in `open_model`, or with the stage of a whole model: ``emoji:superres``.
+        stage: of a whole model, where the name has none.
 
     Raises:
         CheckpointError: the file cannot be found, holds something else, or has no such stage.
     """
+    stem, _, suffix = os.fspath(name).rpartition(":")
+    if suffix in get_args(Stage) and stem and not as_path(name).exists():
+        name, stage = stem, suffix  # type: ignore[assignment]
     path = find_file(name)
     kind = kind_of(path)
     if kind == "MaskGit":
@@ -59,5 +64,5 @@ def open_stage(name: str | PathLike[str], stage: Stage = "base") -> MaskGit:
         raise CheckpointError(f"{path} holds a {kind}: give a Muse or a MaskGit")
     found = getattr(Muse.from_pretrained(path), stage)
     if found is None:
-        raise CheckpointError(f"{path} has no stage {stage!r}: leave out --stage")
+        raise CheckpointError(f"{path} has no stage {stage!r}: it has a base alone")
     return found

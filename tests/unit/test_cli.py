@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -165,9 +166,71 @@ def test_a_critic_is_trained_on_a_finished_model(muse_file: Path, tmp_path: Path
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in before.items())
     # and a model with its critic goes on as one
     flags[0], flags[-1] = f"--init_from={tmp_path}/base.safetensors", f"{flags[-1]}/2"
-    config = training.maskgit_parser(False).read(["--config", f"{root}/base.yaml", *flags])
-    again = training.make_maskgit(config).state_dict()
+    again = started(["--config", f"{root}/base.yaml", *flags]).state_dict()
     assert all(torch.equal(value, again[key]) for key, value in model.state_dict().items())
+
+
+def started(argv: list[str], superres: bool = False) -> MaskGit:
+    """The stage that `muse train` begins with."""
+    parser = training.maskgit_parser(superres)
+    start = training.open_start(parser, argv, superres)
+    return training.make_maskgit(parser.read(argv), start)
+
+
+def test_fine_tuning_takes_one_flag(tmp_path: Path, capsys):
+    """The shipped model by its name, with its stage or without; all of it as it is there."""
+    shipped = Muse.from_pretrained("emoji")
+    assert shipped.superres is not None
+    for name in ("emoji", "emoji:base"):
+        model = started([f"--init_from={name}", "--maskgit.sample_options.timesteps=3"])
+        assert model.config["transformer"] == shipped.base.config["transformer"]
+        assert model.presets.keys() == shipped.base.presets.keys()
+        assert model.default_options == shipped.base.default_options.replace(timesteps=3)
+        for key, value in shipped.base.state_dict().items():
+            assert torch.equal(model.state_dict()[key], value), key
+    model = started(["--init_from=emoji", "--maskgit.cond_drop_prob=0.3"], superres=True)
+    assert model.cond_image_size == 64
+    assert model.cond_drop_prob == 0.3
+    for key, value in shipped.superres.state_dict().items():
+        assert torch.equal(model.state_dict()[key], value), key
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("init_from: emoji:superres")
+    error = fails(["train", "base", "--config", str(recipe)], capsys)
+    assert "emoji:superres is a super-resolution stage: use muse train superres" in error
+    assert "--vae is missing" in fails(["train", "base", *SMALLEST], capsys)
+
+
+SMALLEST = ["--transformer.dim=8", "--transformer.depth=1", "--maskgit.image_size=16"]
+
+
+def test_a_stated_tokenizer_is_the_one(muse_file: Path, tmp_path: Path):
+    """It wins over that of ``init_from``, with a warning if its tokens mean something else."""
+    root = muse_file.parent
+    init = f"--init_from={root}/base/base.safetensors"
+    old = MaskGit.from_pretrained(root / "base" / "base.safetensors")
+    assert isinstance(old.vae, VQGanVAE)
+    made = old.vae.with_decoder(decoder_res_blocks=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = started([init, f"--vae={made.save(tmp_path / 'decoder.safetensors')}"])
+    assert model.vae.config["decoder_res_blocks"] == 4
+    other = VQGanVAE(**old.vae.config)
+    with pytest.warns(UserWarning, match="its tokens mean something else"):
+        model = started([init, f"--vae={other.save(tmp_path / 'other.safetensors')}"])
+    weights = model.vae.state_dict()
+    assert all(torch.equal(weights[key], value) for key, value in other.state_dict().items())
+
+
+def test_a_tokenizer_starts_from_a_shipped_one(root: Path, tmp_path: Path):
+    """Its sizes need not be said again."""
+    run = ["train", "vae", "--init_from=emoji:base", f"--trainer.folder={root}/images"]
+    run += ["--trainer.image_size=16", "--trainer.batch_size=2", "--trainer.num_train_steps=1"]
+    run += ["--trainer.perceptual_weight=0", "--trainer.gan_weight=0", "--trainer.lr=0"]
+    assert main([*run, f"--trainer.results_folder={tmp_path / 'r'}"]) == 0
+    tuned = VQGanVAE.from_pretrained(tmp_path / "r" / "vae.safetensors")
+    shipped = Muse.from_pretrained("emoji").base.vae
+    assert tuned.config == shipped.config
+    assert all(torch.equal(tuned.state_dict()[k], v) for k, v in shipped.state_dict().items())
 
 
 def test_a_tokenizer_starts_from_a_saved_one(muse_file: Path, tmp_path: Path):
@@ -1010,7 +1073,7 @@ def test_geometry_that_does_not_fit_is_said_before_any_work(muse_file: Path, tmp
     init = f"--init_from={root}/base/base.safetensors"
     assert "does not fit" in fails([*run, init, "--transformer.dim=24"], capsys)
     (checkpoint,) = (root / "vae").glob("*checkpoint*")
-    assert "not a tokenizer or a model that has one" in fails([*run, f"--vae={checkpoint}"], capsys)
+    assert "to go on from, and no model" in fails([*run, f"--vae={checkpoint}"], capsys)
     assert "a local copy" in fails([*run, f"--transformer.t5_name={tmp_path}/no"], capsys)
     assert list(tmp_path.iterdir()) == []
 

@@ -11,6 +11,7 @@ import json
 import re
 from argparse import ArgumentError
 from collections.abc import Collection, Iterable, Iterator
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Optional, get_type_hints
 
@@ -77,8 +78,7 @@ class Parser(ArgumentParser):
                 YAML, or says a key twice.
             ArgumentError: a value of another type, a required key without a value.
         """
-        keys = self.keys()
-        sections = {key.rpartition(".")[0] for key in keys} - {""}
+        keys, sections = self.keys(), self.sections()
         flags = keys | sections | {"config", "print_config", "help"}
         for flag in _flags(argv):
             if flag.removesuffix("+") not in flags:
@@ -89,6 +89,24 @@ class Parser(ArgumentParser):
             raise ArgumentError(None, _plain_words(str(error))) from error
         except RecursionError as error:
             raise ValueError("an option's value is nested too deep to be one") from error
+
+    def said(self, argv: list[str], key: str) -> str | None:
+        """What a command line or its YAML files say for one key, before the rest is parsed."""
+        found, words = None, _with_files(argv, self.keys(), self.sections())
+        for word, after in zip_longest(words, words[1:]):
+            flag, equals, value = word.partition("=")
+            if word == "--":
+                break
+            if flag == f"--{key}":
+                found = value if equals else after
+            elif flag == "--config" and equals:
+                tree = json.loads(value)
+                found = tree.get(key, found) if isinstance(tree, dict) else found
+        return found
+
+    def sections(self) -> set[str]:
+        """The names of the sections that keys stand in."""
+        return {key.rpartition(".")[0] for key in self.keys()} - {""}
 
 
 def stated(section: Namespace) -> dict[str, Any]:

@@ -173,7 +173,7 @@ def test_the_last_step_is_validated_drawn_and_saved_once(images: Path, tmp_path:
 def test_a_place_that_cannot_be_written_is_refused_before_any_work(images: Path, tmp_path: Path):
     (tmp_path / "file").write_text("mine")
     for folder in (tmp_path / "file", tmp_path / "file" / "r", Path("/proc/r")):
-        with pytest.raises(ValueError, match="results_folder .*(is no folder|can be written)"):
+        with pytest.raises(ValueError, match=r"results_folder .*(is no folder|can be written)"):
             vae_trainer(tmp_path / "no images", folder)
     vae_trainer(images, tmp_path / "a" / "b")
     assert not (tmp_path / "a").exists()  # a constructor makes no folder
