@@ -10,11 +10,11 @@ import hashlib
 import io
 import os
 import re
+import unicodedata
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache, lru_cache
-from itertools import zip_longest
 from os import PathLike
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,7 +26,7 @@ from jaxtyping import Float
 from PIL import ExifTags, Image, ImageDraw, ImageFile, ImageFont, PngImagePlugin
 from torch import Tensor
 
-from .arguments import as_path, real, shown
+from .arguments import as_path, as_text, real, shown
 from .files import replacing
 
 # Formats by Pillow's names that are opened, with the endings of their files, and no others: among
@@ -58,6 +58,9 @@ NAN = "images must be numbers in [0, 1], not NaN: look where it comes from"
 NO_DIFFERENCE = 2  # levels of 255 by which profiles that mean sRGB differ
 _PILLOW = re.compile(r"PIL\.")
 LABEL_LINES = 3
+# Fonts with many letters, by the names of their files on Linux, macOS and Windows.
+FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "NotoSansCJK-Regular.ttc", "wqy-microhei.ttc")
+FONTS += ("Arial Unicode.ttf", "Hiragino Sans GB.ttc", "msyh.ttc", "malgun.ttf", "seguisym.ttf")
 RECORD = "muse"  # name of the PNG chunk that says how a picture was drawn
 PIXELS = "muse pixels"  # in memory: the digest of the pixels that the record belongs to
 RECORD_LIMIT = 2**24  # characters of it that are read
@@ -473,7 +476,9 @@ def image_grid(
     Args:
         images: (B,3,H,W) in [0,1], or PIL images; cells take the size of the largest.
         columns: images per row.
-        labels: one caption per image, wrapped to the cell and cut after three lines.
+        labels: one caption per image, wrapped to the cell and cut after three lines. They are
+            written in a font that has the letters where one is installed; letters that it lacks
+            are named.
         padding: white pixels around every cell.
 
     Raises:
@@ -488,11 +493,10 @@ def image_grid(
         raise ValueError(f"labels: got {len(labels)} for {len(images)} images")
 
     width, height = (max(image.size[axis] for image in images) for axis in (0, 1))
-    font = ImageFont.load_default(max(10, width // 12))
-    texts = ["\n".join(_wrap(label, width, font)) for label in labels or []]
-    sheet = Image.new("RGB", (1, 1), "white")
-    draw = ImageDraw.Draw(sheet)
-    bottoms = [draw.multiline_textbbox((0, 0), text, font)[3] for text in texts]
+    written = [_written(label, max(10, width // 12)) for label in labels or []]
+    texts = [("\n".join(_wrap(text, width, font)), font) for text, font in written]
+    draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    bottoms = [draw.multiline_textbbox((0, 0), text, font)[3] for text, font in texts]
     cell_width = width + padding
     cell_height = height + padding + int(max(bottoms, default=0))
 
@@ -501,12 +505,13 @@ def image_grid(
     size = (columns * cell_width + padding, rows * cell_height + padding)
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
-    for index, (image, text) in enumerate(zip_longest(images, texts, fillvalue="")):
-        assert isinstance(image, Image.Image)
+    for index, image in enumerate(images):
         row, column = divmod(index, columns)
         x, y = padding + column * cell_width, padding + row * cell_height
         sheet.paste(image, (x, y))
-        draw.multiline_text((x, y + height), text, "black", font)
+        if texts:
+            text, font = texts[index]
+            draw.multiline_text((x, y + height), text, "black", font)
     return sheet
 
 
@@ -537,7 +542,49 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(grey)
 
 
-def _wrap(text: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> list[str]:
+Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
+
+
+def _written(label: str, size: int) -> tuple[str, Font]:
+    """A label and the font to write it in: the first that has most of its letters.
+
+    A letter that this one lacks is named, since a box in its place would say nothing.
+    """
+    label = unicodedata.normalize("NFC", as_text(label, "labels"))
+    # what joins and varies emoji, or turns the direction, is no letter of its own
+    letters = [
+        c for c in label if unicodedata.category(c) != "Cf" and not "\ufe00" <= c <= "\ufe0f"
+    ]
+    beyond = {c for c in letters if not " " <= c <= "~" and not c.isspace()}
+    fonts = _fonts(size) if beyond else _fonts(size)[:1]
+    font = min(fonts, key=lambda font: sum(_lacks(font, c) for c in beyond))
+    return "".join(_name(c) if c in beyond and _lacks(font, c) else c for c in letters), font
+
+
+@lru_cache(maxsize=8)
+def _fonts(size: int) -> list[Font]:
+    """Pillow's own font, then those of `FONTS` that are installed."""
+    fonts: list[Font] = [ImageFont.load_default(size)]
+    for name in FONTS:
+        with suppress(OSError):  # not there, or of fixed sizes
+            fonts.append(ImageFont.truetype(name, size))
+    return fonts
+
+
+@lru_cache(maxsize=4096)
+def _lacks(font: Font, letter: str) -> bool:
+    """Whether a font draws a letter as it draws what is no character."""
+    drawn, box = (font.getmask(text) for text in (letter, "\uffff"))
+    return drawn.size == box.size and bytes(drawn) == bytes(box)  # type: ignore[bad-argument-type]
+
+
+def _name(letter: str) -> str:
+    """A symbol by its name, another letter by its number."""
+    name = unicodedata.name(letter, "") if unicodedata.category(letter)[0] == "S" else ""
+    return f"[{name.lower() or f'U+{ord(letter):04X}'}]"
+
+
+def _wrap(text: str, width: int, font: Font) -> list[str]:
     """Break a caption into lines that fit; what does not fit is cut and marked with dots."""
     lines: list[str] = []
     for word in text.split():
@@ -551,7 +598,7 @@ def _wrap(text: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeF
     return [_cut(line, width, font) for line in lines]
 
 
-def _cut(line: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> str:
+def _cut(line: str, width: int, font: Font) -> str:
     if font.getlength(line) <= width:
         return line
     while line and font.getlength(line + "...") > width:

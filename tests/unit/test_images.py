@@ -3,14 +3,16 @@
 import io
 import struct
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import GifImagePlugin, Image, ImageCms, ImageFile, PngImagePlugin
+from PIL import GifImagePlugin, Image, ImageCms, ImageFile, ImageFont, PngImagePlugin
 from skimage import data
 
+from muse_maskgit_pytorch import images
 from muse_maskgit_pytorch.images import (
     RECORD,
     check_image,
@@ -378,9 +380,9 @@ def test_what_is_no_picture_is_refused_in_words():
     for wrong in (None, 3, b"a.png", np.zeros((4, 4, 3)), ""):
         with pytest.raises(ValueError, match=r"cannot read .*image must be a path"):
             read_image(wrong)  # type: ignore[arg-type]
-    for images in (torch.full((1, 3, 4, 4), torch.nan), torch.eye(4).log().log().expand(3, 4, 4)):
+    for spoilt in (torch.full((1, 3, 4, 4), torch.nan), torch.eye(4).log().log().expand(3, 4, 4)):
         with pytest.raises(ValueError, match="not NaN"):
-            to_pil(images)
+            to_pil(spoilt)
     spoilt = torch.zeros(1, 3, 64, 64)
     spoilt[0, 1, 20, 20] = torch.nan
     for size in ((64, 64), (8, 8), (80, 80)):
@@ -497,6 +499,48 @@ def test_grid_of_different_sizes_and_few_images():
 def test_grid_bad_input(images, columns, labels, message):
     with pytest.raises(ValueError, match=message):
         image_grid(images, columns, labels)
+
+
+@pytest.fixture
+def fresh_fonts() -> Iterator[None]:
+    """The fonts are looked for once."""
+    images._fonts.cache_clear()
+    yield
+    images._fonts.cache_clear()
+
+
+def labelled(label: str) -> bytes:
+    return image_grid(torch.ones(1, 3, 64, 256), 1, [label]).tobytes()
+
+
+@pytest.mark.parametrize(
+    "label, shown",
+    [
+        ("a 🍎", "a [red apple]"),
+        ("赤い", "[U+8D64][U+3044]"),
+        ("a\x1bb", "a[U+001B]b"),
+        ("👩\u200d🚀 \u202etxt", "[woman][rocket] txt"),
+    ],
+)
+def test_letters_that_no_font_has_are_named(fresh_fonts, monkeypatch, label: str, shown: str):
+    monkeypatch.setattr(images, "FONTS", ("none.ttf",))
+    assert labelled(label) == labelled(shown)
+    assert labelled(label) != labelled("plain")
+
+
+def test_letters_are_written_in_a_font_that_has_them(fresh_fonts):
+    try:
+        ImageFont.truetype("DejaVuSans.ttf")
+    except OSError:
+        pytest.skip("no font with further letters is installed")
+    names = "".join(f"[U+{ord(letter):04X}]" for letter in "яблоко")
+    assert labelled("яблоко") not in (labelled(names), labelled("\uffff" * 6))
+    assert labelled("яблоко") != labelled("молоко")
+
+
+def test_halves_of_characters_in_a_label():
+    with pytest.warns(UserWarning, match="labels"):
+        labelled("half \ud83d")
 
 
 # Writing ---------------------------------------------------------------------------------------
