@@ -862,7 +862,11 @@ def test_defaults_are_those_of_the_signatures():
 def test_the_recipes_parse(recipe: Path):
     command = next((c for c in ("vae", "decoder", "superres") if c in recipe.stem), "base")
     trained = ["--vae", "emoji:base"] if command == "decoder" else []
-    assert PARSERS[command].read(["--config", str(recipe), *trained]).trainer.results_folder
+    parser, argv = PARSERS[command], ["--config", str(recipe), *trained]
+    if "init_from" in recipe.read_text():
+        parser = training.maskgit_parser(command == "superres")
+        training.open_start(parser, argv, command == "superres")
+    assert parser.read(argv).trainer.results_folder
 
 
 @pytest.mark.parametrize("recipe", ["paper-vae", "folder-vae"])
