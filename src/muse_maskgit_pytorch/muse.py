@@ -52,6 +52,11 @@ class Muse(Saveable):
         """The models by name: "base" and, if there is one, "superres"."""
         return {"base": self.base} | ({"superres": self.superres} if self.superres else {})
 
+    @property
+    def image_size(self) -> int:
+        """Side of the pictures as trained, in pixels."""
+        return (self.superres or self.base).image_size
+
     def sizes(self, image_size: ImageSize | None = None) -> dict[str, Size]:
         """Height and width of each stage's images, for pictures as trained or of ``image_size``."""
         if self.superres is None:
@@ -202,7 +207,7 @@ class Muse(Saveable):
         Raises:
             ValueError: more than one batch may ask for (`Request.check_size`).
         """
-        request.check_size()
+        request.check_size(trained=self.image_size)
         stopped = False
 
         def watch(seen: SampleStep) -> bool:
@@ -276,7 +281,7 @@ class Muse(Saveable):
         name = "the picture" if isinstance(source, Record) else source
         records = [record.allowing(large) for record in records]
         for record in records:  # before any work
-            record.check(self.fingerprint, name)
+            record.check(self, name)
         warn_of_other_bits(records, self.device, name)
         pictures = []
         for record in records:

@@ -23,10 +23,10 @@ from __future__ import annotations
 import json
 import string
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from os import PathLike
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
@@ -54,6 +54,17 @@ TRAINING = {
 }
 
 
+class Drawer(Protocol):
+    """What a record asks of a `Muse`."""
+
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def image_size(self) -> int: ...
+    @property
+    def stages(self) -> Mapping[str, Any]: ...
+
+
 @dataclass(frozen=True)
 class Record:
     """How pictures were drawn.
@@ -79,8 +90,12 @@ class Record:
         assert self.request.prompts is not None
         return [self.request.prompts[row] for row in self.rows]
 
-    def check(self, model: str, source: str | PathLike[str]) -> None:
-        """Refuse what the model with the fingerprint ``model`` cannot draw again, or should not.
+    def check(self, model: Drawer, source: str | PathLike[str]) -> None:
+        """Refuse what a model cannot draw again, or should not.
+
+        Args:
+            model: a `Muse`.
+            source: of the record, for messages.
 
         Raises:
             ValueError: an edit, an older version, another model, or more than one batch may ask
@@ -109,12 +124,17 @@ class Record:
                 f"{printable(str(source))} cannot be drawn again, since {missing[0]}: muse inspect "
                 "shows the other settings"
             )
-        if self.model != model:
+        if self.model != model.fingerprint:
             raise ValueError(
-                f"{source} was drawn by the model {self.model}, this one is {model}: load the "
-                "model that drew it"
+                f"{source} was drawn by the model {self.model}, this one is {model.fingerprint}: "
+                "load the model that drew it"
             )
-        self.request.check_size(source)
+        if (there := {*self.request.options}) != (here := {*model.stages}):
+            raise ValueError(
+                f"{source} has options of {' and '.join(sorted(there))}, the model's stages are "
+                f"{' and '.join(sorted(here))}: the record was changed"
+            )
+        self.request.check_size(source, model.image_size)
         if len(self.rows) > MAX_ROWS and not self.request.large:
             raise ValueError(
                 f"{source} shows {len(self.rows)} pictures of one batch, the limit is {MAX_ROWS}: "

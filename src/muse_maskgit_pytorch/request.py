@@ -23,6 +23,7 @@ from .structures import TextEmbeds
 # asks for as much as a caller does, in one kilobyte.
 MAX_ROWS = 1024
 MAX_SIDE = 2048  # pixels
+MAX_AREA = 16  # times that of the trained pictures: the work grows with its square
 MAX_STEPS = 10_000
 MAX_PIXELS = 2**25  # of all its pictures: 128 of 512 x 512
 MAX_WORK = 2**32  # pixels x steps: the noise of every step is drawn beforehand
@@ -118,11 +119,12 @@ class Request:
             large=large,
         )
 
-    def check_size(self, source: str = "the call") -> None:
+    def check_size(self, source: str = "the call", trained: int | None = None) -> None:
         """Refuse more pictures, pixels or steps than one batch may ask for, unless it is `large`.
 
         Args:
             source: what asks for them, for the message.
+            trained: side of the pictures that the model was trained on, if it is known.
 
         Raises:
             ValueError: naming the number, the limit and the switch.
@@ -132,12 +134,14 @@ class Request:
         height, width = self.image_size
         pixels = len(self) * height * width
         steps = max(max(per_row(o.timesteps, len(self), "")) for o in self.options.values())
+        area = 0 if trained is None else -(-height * width // trained**2)
         for number, limit, what in (
             (len(self), MAX_ROWS, "pictures in one batch"),
             (max(height, width), MAX_SIDE, "pixels a side"),
             (steps, MAX_STEPS, "steps"),
             (pixels, MAX_PIXELS, "pixels in one batch"),
             (pixels * steps, MAX_WORK, "pixels in one batch times steps"),
+            (area, MAX_AREA, "times the area of the trained pictures"),
         ):
             if number > limit:
                 raise ValueError(

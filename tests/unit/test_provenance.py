@@ -418,7 +418,13 @@ def test_counts_of_negative_prompts(muse: Any):
 def test_what_a_record_may_not_ask_for_unless_it_is_trusted(
     muse: Any, changes: dict, says: str, tmp_path: Path, monkeypatch: Any
 ):
-    path = png_with(document(model=muse.fingerprint, **changes), tmp_path / "a.png")
+    written = document(model=muse.fingerprint, **changes)
+    [drawing] = written["drawings"]
+    png_with(written, tmp_path / "a.png")
+    with pytest.raises(ValueError, match="has options of base, the model's stages are base and su"):
+        muse.like(tmp_path / "a.png")
+    drawing["options"]["superres"] = drawing["options"]["base"]
+    path = png_with(written, tmp_path / "a.png")
     assert read_records(path)  # muse inspect shows it
     with pytest.raises(ValueError, match=says) as error:
         muse.like(path)
@@ -436,13 +442,16 @@ def test_calls_have_the_limits_of_records(muse: Any):
         muse("a", base_options=SampleOptions(timesteps=10**7))
     with pytest.raises(ValueError, match="4096 pixels a side"):
         muse("a", image_size=4096)
-    muse.request("a", image_size=4096, large=True).check_size()
+    with pytest.raises(ValueError, match="17 times the area of the trained pictures"):
+        muse("a", image_size=(128, 136))
+    muse.request("a", image_size=4096, large=True).check_size(trained=32)
+    muse.request("a", image_size=128).check_size(trained=32)
 
 
 # Bits ----------------------------------------------------------------------------------------
 
 
-def test_another_number_of_threads_is_said(muse: Any, pictures: list, tmp_path: Path):
+def test_another_number_of_threads_is_said(muse: Any, pictures: list, tmp_path, monkeypatch):
     """It decides the order of sums, and so single pixels."""
     path = save_png(pictures[0], tmp_path / "a.png")
     [record] = read_records(path)
@@ -455,6 +464,8 @@ def test_another_number_of_threads_is_said(muse: Any, pictures: list, tmp_path: 
     torch.set_num_threads(threads + 1)
     try:
         here = f"drawn with threads {threads}, this is {threads + 1}: single pixels may differ"
+        monkeypatch.setattr(Muse, "draw", lambda self, request, callback: None)
+        monkeypatch.setattr(Muse, "pictures", lambda self, drawn: pictures)
         with pytest.warns(UserWarning, match=here):
             muse.like(path)
         earlier = {k: v for k, v in record.made_by.items() if k != "threads"}

@@ -128,7 +128,7 @@ def new_requests(prompts: Sequence[str], config: Namespace, model: Muse) -> list
     every, size = range(len(whole)), config.batch_size
     batches = [whole.take(every[at : at + size]) for at in range(0, len(whole), size)]
     for batch in batches:
-        batch.check_size("the command")
+        batch.check_size("the command", model.image_size)
     return batches
 
 

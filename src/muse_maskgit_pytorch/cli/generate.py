@@ -90,7 +90,7 @@ def generate(argv: list[str]) -> None:
     like = [record.allowing(config.large) for record in like]
     model = open_drawing_model(config)
     for record in like:
-        record.check(model.fingerprint, config.like)
+        record.check(model, config.like)
     jobs: list[Job]
     if like:
         jobs = _again(like, prompts, config, model)
@@ -350,7 +350,7 @@ def _again(like: list[Record], prompts: list[str], config: Namespace, model: Mus
             options={name: changed.with_rows(len(rows)) for name, changed in options.items()},
             image_size=size or old.image_size,
         )
-        request.check_size("the command")
+        request.check_size("the command", model.image_size)
         jobs.append((request, rows))
     return jobs
 
