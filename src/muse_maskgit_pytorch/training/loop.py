@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 
 from ..arguments import one_of, plain, real, shown, whole
 from ..checkpoint import CheckpointError, Saveable
@@ -28,20 +28,14 @@ from ..watching.health import Health
 from ..watching.interval import Interval
 from ..watching.log import Log, drop_lines_after, writing
 from ..watching.progress import Progress
-from ..watching.report import read_curves, write_report
-from ..watching.run_file import (
-    RunFile,
-    changes_in_words,
-    count_parameters,
-    describe_device,
-    settings_of,
-    versions,
-)
+from ..watching.report import read_curves
+from ..watching.run_file import RunFile, changes_in_words, describe_device, settings_of, versions
+from ..watching.start import count_parameters, defeats, summary
 from .checkpoints import Checkpoints
 from .ema import EMA
 from .guard import Diverged, Guard
 from .lock import locked
-from .optimizers import adamw, load_named_state, named_state
+from .optimizers import adamw, load_named_state, named_state, trained_state
 from .parallel import Parallel, Precision
 from .stop import Stop
 
@@ -195,9 +189,15 @@ class Trainer:
 
     # What a trainer adds ---------------------------------------------------------------------
 
-    def make_datasets(self) -> tuple[Dataset, Dataset | None]:
+    dataset: ImageDataset  # all the images, for training and validation
+
+    def make_datasets(self) -> tuple[ImageDataset, ImageDataset | None]:
         """Training data, and validation data or None."""
         raise NotImplementedError
+
+    def ready(self, dataset: ImageDataset, say: Callable[[str], None] | None) -> Dataset:
+        """The data as the steps want them: what is done once is done here, and said."""
+        return dataset
 
     def modules(self) -> dict[str, nn.Module]:
         """Trained modules, each with an optimizer of its own; the first is averaged (EMA)."""
@@ -283,35 +283,34 @@ class Trainer:
             self.checkpoints.sweep()
             if self.resume:  # what a killed process wrote beyond its last checkpoint comes again
                 drop_lines_after(self.results_folder, self.name, self.step)
-        self._valid_loader = None
-        total = 0
-        if valid_set is not None:
-            total = len(valid_set)  # type: ignore[arg-type]
-            count = min(total, self.max_valid)
-            valid_set = Subset(valid_set, [i * total // count for i in range(count)])
-            self._valid_loader = DataLoader(
-                valid_set, batch_size=self.batch_size, collate_fn=self.collate
-            )
-        batches = self._batches(train_set)
-        images = len(train_set)  # type: ignore[arg-type]
         health = Health(
             self.name,
             history=read_curves(self.results_folder, self.name) if newest else None,
             max_grad_norm=self.max_grad_norm,
-            images=images,
+            images=len(train_set),
             **self.health_facts(),
         )
-        self.progress = Progress(self.name, self.num_train_steps, self.step, shown=main)
+        self.progress = Progress(self.name, self.num_train_steps, shown=main)
         self.log = Log(self.results_folder, self.name, health, self.progress.say)
         if self.num_train_steps < self.step:
             self.progress.say(
                 f"the run has reached step {self.step:,}, so num_train_steps "
                 f"{self.num_train_steps:,} changes nothing: give more than that to go on"
             )
-            self.progress.close()
             return
         if main:
-            self._describe(newest is not None, total)
+            self._describe(newest is not None, len(valid_set or ()))
+        say = self.progress.say if main else None
+        self._valid_loader = None
+        if valid_set is not None:
+            count = min(len(valid_set), self.max_valid)
+            valid_set = valid_set.select([i * len(valid_set) // count for i in range(count)])
+            self._valid_loader = DataLoader(
+                self.ready(valid_set, say), batch_size=self.batch_size, collate_fn=self.collate
+            )
+        ready = self.ready(train_set, say)
+        batches = self._batches(ready)
+        self.progress.start(self.step)
         self._started = time.monotonic()
         self.interval.start(self.step)
         self.stop.begin()
@@ -328,7 +327,7 @@ class Trainer:
                 if self.guard.must_return():
                     self._return_to_checkpoint()
                     self._changing = False
-                    batches = self._batches(train_set)
+                    batches = self._batches(ready)
                     continue
                 self.interval.add(terms)
                 if self.guard.in_a_row == 0:  # what the guard skips has done no harm
@@ -383,15 +382,16 @@ class Trainer:
         before = file.read() if resumed else {}
         with writing(file.path):
             file.write(now, self.step, before)
+        size, sides = self.dataset.view.size, self.dataset.sides()
+        lines = summary(now, size, sides)
         if resumed:
-            self.progress.say(f"going on from step {self.step:,} of {self.num_train_steps:,}")
+            lines.append(f"going on from step {self.step:,} of {self.num_train_steps:,}")
             if strangers := self.checkpoints.strangers():
-                self.progress.say(
-                    f"left alone, since this run did not name it so: {few(strangers)}"
-                )
-            text, exact = changes_in_words(before, now)
-            if text:
-                self.progress.say(text) if exact else self.log.warn(self.step, text)
+                lines.append(f"left alone, since this run did not name it so: {few(strangers)}")
+        self.log.begin(lines, defeats(now, size, sides), self.step)
+        text, exact = changes_in_words(before, now)
+        if resumed and text:
+            self.progress.say(text) if exact else self.log.warn(self.step, text)
 
     def _batches(self, train_set: Dataset) -> Iterator[Any]:
         """Training batches from here on: what comes depends on seed, step and returns alone."""
@@ -437,11 +437,8 @@ class Trainer:
             )
 
     def _report(self) -> None:
-        logged = (self.results_folder / "metrics.jsonl").is_file()  # not if stopped at once
-        if self.parallel.is_main and logged:
-            with writing(self.results_folder / "report.html"):
-                page = write_report(self.results_folder)
-            self.progress.say(f"report: {page}")
+        if self.parallel.is_main:
+            self.log.report()
 
     def _check_loss(self) -> None:
         """Refuse to go on, and to save, once the loss of any process is not finite."""
@@ -453,7 +450,7 @@ class Trainer:
 
     def _is_finite(self) -> bool:
         """Whether all weights of this process are."""
-        tensors = [t for m in self.modules().values() for t in self._trained_state(m).values()]
+        tensors = [t for m in self.modules().values() for t in trained_state(m).values()]
         return all(bool(t.isfinite().all()) for t in [*tensors, *self.ema.average.values()])
 
     def _check_weights(self) -> None:
@@ -557,26 +554,10 @@ class Trainer:
             self.wrapped[name], self.optimizers[name] = self.parallel.prepare(module, optimizer)
         first = next(iter(self.modules().values()))
         averaged = {name for name, _ in first.named_parameters(remove_duplicate=False)}
-        self.ema = EMA(self._trained_state(first), averaged, self.ema_decay)
+        self.ema = EMA(trained_state(first), averaged, self.ema_decay)
         self._frozen = digest_state(
             {k: v for k, v in first.state_dict().items() if k not in self.ema.tensors}
         )
-
-    @staticmethod
-    def _trained_state(module: nn.Module) -> dict[str, Tensor]:
-        """The module's state without what is frozen (a tokenizer inside a MaskGit)."""
-        parameters = module.named_parameters(remove_duplicate=False)
-        frozen = {name for name, p in parameters if not p.requires_grad}
-        skip = tuple(
-            f"{name}."
-            for name, child in module._modules.items()  # with those that stand there twice
-            if child is not None and all(not p.requires_grad for p in child.parameters())
-        )
-        return {
-            name: value
-            for name, value in module.state_dict(keep_vars=False).items()
-            if name not in frozen and not name.startswith(skip or ("\0",))
-        }
 
     def _seed_step(self) -> None:
         world, rank = self.parallel.world, self.parallel.rank
@@ -650,7 +631,7 @@ class Trainer:
         tree = {
             "step": self.step,
             "samples": self.samples,
-            "modules": {n: self._trained_state(m) for n, m in self.modules().items()},
+            "modules": {n: trained_state(m) for n, m in self.modules().items()},
             "optimizers": {
                 n: named_state(m, self.optimizers[n]) for n, m in self.modules().items()
             },
@@ -674,7 +655,7 @@ class Trainer:
                 "resume with those it was begun with, or choose another results_folder"
             )
         for name, module in self.modules().items():
-            own, saved = self._trained_state(module), tree["modules"].get(name, {})
+            own, saved = trained_state(module), tree["modules"].get(name, {})
             wrong = [k for k in own if k not in saved or own[k].shape != saved[k].shape]
             if wrong or len(own) != len(saved):
                 raise CheckpointError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -100,13 +100,12 @@ class MaskGitTrainer(Trainer):
     def modules(self) -> dict[str, nn.Module]:
         return {"model": self.terms}
 
-    def make_datasets(self) -> tuple[Dataset, Dataset | None]:
+    def make_datasets(self) -> tuple[ImageDataset, ImageDataset | None]:
         train, valid = split(self.dataset, self.valid_fraction)
-        if not self.cache_tokens:
-            return train, valid if len(valid) else None
-        self.maskgit.to(self.device)
-        cached = TokenCache(self.maskgit, train)
-        return cached, TokenCache(self.maskgit, valid) if len(valid) else None
+        return train, valid if len(valid) else None
+
+    def ready(self, dataset: ImageDataset, say: Callable[[str], None] | None) -> Dataset:
+        return TokenCache(self.maskgit, dataset, say=say) if self.cache_tokens else dataset
 
     def collate(self, items: Any) -> Batch:
         if isinstance(items, Batch):  # from a TokenCache

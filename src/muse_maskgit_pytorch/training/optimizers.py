@@ -1,11 +1,11 @@
-"""AdamW of a module: what weight decay leaves alone, and a state stored by parameter name."""
+"""AdamW of a module: what weight decay leaves alone, and states stored by parameter name."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 TABLES = ("row", "column", "null_kv")  # learned positions and null keys
 
@@ -13,6 +13,22 @@ TABLES = ("row", "column", "null_kv")  # learned positions and null keys
 def trained(module: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that require a gradient, by name, in the module's own order."""
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
+def trained_state(module: nn.Module) -> dict[str, Tensor]:
+    """The module's state without what is frozen (a tokenizer inside a MaskGit)."""
+    parameters = module.named_parameters(remove_duplicate=False)
+    frozen = {name for name, p in parameters if not p.requires_grad}
+    skip = tuple(
+        f"{name}."
+        for name, child in module._modules.items()  # with those that stand there twice
+        if child is not None and all(not p.requires_grad for p in child.parameters())
+    )
+    return {
+        name: value
+        for name, value in module.state_dict(keep_vars=False).items()
+        if name not in frozen and not name.startswith(skip or ("\0",))
+    }
 
 
 def decayed(module: nn.Module) -> set[str]:

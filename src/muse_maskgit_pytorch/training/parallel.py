@@ -30,6 +30,7 @@ class Parallel:
         self.accelerator = Accelerator(mixed_precision=scaled)
         # its environment may ask for an accumulation, which would divide the gradients once more
         self.accelerator.gradient_accumulation_steps = 1
+        self.precision = mixed_precision
         self.dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision)
 
     @property

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from ..arguments import one_of, real, whole
 from ..data.dataset import ImageDataset, split
@@ -201,7 +201,7 @@ class VQGanVAETrainer(Trainer):
         with frozen(self._left_out()):
             super().train()
 
-    def make_datasets(self) -> tuple[Dataset, Dataset | None]:
+    def make_datasets(self) -> tuple[ImageDataset, ImageDataset | None]:
         train, valid = split(self.dataset, self.valid_fraction)
         if self.view.is_random:
             train = train.viewed(self.view, self.cache_images)

@@ -6,7 +6,7 @@ import errno
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from ..checkpoint import CheckpointError
 from ..files import replacing
 from .health import Health
+from .report import read_warnings, write_report
 
 
 @contextmanager
@@ -73,6 +74,17 @@ class Log:
         self.path = folder / "metrics.jsonl"
         self.stage, self.health, self.say = stage, health, say
 
+    def begin(self, lines: Iterable[str], warnings: Iterable[str], step: int) -> None:
+        """Say what the run is about to do, and warn, once in the log, of what defeats it."""
+        for line in lines:
+            self.say(line)
+        known = read_warnings(self.path.parent, self.stage)
+        for warning in warnings:
+            if warning in known:
+                self.say(f"as before: {warning}")
+            else:
+                self.warn(step, warning)
+
     def add(self, step: int, values: dict[str, float], codes_full: bool = False) -> None:
         """Append a line of figures, and the warnings that it calls for."""
         # JSON has no infinity and no NaN
@@ -85,6 +97,13 @@ class Log:
         """Print a warning and append it to the log, where the report finds it."""
         self.say(f"step {step}: {warning}")
         self._write(step, {"warning": warning})
+
+    def report(self) -> None:
+        """Draw the run as a page, if there is anything to draw."""
+        if self.path.is_file():
+            with writing(self.path.with_name("report.html")):
+                page = write_report(self.path.parent)
+            self.say(f"report: {page}")
 
     def _write(self, step: int, values: dict[str, Any]) -> None:
         line = json.dumps({"stage": self.stage, "step": step} | values) + "\n"

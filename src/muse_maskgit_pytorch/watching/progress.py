@@ -29,16 +29,19 @@ class Progress:
     Args:
         name: shown before the bar.
         total: steps in all.
-        step: steps done.
         shown: False hides everything.
     """
 
-    def __init__(self, name: str, total: int, step: int, shown: bool = True):
-        self.shown, self.bar = shown, None
-        if shown and sys.stderr is not None:
+    def __init__(self, name: str, total: int, shown: bool = True):
+        self.name, self.total, self.shown = name, total, shown
+        self.bar: tqdm | None = None
+
+    def start(self, step: int) -> None:
+        """Show the bar, with so many steps done."""
+        if self.shown and sys.stderr is not None:
             with _harmless(sys.stderr):
                 self.bar = tqdm(
-                    total=total, initial=step, desc=name, unit="step", dynamic_ncols=True
+                    total=self.total, initial=step, desc=self.name, unit="step", dynamic_ncols=True
                 )
 
     def step_to(self, step: int) -> None:

@@ -86,9 +86,18 @@ def read_metrics(folder: str | os.PathLike) -> dict[str, Run]:
 
 def read_curves(folder: str | os.PathLike, stage: str) -> Curves:
     """The curves of one stage so far, as `Health` takes them; none where nothing was logged."""
+    return _run(folder, stage).curves
+
+
+def read_warnings(folder: str | os.PathLike, stage: str) -> set[str]:
+    """The warnings of one stage so far."""
+    return {text for _, text in _run(folder, stage).warnings}
+
+
+def _run(folder: str | os.PathLike, stage: str) -> Run:
     path = Path(folder) / "metrics.jsonl"
     runs = _parse(path) if path.is_file() else {}
-    return runs.get(stage, Run(stage)).curves
+    return runs.get(stage, Run(stage))
 
 
 def _parse(path: Path) -> dict[str, Run]:

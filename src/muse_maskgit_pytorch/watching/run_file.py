@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..arguments import plain, shown
 from ..files import replacing
@@ -53,16 +52,6 @@ def describe_device(device: torch.device, processes: int) -> dict[str, Any]:
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     name = f"{device.type} ({gpu or platform.machine()})"
     return {"kind": name, "processes": processes, "threads": torch.get_num_threads()}
-
-
-def count_parameters(modules: Mapping[str, nn.Module]) -> dict[str, dict[str, int]]:
-    """Trained and frozen parameters of every module."""
-    counts = {}
-    for name, module in modules.items():
-        sizes = [(p.requires_grad, p.numel()) for p in module.parameters()]
-        trained = sum(size for wanted, size in sizes if wanted)
-        counts[name] = {"trained": trained, "frozen": sum(size for _, size in sizes) - trained}
-    return counts
 
 
 class RunFile:

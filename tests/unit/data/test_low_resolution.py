@@ -49,7 +49,7 @@ def trainer(stage: Any, results: Path, **changes: Any) -> MaskGitTrainer:
 def trained_ids(stage: Any, results: Path, **changes: Any) -> torch.Tensor:
     """The low-resolution ids of the training, in the order of the files."""
     made = trainer(stage, results, **changes)
-    train, _ = made.make_datasets()
+    train = made.ready(made.make_datasets()[0], None)
     if made.cache_tokens:
         with torch.device("meta"):  # batches stay where the cache is
             assert train.__getitems__([1, 0]).text_embeds.mask.device.type == "cpu"  # type: ignore[attr-defined]

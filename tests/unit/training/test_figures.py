@@ -9,7 +9,17 @@ import pytest
 from torch import Tensor
 
 from muse_maskgit_pytorch.training.loop import Trainer
-from tests.runs import assert_same, interrupt, logged, make_vae, metrics, vae_trainer
+from tests.runs import (
+    CAPTIONS,
+    assert_same,
+    interrupt,
+    logged,
+    make_maskgit,
+    make_vae,
+    maskgit_trainer,
+    metrics,
+    vae_trainer,
+)
 
 
 def spied(trainer: Trainer, seen: dict[int, dict[str, float]]) -> Trainer:
@@ -50,3 +60,38 @@ def test_an_interrupted_interval_goes_on(images: Path, tmp_path: Path):
         for name in ("whole", "parts")
     )  # fmt: skip
     assert_same(parts, whole)
+
+
+def test_a_run_says_what_it_is_about_to_do(
+    images: Path, tmp_path: Path, t5: str, capsys: pytest.CaptureFixture
+):
+    """And warns, before the first step, on the terminal, in the log and in the report."""
+    settings: dict[str, Any] = dict(warmup_steps=4, grad_accum_every=2)
+    trainer = maskgit_trainer(images, tmp_path / "r", make_maskgit(t5), **settings)
+    original, said = trainer.train_step, []
+
+    def step(batches: Any) -> dict[str, Tensor]:
+        said.append(capsys.readouterr().out)
+        return original(batches)
+
+    trainer.train_step = step  # type: ignore[method-assign]
+    trainer.train()
+    lines = said[0].splitlines()
+    held_back = 0 if trainer._valid_loader is None else len(trainer._valid_loader.dataset)
+    count = len(CAPTIONS) - held_back
+    assert lines[0].startswith(f"base: {count} images to train on, {held_back} held back")
+    assert any(line.startswith("parameters: transformer ") for line in lines)
+    assert "device: cpu, float32" in lines
+    assert any(line.startswith(f"steps: 2 of 4 images each, {count / 4:.2g} to") for line in lines)
+    (cache, *_) = [line for line in lines if line.startswith("token cache")]
+    assert "MB of memory" in cache
+    assert "warmup_steps=4 is longer than the run" in said[0]
+    assert "warmup_steps=4" in "".join(line.get("warning", "") for line in metrics(tmp_path / "r"))
+    assert "warmup_steps=4" in (tmp_path / "r" / "report.html").read_text()
+
+
+def test_pictures_smaller_than_the_training_are_named(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    vae_trainer(images, tmp_path / "r", image_size=32).train()
+    assert "smaller than image_size=32 (typically 16 px)" in capsys.readouterr().out

@@ -22,6 +22,7 @@ from tests.runs import (
     CAPTIONS,
     assert_same,
     last_checkpoint,
+    logged,
     make_maskgit,
     make_vae,
     maskgit_trainer,
@@ -87,6 +88,16 @@ def test_cached_tokens_give_the_loss_of_the_images(images: Path, t5: str, high: 
         torch.manual_seed(3)
         losses.append(maskgit(**arguments).item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)  # texts are kept in half precision
+
+
+def test_a_token_cache_tells_what_it_takes(images: Path, t5: str):
+    maskgit, dataset, said = make_maskgit(t5), ImageFolder(images, 16, captions=True), []
+    cache = TokenCache(maskgit, dataset, batch_size=3, say=said.append)
+    held = cache.ids.nbytes + sum(embeds.nbytes for embeds in cache.embeds)
+    (words,) = said  # after two of three batches
+    assert words.startswith(f"token cache: {len(dataset)} images take about ")
+    megabytes = float(words.split()[6])
+    assert megabytes == pytest.approx(held / 1e6, rel=0.3)
 
 
 def test_cached_captions_keep_their_order(images: Path, t5: str):
@@ -196,7 +207,7 @@ def test_each_masked_token_of_a_step_counts_alike(
         monkeypatch.setattr(trainer, "save", lambda: None)
         monkeypatch.setattr(trainer, "_look", lambda: None)
         trainer.train()
-        [line] = metrics(tmp_path / f"r{batch_size}")
+        [line] = logged(tmp_path / f"r{batch_size}")
         found.append((line["loss"], grads))
     (loss, whole), *others = found
     assert whole["transformer.to_logits.weight"].abs().max() > 1e-3
