@@ -28,8 +28,8 @@ def summary(run: Mapping[str, Any], image_size: int, sides: Sequence[int]) -> li
     lines = [
         f"{run['stage']}: {images:,} images to train on, {data['held_back']:,} held back for "
         f"validation, of {data['source']}",
-        left_out and f"left out: {left_out}",
-        sides and f"sizes: shorter sides of {_span(sides)} px, trained at {image_size}",
+        f"left out: {left_out}" if left_out else "",
+        f"sizes: shorter sides of {_span(sides)} px, trained at {image_size}" if sides else "",
         f"parameters: {trained}" + (f"; {frozen} stay as they are" if frozen else ""),
         f"device: {device['kind']}, {PRECISIONS[settings['mixed_precision']]}{processes}",
         f"steps: {steps:,} of {batch:,} image{'s' * (batch > 1)} each, {_about(images / batch)} to "
