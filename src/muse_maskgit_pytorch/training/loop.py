@@ -29,7 +29,14 @@ from ..watching.interval import Interval
 from ..watching.log import Log, drop_lines_after, writing
 from ..watching.progress import Progress
 from ..watching.report import read_curves
-from ..watching.run_file import RunFile, changes_in_words, describe_device, settings_of, versions
+from ..watching.run_file import (
+    RunFile,
+    changes_in_words,
+    describe_device,
+    leaves,
+    settings_of,
+    versions,
+)
 from ..watching.start import count_parameters, defeats, summary
 from .checkpoints import Checkpoints
 from .ema import EMA
@@ -40,19 +47,8 @@ from .parallel import Parallel, Precision
 from .stop import Stop
 
 LrSchedule = Literal["cosine", "constant"]
+SAMPLING = ("sample_options", "presets")  # parts of a model's arguments that training ignores
 MAX_RESTARTS = 3  # returns to a checkpoint, before the run is given up
-
-
-def _leaves(config: Any, above: str = "") -> dict[str, Any]:
-    """The arguments of a model and of its parts, by path; not how it samples by default."""
-    if not isinstance(config, dict):
-        return {above: config}
-    return {
-        name: value
-        for key, part in config.items()
-        if key not in ("sample_options", "presets")
-        for name, value in _leaves(part, f"{above}.{key}".strip(".")).items()
-    }
 
 
 def _share(name: str, value: Any) -> float:
@@ -678,8 +674,8 @@ class Trainer:
 
     def _check_config(self, saved: dict[str, Any], path: Path) -> None:
         """Refuse a checkpoint of a model made with other arguments: shapes do not tell them all."""
-        own = _leaves(json.loads(json.dumps(self.model.config)))
-        saved = _leaves(json.loads(json.dumps(saved)))
+        own = leaves(json.loads(json.dumps(self.model.config)), skip=SAMPLING)
+        saved = leaves(json.loads(json.dumps(saved)), skip=SAMPLING)
         for key in sorted(own.keys() & saved.keys()):  # another release may have others
             if own[key] != saved[key]:
                 raise CheckpointError(

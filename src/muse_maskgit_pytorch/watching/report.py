@@ -1,7 +1,7 @@
 """A training run as one HTML page: figures, warnings, pictures, curves.
 
-The page needs no other file: pictures are embedded, curves are SVG, there is no script. It
-is drawn from what the training wrote (``metrics.jsonl`` and ``samples/``), during a run or after.
+The page needs no other file: pictures are embedded, curves are SVG, there is no script. It is drawn
+from what the training wrote (``metrics.jsonl``, ``NAME-run.json``, ``samples/``), during or after.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ from typing import Any
 
 from PIL import Image
 
+from ..arguments import printable
 from ..images import read_image
 from .health import Curve, Curves, add_line
+from .run_file import RunFile, leaves
 
 # Title, unit, names of the curves (an adversary's without it are left out), kind of axis.
 CHARTS = [
@@ -169,7 +171,7 @@ def _section(run: Run, folder: Path) -> str:
         f"<header><h1>{escape(run.stage)}</h1><p>{escape(str(folder.resolve().name))}, "
         f"step {run.step:,}</p></header>"
         f"{_figures(run)}{_health(run)}{_pictures(run, folder)}"
-        f"<h2>Curves</h2>{_key(run)}<div class=charts>{charts}</div>"
+        f"<h2>Curves</h2>{_key(run)}<div class=charts>{charts}</div>{_made(run, folder)}"
     )
 
 
@@ -230,6 +232,31 @@ def _health(run: Run) -> str:
         f"<section class='health bad'><h2>Health: {count}</h2>{note if more else ''}"
         f"<table>{''.join(items)}</table></section>"
     )
+
+
+def _made(run: Run, folder: Path) -> str:
+    """How the run was made: the sittings, and its description part by part, closed up."""
+    made = RunFile(folder, run.stage).read()
+    if not made:
+        return ""
+    sittings, tables = made.pop("sittings", None), ""
+    for number, sitting in enumerate(sittings if isinstance(sittings, list) else [], 1):
+        if isinstance(sitting, dict):
+            tables += _table(f"Sitting {number}", sitting)
+    alone = {name: value for name, value in made.items() if not isinstance(value, dict)}
+    for title, part in [("", alone), *made.items()]:
+        if isinstance(part, dict) and part:
+            tables += _table(title.capitalize(), part)
+    return f"<h2>How it was made</h2><div class=made>{tables}</div>"
+
+
+def _table(title: str, values: dict[str, Any]) -> str:
+    rows = "".join(
+        f"<tr><th>{escape(printable(name))}<td>{escape(printable(str(value), 500))}"
+        for name, value in leaves(values).items()
+    )
+    table = f"<table>{rows}</table>"
+    return f"<details><summary>{escape(title)}</summary>{table}</details>" if title else table
 
 
 def _pictures(run: Run, folder: Path) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -52,6 +52,18 @@ def describe_device(device: torch.device, processes: int) -> dict[str, Any]:
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     name = f"{device.type} ({gpu or platform.machine()})"
     return {"kind": name, "processes": processes, "threads": torch.get_num_threads()}
+
+
+def leaves(tree: Any, above: str = "", skip: Collection[str] = ()) -> dict[str, Any]:
+    """The values of nested dicts by their paths, ``vae.dim``; without the parts named ``skip``."""
+    if not isinstance(tree, dict):
+        return {above: tree}
+    return {
+        name: value
+        for key, part in tree.items()
+        if key not in skip
+        for name, value in leaves(part, f"{above}.{key}".strip("."), skip).items()
+    }
 
 
 class RunFile:

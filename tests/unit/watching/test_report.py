@@ -21,6 +21,7 @@ from muse_maskgit_pytorch.watching.report import (
     read_metrics,
     write_report,
 )
+from muse_maskgit_pytorch.watching.run_file import RunFile
 
 Tag = tuple[str, dict[str, str]]
 
@@ -315,6 +316,32 @@ def test_any_constant_can_be_drawn(tmp_path: Path, value: float):
     log(tmp_path, [{"step": s, **dict.fromkeys(("loss", "psnr", "lr"), value)} for s in (1, 2)])
     log(tmp_path, [dict(step=0, loss=value)], stage="step zero")
     assert "nan" not in "".join(re.findall("<svg.*?</svg>", write_report(tmp_path).read_text()))
+
+
+def test_the_page_says_how_the_run_was_made(tmp_path: Path):
+    log(tmp_path, [LINE])
+    assert "How it was made" not in write_report(tmp_path).read_text()
+    made = {
+        "stage": "vae",
+        "settings": {"lr": 0.0003, "betas": [0.9, 0.96]},
+        "data": {"source": "image folder '<b>cats</b>'", "fingerprint": "0123456789abcdef"},
+        "model": {"config": {"vae": {"dim": 64}}},
+    }
+    RunFile(tmp_path, "vae").write(made, 0, {})
+    RunFile(tmp_path, "vae").write({**made, "settings": {"lr": 0.1}}, 9, json.loads(
+        (tmp_path / "vae-run.json").read_text()
+    ))  # fmt: skip
+    page = write_report(tmp_path).read_text()
+    rows = ["<th>config.vae.dim<td>64", "<th>lr<td>0.1", "<th>changed.lr<td>[0.0003, 0.1]"]
+    for row in (*rows, "image folder &#x27;&lt;b&gt;cats", "0123456789abcdef", "Sitting 2"):
+        assert row in page, row
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "{}", '{"settings": 3, "sittings": [3]}'])
+def test_a_damaged_description_costs_no_page(tmp_path: Path, text: str):
+    log(tmp_path, [LINE])
+    (tmp_path / "vae-run.json").write_text(text)
+    assert "<svg" in write_report(tmp_path).read_text()
 
 
 # The command -------------------------------------------------------------------------------------
