@@ -1,11 +1,15 @@
 """Models of classes instead of captions, and of neither."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from PIL import Image
 
 from muse_maskgit_pytorch import MaskGit, Muse
 from muse_maskgit_pytorch import testing as tiny
 from muse_maskgit_pytorch.images import record_of, save_png
+from tests.runs import maskgit_trainer, metrics
 
 
 def model(classes) -> MaskGit:
@@ -87,3 +91,53 @@ def test_what_are_no_classes():
             model(classes)
     with pytest.raises(ValueError, match="text_embed_dim 12 is given with 3 classes"):
         tiny.transformer(classes=3)
+
+
+def pictures(folder: Path, *names: str) -> Path:
+    for i, name in enumerate(names):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (i * 60, 100, 0)).save(path)
+    return folder
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_folders_are_classes_and_captions_may_name_them(tmp_path: Path, cached: bool):
+    data = pictures(tmp_path / "data", "cat/1.png", "cat/2.png", "dog/1.png", "other/1.png")
+    (data / "other/1.txt").write_text("dog")
+    (data / "cat/2.txt").write_text("dog")  # a caption goes before the folder
+    named = model(["cat", "dog"])
+    trainer = maskgit_trainer(
+        data, tmp_path / "run", named, cache_tokens=cached, sample_every=2, valid_fraction=0.3
+    )
+    texts = [trainer.dataset[i]["text"] for i in range(4)]
+    assert dict(zip(trainer.dataset.keys, texts, strict=True)) == {
+        "cat/1.png": "cat", "cat/2.png": "dog", "dog/1.png": "dog", "other/1.png": "dog",
+    }  # fmt: skip
+    before = named.transformer.state_dict()["text_proj.weight"].clone()
+    trainer.train()
+    assert (named.transformer.state_dict()["text_proj.weight"] != before).any()
+    assert list((tmp_path / "run/samples").iterdir())
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_an_unconditional_model_trains_on_images_alone(tmp_path: Path, cached: bool):
+    data = pictures(tmp_path / "data", "1.png", "2.png", "3.png", "4.png")
+    plain = model(0)
+    maskgit_trainer(
+        data, tmp_path / "run", plain, cache_tokens=cached, sample_every=2, valid_fraction=0.3
+    ).train()
+    assert list((tmp_path / "run/samples").iterdir())
+    assert "valid_loss" in str(metrics(tmp_path / "run"))
+
+
+def test_captions_of_no_class_are_noticed_before_the_run(tmp_path: Path):
+    data = pictures(tmp_path / "data", "cat/1.png", "dgo/2.png")
+    named = model(["cat", "dog"])
+    with pytest.warns(UserWarning, match="left out 1 of 2 images that have no caption: dgo/2.png"):
+        maskgit_trainer(data, tmp_path / "run", named)
+    (data / "dgo/2.txt").write_text("dgo")
+    with pytest.raises(ValueError, match="no class of this model: dgo; its classes are cat, dog"):
+        maskgit_trainer(data, tmp_path / "run", named)
+    with pytest.raises(ValueError, match=r"has a caption: .*, or a folder for each class: a, b"):
+        maskgit_trainer(pictures(tmp_path / "x", "1.png"), tmp_path / "run", model(["a", "b"]))

@@ -55,7 +55,8 @@ class TokenCache(Dataset):
             cond = maskgit.encode_cond(batch.get("cond_image"), None, images)
             if cond is not None:
                 cond_ids.append(cond.int().cpu())
-            text = maskgit.embed_texts(batch["text"], long="cut")
+            texts = batch.get("text") or maskgit.no_texts(len(images))
+            text = maskgit.embed_texts(texts, long="cut")
             rows = zip(text.embeds.half().cpu(), text.mask.cpu(), strict=True)
             self.embeds += [embeds[mask] for embeds, mask in rows]
             bar.update(len(images))

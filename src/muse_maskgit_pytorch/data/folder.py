@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from os import PathLike
 from pathlib import Path, PurePosixPath
 
@@ -32,6 +32,8 @@ class Folder:
             named in one warning.
         verify: read every header at construction, and leave out what is not an image.
         results_folder: of a training run; left out where it lies inside the folder.
+        classes: names of classes: an image without a caption, in a folder that has the name of
+            one, is of that class, which is its caption.
 
     Attributes:
         names: paths relative to `folder`, with forward slashes, sorted; also the keys.
@@ -50,6 +52,7 @@ class Folder:
         captions: bool = False,
         verify: bool = True,
         results_folder: str | PathLike[str] | None = None,
+        classes: Sequence[str] = (),
     ) -> None:
         self.folder = as_path(folder, "folder")
         if not self.folder.is_dir():
@@ -66,7 +69,7 @@ class Folder:
                 f"{self} holds no images ({' '.join(sorted(suffixes()))}); it has {others}"
             )
         if captions:
-            self._caption(found)
+            self._caption(found, classes)
         if verify:
             broken = {name for name in self.names if not self._has_header(name)}
             self._leave_out(BROKEN, broken)
@@ -112,7 +115,7 @@ class Folder:
         if self.texts is not None:
             self.texts = [self.texts[row] for row in left]
 
-    def _caption(self, found: Listing) -> None:
+    def _caption(self, found: Listing, classes: Sequence[str]) -> None:
         """Give the images their captions, and leave out those that have none."""
         tables = Tables(self.folder, found.tables, self.names)
         stems = {name: PurePosixPath(name).with_suffix("").as_posix() for name in self.names}
@@ -123,6 +126,9 @@ class Folder:
         }
         read, failed = read_texts(self.folder, sorted(set(beside.values())))
         texts = tables.texts | {name: read.get(file, "") for name, file in beside.items()}
+        for name in self.names:
+            if not texts.get(name) and (parent := PurePosixPath(name).parent.name) in classes:
+                texts[name] = parent
         complaints = list(tables.complaints())
         if failed:
             reasons = [f"{file} ({why})" for file, why in failed.items()]
@@ -135,6 +141,7 @@ class Folder:
                     "; ".join(complaints)
                     or "write a metadata.csv with the columns file_name,text there, or NAME.txt "
                     "next to NAME.png"
+                    + (f", or a folder for each class: {few(classes)}" if classes else "")
                 )
             )
         for complaint in complaints:
@@ -195,10 +202,12 @@ def open_source(
     captions: bool = False,
     cond_folder: str | None = None,
     results_folder: Path | None = None,
+    classes: Sequence[str] = (),
 ) -> Source:
     """The trainers' choice between a source and its short form, a folder.
 
-    The pictures in ``results_folder`` are the run's own, and no data.
+    The pictures in ``results_folder`` are the run's own, and no data. Captions may be the names of
+    ``classes``, see `Folder`.
 
     Raises:
         ValueError: both or neither are given, or as `Folder` and `WithCondImages`.
@@ -210,5 +219,5 @@ def open_source(
             "(muse_maskgit_pytorch.data.Source)"
         )
     if data is None:
-        data = Folder(folder, captions, results_folder=results_folder)  # type: ignore[arg-type]
+        data = Folder(folder, captions, True, results_folder, classes)  # type: ignore[arg-type]
     return data if cond_folder is None else WithCondImages(data, Folder(cond_folder))

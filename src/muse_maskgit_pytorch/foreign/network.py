@@ -241,7 +241,8 @@ class ForeignVQGAN(ImageTokenizer):
         """Token ids -> pixels, clamped to [0, 1]."""
         codes = F.embedding(ids, self._codes).permute(0, 3, 1, 2).contiguous()
         pixels = self.decoder(self.post_quant_conv(codes))
-        return (pixels / 2 + 0.5 if self.signed else pixels).clamp(0, 1).float()
+        pixels = (pixels / 2 + 0.5 if self.signed else pixels).clamp(0, 1)
+        return pixels.to(torch.promote_types(pixels.dtype, torch.float32))
 
     @property
     def _codes(self) -> Tensor:

@@ -104,7 +104,8 @@ class Checkpoints:
 
     def sweep(self) -> None:
         """Remove what earlier processes of this run left half-written when they were killed."""
-        for path in self.folder.glob(f".{self.name}*.safetensors.*.tmp"):
+        names = (f"{self.name}*", "metrics.*", "report.*")
+        for path in [path for name in names for path in self.folder.glob(f".{name}.*.tmp")]:
             try:
                 pid = int(path.name.split(".")[-2])
                 if pid != os.getpid():  # in a container every process may have the same number

@@ -15,7 +15,7 @@ from ..arguments import one_of, whole
 from ..data.cache import TokenCache
 from ..data.dataset import ImageDataset, split
 from ..data.folder import open_source
-from ..data.source import Source
+from ..data.source import Source, few
 from ..images import image_grid
 from ..maskgit import MaskGit, Part
 from ..structures import Batch
@@ -30,6 +30,9 @@ class MaskGitTrainer(Trainer):
     A model with ``cond_image_size`` trains as super-resolution. Its low-resolution images should
     be those that the base was trained on: by default they come from the same files, scaled as the
     base's images are; ``cond_folder`` names the base's own files.
+
+    The captions of a model with classes are their names, in caption files or as the names of the
+    folders that the images lie in; a model without any takes images alone.
 
     Args:
         maskgit: base or super-resolution, with its trained tokenizer.
@@ -75,8 +78,18 @@ class MaskGitTrainer(Trainer):
             raise ValueError(
                 "cond_folder is given, but the model has no cond_image_size: leave it out"
             )
-        source = open_source(data, folder, True, cond_folder, self.results_folder)
-        self.dataset = ImageDataset(source, maskgit.image_size, True, maskgit.cond_image_size)
+        classes = maskgit.transformer.classes
+        captions = classes != ()  # an unconditional model needs none
+        source = open_source(
+            data, folder, captions, cond_folder, self.results_folder, classes or ()
+        )
+        if classes and (others := set(getattr(source, "texts", None) or ()) - set(classes)):
+            raise ValueError(
+                f"{source} has captions that are no class of this model: {few(sorted(others))}; "
+                f"its classes are {few(classes)}"
+            )
+        size, cond_size = maskgit.image_size, maskgit.cond_image_size
+        self.dataset = ImageDataset(source, size, captions, cond_size)
         with frozen(self._left_out()):
             if not any(p.requires_grad for p in maskgit.parameters()):
                 raise ValueError(
@@ -112,7 +125,8 @@ class MaskGitTrainer(Trainer):
             return items
         joined = torch.utils.data.default_collate(items)
         cond_images = joined.get("cond_image")
-        return Batch(images=joined["image"], texts=joined["text"], cond_images=cond_images)
+        texts = joined.get("text") or self.maskgit.no_texts(len(items))
+        return Batch(images=joined["image"], texts=texts, cond_images=cond_images)
 
     def _arguments(self, batch: Batch) -> dict[str, Any]:
         images = batch.images if batch.ids is None else batch.ids

@@ -23,6 +23,7 @@ from typing import Any
 from PIL import Image
 
 from ..arguments import printable
+from ..files import replacing
 from ..images import read_image
 from .health import Curve, Curves, add_line
 from .run_file import RunFile, leaves
@@ -149,15 +150,10 @@ def write_report(
     body = "".join(_section(run, Path(folder)) for run in shown)
     title = f"{Path(folder).resolve().name}: {', '.join(run.stage for run in shown)}"
     path = Path(out) if out is not None else Path(folder) / "report.html"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        style = files("muse_maskgit_pytorch.watching").joinpath("report.css").read_text("utf-8")
-        page = PAGE.substitute(title=escape(title), style=style, body=body)
+    style = files("muse_maskgit_pytorch.watching").joinpath("report.css").read_text("utf-8")
+    page = PAGE.substitute(title=escape(title), style=style, body=body)
+    with replacing(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 

@@ -81,7 +81,7 @@ def test_autocast_changes_no_id(tmp_path: Path):
 def test_quantisation_is_float32_in_a_bfloat16_model(tmp_path: Path):
     hub.make_vqmodel(tmp_path)
     tokenizer: Any = load_tokenizer(tmp_path).bfloat16()
-    pixels = images(4, 3, 32, 32).bfloat16()
+    pixels = images(32, 3, 32, 32).bfloat16()
     latents = tokenizer.quant_conv(tokenizer.encoder(pixels)).movedim(1, -1)
     codes = tokenizer.quantize["embedding"].weight
 
