@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,23 @@ def pick_device(name: str | None = None) -> torch.device:
         return device
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # as torch was built
         raise ValueError(f"--device {name!r} cannot be used: {error}") from error
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    allowed = getattr(os, "sched_getaffinity", None)  # not on every system
+    return len(allowed(0)) if allowed else os.cpu_count() or 1
+
+
+def fast_precisions(device: torch.device) -> list[str]:
+    """Which of fp16 and bf16 the device computes itself; in software they are very slow."""
+    fast = {"fp16": True, "bf16": True}
+    if device.type == "cuda":
+        fast["bf16"] = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu" and torch.backends.mkldnn.is_available():
+        fast["fp16"] = torch.ops.mkldnn._is_mkldnn_fp16_supported()
+        fast["bf16"] = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return [name for name, is_fast in fast.items() if is_fast]
 
 
 # Where both kinds of settings exist (since torch 2.9) they must not be mixed.

@@ -23,6 +23,7 @@ from ..checkpoint import CheckpointError, Saveable
 from ..data.dataset import ImageDataset
 from ..data.order import EndlessBatches
 from ..data.source import few
+from ..devices import cores
 from ..files import check_output, digest_state
 from ..watching.health import Health
 from ..watching.interval import Interval
@@ -44,7 +45,7 @@ from .guard import Diverged, Guard
 from .lock import locked
 from .optimizers import adamw, load_named_state, named_state, trained_state
 from .parallel import Parallel, Precision
-from .stop import Stop
+from .stop import Stop, leave_signals_to_the_run
 
 LrSchedule = Literal["cosine", "constant"]
 SAMPLING = ("sample_options", "presets")  # parts of a model's arguments that training ignores
@@ -90,7 +91,7 @@ class Trainer:
         ema_decay: of the averaged weights, saved next to the raw ones.
         mixed_precision: "no", "fp16" or "bf16" (autocast; weights stay float32).
         seed: of everything random in the training.
-        num_workers: data loading processes.
+        num_workers: data loading processes, at most one for each core.
         results_folder: where checkpoints, weights, metrics and pictures go.
         resume: continue from the newest checkpoint in ``results_folder``; without one, start.
         log_every: optimizer steps between lines in ``metrics.jsonl``, whose figures are means over
@@ -163,7 +164,7 @@ class Trainer:
         self.guard = Guard(real("max_spike", max_spike, 0), whole("max_skips", max_skips, 1))
         self.ema_decay = _share("ema_decay", ema_decay)
         self.seed = whole("seed", seed, 0, 2**32 - 1)
-        self.num_workers = whole("num_workers", num_workers, 0, 1024)
+        self.num_workers = min(whole("num_workers", num_workers, 0, 1024), cores())
         self.log_every = whole("log_every", log_every, 1)
         self.sample_every = whole("sample_every", sample_every, 0)
         self.save_every = whole("save_every", save_every, 1)
@@ -403,6 +404,7 @@ class Trainer:
                     self.parallel.world,
                 ),
                 num_workers=self.num_workers,
+                worker_init_fn=leave_signals_to_the_run,
                 collate_fn=self.collate,
                 pin_memory=self.device.type == "cuda",
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -61,7 +62,7 @@ class Stop:
                 signal.signal(number, handler)
 
     def _ask(self, signum: int, frame: Any) -> None:
-        if os.getpid() != self._process:  # one that loads data: it ends with its parent
+        if os.getpid() != self._process:  # one that loads data, and has just been forked
             return
         again, self.asked = self.asked, True
         if not self._begun:
@@ -81,3 +82,25 @@ class Stop:
         if self.shown:
             with suppress(OSError, ValueError, AttributeError):  # there may be no terminal
                 os.write(sys.stderr.fileno(), f"\n{text}\n".encode())
+
+
+def leave_signals_to_the_run(worker: int) -> None:
+    """In a process that loads data: what a terminal or a scheduler sends to all is the run's.
+
+    It ends as the run tells it to, or with the run. Where a signal's sender is not to be had
+    (macOS), SIGTERM ends it as before.
+    """
+    for name in ("SIGINT", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    run = multiprocessing.parent_process()
+    if run is not None and hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_for, args=(run.pid,), daemon=True).start()
+
+
+def _end_for(pid: int | None) -> None:
+    """Wait for a SIGTERM from the process ``pid``, and end."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != pid:
+        pass
+    os._exit(0)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from ..arguments import plain, shown
+from ..devices import fast_precisions
 from ..files import replacing
 
 PACKAGES = ("muse-maskgit-pytorch", "torch", "numpy", "pillow", "accelerate", "transformers")
@@ -51,7 +52,12 @@ def describe_device(device: torch.device, processes: int) -> dict[str, Any]:
     """What the run is computed on."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     name = f"{device.type} ({gpu or platform.machine()})"
-    return {"kind": name, "processes": processes, "threads": torch.get_num_threads()}
+    return {
+        "kind": name,
+        "processes": processes,
+        "threads": torch.get_num_threads(),
+        "fast precisions": fast_precisions(device),
+    }
 
 
 def leaves(tree: Any, above: str = "", skip: Collection[str] = ()) -> dict[str, Any]:

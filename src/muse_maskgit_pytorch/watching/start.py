@@ -50,6 +50,12 @@ def defeats(run: Mapping[str, Any], image_size: int, sides: Sequence[int]) -> It
         )
     if lr == 0:
         yield "lr=0: nothing is learnt; set a learning rate, such as 1e-4"
+    precision = settings["mixed_precision"]
+    if precision not in ("no", *run["device"]["fast precisions"]):
+        yield (
+            f"this device computes {PRECISIONS[precision]} in software, many times slower than "
+            "float32: set mixed_precision=no"
+        )
     small = sorted(side for side in sides if side < image_size)
     if 2 * len(small) > len(sides):
         typical = small[len(small) // 2]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -142,20 +142,29 @@ def test_while_data_are_encoded(
 def test_processes_that_load_data_leave_it_to_the_run(
     images: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ):
-    """A terminal sends Ctrl-C to all of them."""
+    """A terminal sends Ctrl-C to all of them, a scheduler SIGTERM; they end when the run does."""
     trainer = vae_trainer(images, tmp_path / "r", num_train_steps=9, num_workers=1)
-    batches = trainer._batches
+    batches, step, loading = trainer._batches, trainer.train_step, []
 
     def spied(data: Any) -> Any:
-        made = batches(data)
-        for worker in made._workers:  # type: ignore[attr-defined]
-            os.kill(worker.pid, signal.SIGINT)
-        return made
+        loading.append(batches(data))
+        return loading[0]
 
-    trainer._batches = spied  # type: ignore[method-assign]
+    def signalled(made: Any) -> Any:
+        if trainer.step == 1:  # it loads by now
+            for number in SIGNALS:
+                subprocess.run(["kill", f"-{number}", str(made._workers[0].pid)], check=True)
+        return step(made)
+
+    trainer._batches, trainer.train_step = spied, signalled  # type: ignore[method-assign]
     interrupt(trainer, step=3)
     assert checkpoints(tmp_path / "r") == [3]
     assert capfd.readouterr().err.count("stopping") == 1
+    (worker,) = loading[0]._workers
+    assert worker.is_alive()  # nobody has let go of it
+    worker.terminate()
+    worker.join(10)
+    assert worker.exitcode == 0
 
 
 def test_a_step_that_fails_halfway_says_that_it_is_not_exact(

@@ -25,7 +25,7 @@ def described(images: int = 3600, **settings: Any) -> dict[str, Any]:
             "held_back": 73,
             "left_out": {"have no caption": 12},
         },
-        "device": {"kind": "cuda (A Card)", "processes": 2},
+        "device": {"kind": "cuda (A Card)", "processes": 2, "fast precisions": ["bf16"]},
         "parameters": {
             "trained": {"transformer": 12_345_678, "critic": 940},
             "frozen": {"vae": 4_560_000},
@@ -74,6 +74,13 @@ def test_a_warm_up_longer_than_the_run_is_named():
     assert "ends at 15% of lr=0.0001" in warning
     assert "set warmup_steps to 15 " in warning
     assert not list(defeats(described(warmup_steps=150, num_train_steps=150), 256, []))
+
+
+def test_a_precision_that_the_device_computes_in_software_is_named():
+    (warning,) = defeats(described(mixed_precision="fp16"), 256, [])
+    assert "float16 in software" in warning
+    assert "set mixed_precision=no" in warning
+    assert not list(defeats(described(mixed_precision="no"), 256, []))
 
 
 def test_enlarged_images_are_named():
