@@ -21,6 +21,8 @@ import numpy as np
 import torch
 
 LARGEST = 2**63 - 1  # number that torch takes
+# What a network may be asked to have: far beyond any that exists, and before memory runs out.
+MAX_LAYERS, MAX_WIDTH, MAX_TOKENS = 1000, 2**16, 2**24
 PLAIN = (str, bytes, int, float, bool, list, tuple, dict, NoneType)  # short in a message
 
 

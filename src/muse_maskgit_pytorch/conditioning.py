@@ -92,13 +92,13 @@ class Conditioner:
             return None
         size = self.geometry.cond_pixels(image_size)
         if cond_ids is not None:
-            cond_ids = as_tensor("cond_ids", cond_ids, whole=True)
-            cond_ids, wanted = cond_ids.flatten(1), math.prod(self.geometry.cond_grid(image_size))
+            cond_ids = self.cond_vae.check_ids(cond_ids, "cond_ids").to(self.device).flatten(1)
+            wanted = math.prod(self.geometry.cond_grid(image_size))
             if cond_ids.shape[1] != wanted:
                 raise ValueError(
                     f"{cond_ids.shape[1]} cond_ids per image, cond_image_size {low} has {wanted}"
                 )
-            return check_ids(cond_ids.to(self.device), self.cond_vae, "cond_ids")
+            return cond_ids
         if cond_images is None:
             if images is None:
                 raise ValueError(
@@ -221,17 +221,6 @@ def check_pixels(name: str, images: Any) -> None:
         warnings.warn(
             f"{name} range from {low:.4g} to {high:.4g}, but images are in [0, 1]", stacklevel=3
         )
-
-
-def check_ids(ids: Tensor, vae: ImageTokenizer, name: str) -> Tensor:
-    """Refuse ids outside the codebook, which would end in an index error, on a GPU in a crash."""
-    # not on a GPU, which would have to wait for the answer in every step
-    if ids.device.type == "cpu" and not bool(((ids >= 0) & (ids < vae.codebook_size)).all()):
-        raise ValueError(
-            f"{name} range from {ids.min()} to {ids.max()}, "
-            f"the codebook has {vae.codebook_size} codes"
-        )
-    return ids
 
 
 def one_each(negative_texts: Sequence[str] | str | None, batch: int) -> list[str] | None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .arguments import as_tensor, one_of, real
 from .checkpoint import Saveable
-from .conditioning import Conditioner, check_ids, check_pixels, one_each
+from .conditioning import Conditioner, check_pixels, one_each
 from .geometry import Geometry, ImageSize
 from .masking import ScheduleFunction, check_schedule, draw_mask, mask_tokens
 from .presets import find_preset, make_presets
@@ -234,7 +234,7 @@ class MaskGit(Saveable):
             ids = self.vae.encode_to_ids(images).flatten(1)
             cond = conditioner.encode_cond(cond_images, cond_ids, images)
         else:
-            ids = check_ids(images.flatten(1), self.vae, "ids")
+            ids = self.vae.check_ids(images).flatten(1)
             cond = conditioner.encode_cond(cond_images, cond_ids)
         if ids.shape[1] != (wanted := math.prod(self.geometry.grid())):
             raise ValueError(f"{ids.shape[1]} ids per image, this model has {wanted}")
@@ -244,7 +244,9 @@ class MaskGit(Saveable):
         if cond is not None and len(cond) != len(ids):
             raise ValueError(f"{len(cond)} low-resolution images for {len(ids)} images")
 
-        drop = self.cond_drop_prob if cond_drop_prob is None else cond_drop_prob
+        drop = self.cond_drop_prob
+        if cond_drop_prob is not None:
+            drop = real("cond_drop_prob", cond_drop_prob, 0, 1)
         conditioning = conditioner.dropped(text, cond, drop)
         mask = self.draw_mask(len(ids)) if mask is None else mask
         masked = mask_tokens(ids, mask, self.transformer.mask_id, self.no_mask_token_prob)
@@ -268,12 +270,12 @@ class MaskGit(Saveable):
             ones, noise = torch.ones(1, device=ids.device), torch.rand_like(logits[None, :, 0])
             sampled, _ = choose_tokens(logits[None], ones, noise)
         filled = ids.masked_scatter(mask, sampled)
-        real = ~mask if self.critic_target == "sampled" else filled == ids
+        genuine = ~mask if self.critic_target == "sampled" else filled == ids
         if isinstance(self.critic, TokenCritic):  # a self-critic reads the transformer's context
             context = self.critic.encode_context(conditioning)
         [hidden] = self.critic(filled, context)
         scores = self.critic.to_logits(hidden).squeeze(-1).float()
-        critic = F.binary_cross_entropy_with_logits(scores, real.float())
+        critic = F.binary_cross_entropy_with_logits(scores, genuine.float())
         weighted = self.critic_loss_weight * critic
         return LossTerms(weighted if part == "critic" else ce + weighted, ce, critic)
 

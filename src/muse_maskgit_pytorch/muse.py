@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from os import PathLike
 from typing import Any, Literal, overload
 
@@ -13,8 +14,9 @@ from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
 
-from .arguments import shown, whole
+from .arguments import plain, shown, whole
 from .checkpoint import Saveable
+from .conditioning import check_texts
 from .geometry import ImageSize, Size
 from .images import to_pil
 from .maskgit import MaskGit
@@ -296,6 +298,7 @@ class Muse(Saveable):
         texts: Sequence[str] | str,
         *,
         seeds: int | None = None,
+        callback: Callback | None = None,
         **arguments: Any,
     ) -> list[Image.Image]:
         """Draw n pictures of each text and keep the one with the highest score.
@@ -306,7 +309,8 @@ class Muse(Saveable):
             texts: B prompts.
             seeds: s; text i (0-based) is drawn with the seeds s + i * n to s + i * n + n - 1.
                 If None, random.
-            **arguments: as in calling the model.
+            callback: as in calling the model.
+            **arguments: as in `request`.
 
         Returns:
             B pictures; each carries its record, so that `like` draws it again.
@@ -315,14 +319,20 @@ class Muse(Saveable):
             ValueError: n below 1, or a score that is not a number.
         """
         n = whole("n", n, 1)
-        texts = [texts] if isinstance(texts, str) else list(texts)
+        if not callable(score):
+            raise ValueError(
+                f"score must be a function of a picture and a text, not {shown(score)}"
+            )
+        seeds = None if seeds is None else whole("seeds", seeds)
+        texts = check_texts(texts, classes=self.base.transformer.classes)
         best: list[tuple[float, Image.Image]] = []
         for turn in range(n):
             turns = None if seeds is None else [seeds + i * n + turn for i in range(len(texts))]
-            pictures = self(texts, seeds=turns, **arguments)
-            scores = [float(score(*pair)) for pair in zip(pictures, texts, strict=True)]
-            if any(map(math.isnan, scores)):
-                raise ValueError(f"score gave {scores}: each must be a number")
+            request = self.request(texts, seeds=turns, **arguments)
+            pictures = self.pictures(self.draw(request, callback))
+            scores = [plain(score(*pair)) for pair in zip(pictures, texts, strict=True)]
+            if any(not isinstance(value, Real) or math.isnan(value) for value in scores):
+                raise ValueError(f"score gave {shown(scores)}: each must be a number")
             new = list(zip(scores, pictures, strict=True))
             best = [
                 max(pair, key=lambda one: one[0]) for pair in zip(best or new, new, strict=True)

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from .arguments import MAX_WIDTH, whole
 from .distributed import gather_rows, mean_over_processes, sum_over_processes
 from .structures import QuantizerOutput
 
@@ -318,8 +319,7 @@ class Quantizer(nn.Module):
             codebook_dim = 6 if kind == "simvq" else 16
         if entropy_weight is None:
             entropy_weight = 0.02 if kind == "bsq" else 0.1
-        if codebook_dim < 1:
-            raise ValueError(f"codebook_dim must be at least 1, not {codebook_dim}")
+        whole("codebook_dim", codebook_dim, 1, MAX_WIDTH)
         if levels is not None and kind != "fsq":
             raise ValueError(f"fsq_levels are given, but the quantizer is {kind!r}: leave them out")
         self.kind = kind

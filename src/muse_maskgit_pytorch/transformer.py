@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from .arguments import shown
+from .arguments import MAX_LAYERS, MAX_TOKENS, MAX_WIDTH, real, shown, whole
 from .checkpoint import Saveable
 from .layers import Block, CrossAttention, KeysValues, norm
 from .structures import Conditioning
@@ -212,16 +212,20 @@ class MaskGitTransformer(Saveable):
         cond_seq_len: int | None = None,
     ):
         super().__init__()
-        counts: dict[str, int | None] = dict(num_tokens=num_tokens, seq_len=seq_len, dim=dim)
-        counts |= dict(depth=depth, dim_head=dim_head, heads=heads, max_text_len=max_text_len)
-        counts |= dict(text_embed_dim=text_embed_dim, cond_num_tokens=cond_num_tokens)
-        for name, value in (counts | dict(cond_seq_len=cond_seq_len)).items():
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
+        widths: dict[str, int | None] = dict(dim=dim, dim_head=dim_head, heads=heads)
+        widths |= dict(text_embed_dim=text_embed_dim)
+        counts: dict[str, int | None] = dict(num_tokens=num_tokens, seq_len=seq_len)
+        counts |= dict(cond_num_tokens=cond_num_tokens, cond_seq_len=cond_seq_len)
+        counts |= dict(max_text_len=max_text_len)
+        for given, most in ((widths, MAX_WIDTH), (counts, MAX_TOKENS)):
+            for name, value in given.items():
+                if value is not None:
+                    whole(name, value, 1, most)
+        whole("depth", depth, 1, MAX_LAYERS)
+        whole("cond_depth", cond_depth or 0, 0, MAX_LAYERS)
+        real("ff_mult", ff_mult, 2 / dim, MAX_LAYERS)
         if (cond_num_tokens is None) != (cond_seq_len is None):
             raise ValueError("cond_num_tokens and cond_seq_len belong together: give both")
-        if cond_depth is not None and cond_depth < 0:
-            raise ValueError(f"cond_depth must not be negative, but is {cond_depth}")
         self.num_tokens, self.seq_len, self.dim = num_tokens, seq_len, dim
         self.mask_id = num_tokens
         self.t5_name, self.max_text_len = t5_name, max_text_len

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from .arguments import MAX_LAYERS, MAX_WIDTH, as_tensor, whole
 from .checkpoint import Saveable, weights_key
 from .devices import exact
 from .quantizer import Quantizer, QuantizerName
@@ -81,16 +82,37 @@ class ImageTokenizer(Saveable):
             )
         return image_size // self.factor
 
-    def check_images(self, images: Tensor) -> None:
-        """Refuse what cannot be encoded.
+    def check_images(self, images: Any) -> Tensor:
+        """Images that can be encoded.
 
         Raises:
-            ValueError: not RGB, or a side not divisible by the factor.
+            ValueError: no floating-point tensor, not RGB, or a side not divisible by the factor.
         """
+        images = as_tensor("images", images)
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images must be (B, 3, H, W), not {tuple(images.shape)}")
         for side in images.shape[-2:]:
             self.fmap_size(side)
+        return images
+
+    def check_ids(self, ids: Any, name: str = "ids", grid: bool = False) -> Tensor:
+        """Token ids of this tokenizer; others would end in an index error, on a GPU in a crash.
+
+        Raises:
+            ValueError: no tensor of whole numbers, another shape than (B, N) or, where ``grid``
+                asks for it, (B, h, w), or (not seen on a GPU, which would have to wait
+                for the answer in every step) some outside the codebook.
+        """
+        ids = as_tensor(name, ids, whole=True)
+        if ids.ndim < 2 or not ids.numel() or (grid and ids.ndim != 3):
+            wanted = "(B, h, w)" if grid else "(B, N) or (B, h, w)"
+            raise ValueError(f"{name} must be {wanted}, not {tuple(ids.shape)}")
+        if ids.device.type == "cpu" and not bool(((ids >= 0) & (ids < self.codebook_size)).all()):
+            raise ValueError(
+                f"{name} range from {ids.min()} to {ids.max()}, "
+                f"the codebook has {self.codebook_size} codes"
+            )
+        return ids
 
     def encode_to_ids(self, images: Float[Tensor, "B 3 H W"]) -> Int[Tensor, "B h w"]:
         """Pixels in [0, 1] -> token ids in [0, V)."""
@@ -186,14 +208,11 @@ class VQGanVAE(ImageTokenizer):
         for name, value in {"dim": dim, "decoder_dim": decoder_dim}.items():
             if value < 4 or value % 4:
                 raise ValueError(f"{name} {value} must be a positive multiple of 4 (group norm)")
-        if patch_size < 1:
-            raise ValueError(f"patch_size must be at least 1, not {patch_size}")
-        layers = _layers(factor, layers, patch_size)
-        if min(layers, num_res_blocks, blocks) < 0:
-            raise ValueError(
-                f"layers {layers}, num_res_blocks {num_res_blocks} and decoder_res_blocks "
-                f"{blocks} must be >= 0"
-            )
+            whole(name, value, 4, MAX_WIDTH)
+        whole("patch_size", patch_size, 1, MAX_LAYERS)
+        layers = whole("layers", _layers(factor, layers, patch_size), 0, 16)
+        whole("num_res_blocks", num_res_blocks, 0, MAX_LAYERS)
+        whole("decoder_res_blocks", blocks, 0, MAX_LAYERS)
         mults = [1] * (layers - 4) + [1, 1, 2, 2, 4][-(layers + 1) :]
         mults = mults if channel_mults is None else list(channel_mults)
         if len(mults) != layers + 1:
@@ -201,6 +220,8 @@ class VQGanVAE(ImageTokenizer):
                 f"channel_mults {mults} must have layers + 1 = {layers + 1} entries, one for each "
                 "resolution"
             )
+        for i, mult in enumerate(mults):
+            whole(f"channel_mults[{i}]", mult, 1, MAX_WIDTH // max(dim, decoder_dim))
         self.decoder_dim, self.decoder_res_blocks = decoder_dim, blocks
         self.patch_size = patch_size
         self.factor = patch_size * 2**layers
@@ -292,9 +313,9 @@ class VQGanVAE(ImageTokenizer):
         """Pixels in [0, 1] -> quantized feature map and ids.
 
         Raises:
-            ValueError: not RGB, or a side not divisible by the factor.
+            ValueError: see `check_images`.
         """
-        self.check_images(images)
+        images = self.check_images(images)
         images = images.to(next(self.encoder.parameters()).dtype)
         x = F.pixel_unshuffle(images * 2 - 1, self.patch_size)
         return self.quantizer(self.encoder(x))
@@ -328,12 +349,14 @@ class VQGanVAE(ImageTokenizer):
 
         Under autocast to bfloat16 some 2 % of the ids would differ from those in float32.
         """
+        images = self.check_images(images)
         with exact(images.device):
             return self.encode(images).ids
 
     @torch.no_grad()
     def decode_from_ids(self, ids: Int[Tensor, "B h w"]) -> Float[Tensor, "B 3 H W"]:
         """Token ids -> pixels, clamped to [0, 1]."""
+        ids = self.check_ids(ids, grid=True)
         return self.decode(self.quantizer.decode(ids)).clamp(0, 1).float()
 
 

@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from .arguments import real, shown
+from .conditioning import check_texts
 from .layers import CrossAttention
 from .maskgit import MaskGit
 from .muse import Muse
@@ -117,8 +118,8 @@ def replace_words(
         ValueError: numbers of prompts that differ, a share outside [0, 1], and what `emphasise`
             raises.
     """
-    sources = [source] if isinstance(source, str) else list(source)
-    targets = [target] if isinstance(target, str) else list(target)
+    classes = muse.base.transformer.classes
+    sources, targets = (check_texts(texts, classes=classes) for texts in (source, target))
     batch = len(sources)
     if batch != len(targets) or not batch:
         raise ValueError(f"{batch} source prompts and {len(targets)} targets: give pairs of them")

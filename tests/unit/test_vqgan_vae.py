@@ -56,8 +56,8 @@ def test_fsq_levels_alone_give_the_codebook_size():
         (dict(dim=10), "dim 10 must be a positive multiple of 4"),
         (dict(patch_size=0), "patch_size must be at least 1"),
         (dict(decoder_dim=6), "decoder_dim 6 must be a positive multiple of 4"),
-        (dict(decoder_res_blocks=-1), "decoder_res_blocks -1 must be >= 0"),
-        (dict(layers=-1), "layers -1"),
+        (dict(decoder_res_blocks=-1), "decoder_res_blocks must be at least 0"),
+        (dict(layers=-1), "layers must be at least 0"),
         (dict(channel_mults=[1, 2]), r"channel_mults \[1, 2\] must have layers \+ 1 = 3"),
     ],
 )

@@ -78,7 +78,7 @@ def inpaint(
         ValueError: pictures, masks and texts whose numbers differ; pixels that are not numbers in
             [0, 1]; a mask that repaints nothing, or is not boolean.
     """
-    _check_seam(feather, grow)
+    feather, grow = _seam(feather, grow)
     if not isinstance(blend, bool):
         raise ValueError(f"blend must be True or False, not {shown(blend)}")
     count_of(pictures, "pictures")
@@ -128,7 +128,7 @@ def outpaint(
     Raises:
         ValueError: as `inpaint`; nothing to add, or both sides and an aspect.
     """
-    _check_seam(feather, grow)
+    feather, grow = _seam(feather, grow)
     names = ("left", "top", "right", "bottom")
     sides = [
         whole(name, side, 0) for name, side in zip(names, (left, top, right, bottom), strict=True)
@@ -439,6 +439,6 @@ def _digest(tensor: Tensor) -> str:
     return digest_pixels((tensor.float() * 255).round().to(torch.uint8))
 
 
-def _check_seam(feather: int, grow: int) -> None:
-    for name, value in {"feather": feather, "grow": grow}.items():
-        whole(name, value, 0, 1024)
+def _seam(feather: int, grow: int) -> tuple[int, int]:
+    """Both, checked."""
+    return whole("feather", feather, 0, 1024), whole("grow", grow, 0, 1024)

@@ -13,11 +13,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ..arguments import whole
+from ..arguments import MAX_LAYERS, whole
 from ..devices import exact
 from ..vqgan_vae import ImageTokenizer, Upsample
 
-MAX_BLOCKS = 1000  # of one resolution; published networks have 1 to 4
 Family = Literal["diffusers", "taming", "maskgit"]
 
 
@@ -164,7 +163,7 @@ class ForeignVQGAN(ImageTokenizer):
         counts |= dict(codebook_size=codebook_size, groups=groups)
         for name, value in counts.items():
             whole(name, value, 1)
-        whole("blocks", blocks, 1, MAX_BLOCKS)
+        whole("blocks", blocks, 1, MAX_LAYERS)
         if not channels or min(channels) < 1:
             raise ValueError(f"channels {list(channels)} must be at least one, and each at least 1")
         stem = channels[0] if stem is None else whole("stem", stem, 1)
@@ -221,9 +220,9 @@ class ForeignVQGAN(ImageTokenizer):
         """Pixels in [0, 1] -> token ids in [0, V); in the weights' precision (`exact`).
 
         Raises:
-            ValueError: not RGB, or a side not divisible by the factor.
+            ValueError: see `check_images`.
         """
-        self.check_images(images)
+        images = self.check_images(images)
         with exact(images.device):
             images = images.to(self._codes.dtype)
             z = self.quant_conv(self.encoder(images * 2 - 1 if self.signed else images)).float()
@@ -239,8 +238,8 @@ class ForeignVQGAN(ImageTokenizer):
     @torch.no_grad()
     def decode_from_ids(self, ids: Int[Tensor, "B h w"]) -> Float[Tensor, "B 3 H W"]:
         """Token ids -> pixels, clamped to [0, 1]."""
-        codes = F.embedding(ids, self._codes).permute(0, 3, 1, 2).contiguous()
-        pixels = self.decoder(self.post_quant_conv(codes))
+        codes = F.embedding(self.check_ids(ids, grid=True), self._codes)
+        pixels = self.decoder(self.post_quant_conv(codes.permute(0, 3, 1, 2).contiguous()))
         pixels = (pixels / 2 + 0.5 if self.signed else pixels).clamp(0, 1)
         return pixels.to(torch.promote_types(pixels.dtype, torch.float32))
 
