@@ -232,6 +232,11 @@ class Saveable(nn.Module):
             hints = _hints(init)
             for name, value in given.items():
                 inner = unwrapped(value)
+                if isinstance(inner, Saveable) and not hasattr(value, "check_saveable"):
+                    raise ValueError(
+                        f"{name} is wrapped in a {type(value).__name__}, which hides its methods: "
+                        "give the module itself, or what torch.compile makes of it"
+                    )
                 fitted = fitting(name, inner, hints.get(name, Any))
                 given[name] = value if fitted is inner else fitted
             if "_init_args" not in self.__dict__:  # the outermost class of the hierarchy wins
@@ -483,11 +488,9 @@ def _build(cls: type[Saveable], config: dict[str, Any], homes: Any = None) -> An
                 import_module(ELSEWHERE[kind], FORMAT)
             known = _classes()
             if kind not in known:
-                home = homes.get(kind) if isinstance(homes, dict) else None
-                module = f"its module, {printable(str(home), 100)}" if home else "its module"
                 raise CheckpointError(
                     f"the saved {cls.__name__} has a part of the unknown kind {shown(kind)}: "
-                    f"import {module}, before you load it"
+                    f"{how_to_know(kind, homes)}"
                 )
             return _build(known[kind], argument["config"], homes)
         return without_functions(argument)
@@ -506,6 +509,18 @@ def _build(cls: type[Saveable], config: dict[str, Any], homes: Any = None) -> An
         return cls(**{name: value(argument) for name, argument in kept.items()})
     except TypeError as error:
         raise CheckpointError(f"the saved {cls.__name__} has other arguments: {error}") from error
+
+
+def how_to_know(kind: Any, homes: Any) -> str:
+    """What to do about a class that is not imported here.
+
+    Args:
+        kind: its name.
+        homes: what the file says of where classes are, which may be anything.
+    """
+    home = homes.get(kind) if isinstance(homes, dict) else None
+    module = f"its module, {printable(str(home), 100)}," if home else "its module"
+    return f"import {module} before you load it"
 
 
 # Wrappers ----------------------------------------------------------------------------------------

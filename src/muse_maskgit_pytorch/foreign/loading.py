@@ -17,6 +17,7 @@ from ..checkpoint import (
     FORMAT,
     _classes,
     find_file,
+    how_to_know,
     is_repository,
     kind_of,
     load_tree,
@@ -143,9 +144,13 @@ def _is_own(path: Path) -> bool:
 def _load_own(path: Path, part: str | None) -> ImageTokenizer:
     kind = kind_of(path)
     known: dict[str, Any] = _classes(ImageTokenizer)
-    if kind not in ("Muse", "MaskGit", *known):
-        raise CheckpointError(f"{path} holds a {kind}, not a tokenizer or a model that has one")
     tree, _ = load_tree(path)
+    if kind not in ("Muse", "MaskGit", *known):
+        homes = tree.get("homes")  # of classes that are not ours
+        reason = "not a tokenizer or a model that has one"
+        if kind not in _classes() and isinstance(homes, dict) and kind in homes:
+            reason = f"which is not known here: {how_to_know(kind, homes)}"
+        raise CheckpointError(f"{path} holds a {kind}, {reason}")
     config: Any = tree["config"]
     steps = ["vae"] if kind == "MaskGit" else []
     if kind == "Muse":
@@ -163,7 +168,8 @@ def _load_own(path: Path, part: str | None) -> ImageTokenizer:
     state = state_of(tree["state"], path)
     own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     if kind not in known:
-        raise CheckpointError(f"{path} has a tokenizer of the unknown kind {shown(kind)}")
+        advice = how_to_know(kind, tree.get("homes"))
+        raise CheckpointError(f"{path} has a tokenizer of the unknown kind {shown(kind)}: {advice}")
     return rebuild(known[kind], {**tree, "config": config, "state": own}, path)
 
 

@@ -146,6 +146,7 @@ class Trainer:
     ):
         self.settings = settings_of(locals())
         # before any work: reading and encoding a data set takes long
+        model.check_saveable()
         self.results_folder = check_output("results_folder", results_folder, folder=True)
         self.resume = bool(resume)
         self.recipe: dict[str, Any] | None = None  # the command line's, for the run's description
