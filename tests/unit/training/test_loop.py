@@ -144,8 +144,8 @@ def test_bf16(images: Path, tmp_path: Path, t5: str, resnet: str):
         assert all(
             math.isfinite(value)
             for line in lines
-            for name, value in line.items()
-            if name != "stage"
+            for value in line.values()
+            if not isinstance(value, str)  # the stage; that this processor has no bfloat16
         )
 
 
