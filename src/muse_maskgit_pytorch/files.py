@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and digests of tensors and files."""
+"""Files written whole or not at all, digests of tensors and files, and whether the hub is there."""
 
 from __future__ import annotations
 
@@ -121,3 +121,21 @@ def _raw(tensor: Tensor) -> memoryview:
     # flattened first, since a scalar cannot be viewed as bytes
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data
+
+
+def without_hub(name: str) -> bool:
+    """Whether what the Hugging Face hub calls ``name`` can come from this machine alone.
+
+    It is a path, or the hub is out of reach: asked here, since huggingface_hub tries on for 24
+    seconds, for each file anew.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    if Path(name).exists() or constants.HF_HUB_OFFLINE:
+        return True
+    try:
+        get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except Exception:  # of whichever client the library uses
+        return True
+    return False

@@ -26,7 +26,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from .arguments import one_of, shown, whole
-from .files import digest_file
+from .files import digest_file, without_hub
 from .structures import TextEmbeds
 
 LongTexts = Literal["cut", "windows"]
@@ -84,7 +84,7 @@ def _from_hub_or_package(load, name: str):
         try:
             return load(source, trust_remote_code=False, local_files_only=True)
         except OSError:
-            if Path(source).exists() or not _hub_answers():
+            if without_hub(source):
                 raise
             return load(source, trust_remote_code=False)
     except TextEncoderError:
@@ -99,20 +99,6 @@ def _from_hub_or_package(load, name: str):
             f"the text encoder {name!r} cannot be had ({type(error).__name__}): check the name and "
             f"the network, or give the path of a local copy as t5_name{_at_hand(name)}"
         ) from error
-
-
-def _hub_answers() -> bool:
-    """Whether the hub can be reached: without it, huggingface_hub tries on for 24 seconds."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
-
-    if constants.HF_HUB_OFFLINE:
-        return False
-    try:
-        get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-    except Exception:  # of whichever client the library uses
-        return False
-    return True
 
 
 def _at_hand(name: str) -> str:

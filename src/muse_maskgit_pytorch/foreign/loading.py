@@ -24,6 +24,7 @@ from ..checkpoint import (
     rebuild,
     state_of,
 )
+from ..files import without_hub
 from ..vqgan_vae import ImageTokenizer
 from ..weights import (
     CheckpointError,
@@ -110,11 +111,12 @@ def _download(repository: str, part: str) -> tuple[Path, str | None]:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
+    local = without_hub(repository)
     candidates = [(f"{part}/{weights}".lstrip("/"), None) for weights in WEIGHTS]
     candidates = [(part, None)] if Path(part).suffix else candidates
     for file, rest in [*candidates, ("model.safetensors", part or None)]:
         try:
-            path = Path(hf_hub_download(repository, file))
+            path = Path(hf_hub_download(repository, file, local_files_only=local))
         except EntryNotFoundError:
             continue
         except Exception as error:
@@ -125,7 +127,7 @@ def _download(repository: str, part: str) -> tuple[Path, str | None]:
         if not _is_own(path):
             config = str(Path(file).with_name("config.json"))
             with contextlib.suppress(EntryNotFoundError):  # what needs it says so
-                hf_hub_download(repository, config)
+                hf_hub_download(repository, config, local_files_only=local)
         return path, rest
     raise CheckpointError(
         f"{repository}{part and ':'}{part} has no weights of a tokenizer on the Hugging Face hub, "
