@@ -163,9 +163,13 @@ def fitting(name: str, value: Any, kind: Any) -> Any:
             raise ValueError(f"{name} must be a dict, not {shown(value)}")
         return {key: fitting(f"{name}[{key!r}]", item, inner[1]) for key, item in value.items()}
     if isinstance(kind, type) and origin is None and not isinstance(value, kind):
-        found = shown(value) if isinstance(value, PLAIN) else f"a {type(value).__name__}"
-        raise ValueError(f"{name} must be a {kind.__name__}, not {found}")
+        found = shown(value) if isinstance(value, PLAIN) else _a(type(value))
+        raise ValueError(f"{name} must be {_a(kind)}, not {found}")
     return value
+
+
+def _a(kind: type) -> str:
+    return f"a{'n' * kind.__name__.startswith(tuple('AEIOU'))} {kind.__name__}"
 
 
 def _fitting_any(name: str, value: Any, kinds: tuple[Any, ...]) -> Any:

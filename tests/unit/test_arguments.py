@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from muse_maskgit_pytorch import Muse
+from muse_maskgit_pytorch import testing as tiny
 from muse_maskgit_pytorch.arguments import as_path, as_text, printable, real, whole
 
 
@@ -69,3 +71,20 @@ def test_terminals_get_no_control_characters():
     assert printable("a\x1b[31mb\n\u202ec\ud83d") == r"a\x1b[31mb\n\u202ec\ud83d"
     assert printable("👩\u200d🚀 é") == "👩\u200d🚀 é"
     assert printable("x" * 100, 10) == "xxxxxxx..."
+
+
+def test_constructors_take_numbers_of_any_library_and_nothing_else():
+    """So does every class that can be saved: one place checks them by their annotations."""
+    assert tiny.vae(dim=np.int64(8), channel_mults=np.array([1, 1, 2])).config["dim"] == 8
+    assert tiny.transformer(depth=torch.tensor(1)).config["depth"] == 1
+    for make, message in {
+        lambda: tiny.vae(dim="8"): "dim must be a whole number, not '8'",
+        lambda: tiny.vae(l2_norm="yes"): "l2_norm must be True or False, not 'yes'",
+        lambda: tiny.transformer(heads=2.0): "heads must be a whole number, not 2.0",
+        lambda: tiny.maskgit(image_size="32"): "image_size must be a whole number, not '32'",
+        lambda: tiny.maskgit(vae="a.pt"): "vae must be an ImageTokenizer, not 'a.pt'",
+        lambda: tiny.maskgit(cond_drop_prob=None): "cond_drop_prob must be a number, not None",
+        lambda: Muse(tiny.vae()): "base must be a MaskGit, not a VQGanVAE",
+    }.items():
+        with pytest.raises(ValueError, match=f"^{message}$"):
+            make()

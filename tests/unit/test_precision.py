@@ -1,14 +1,19 @@
 """Whole models in other precisions, and under another default type."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from muse_maskgit_pytorch import Muse
 from muse_maskgit_pytorch import testing as tiny
+from muse_maskgit_pytorch.evaluation.tokenizer import evaluate_tokenizer
+from muse_maskgit_pytorch.features import FeatureNet
 from muse_maskgit_pytorch.layers import norm
+from tests.runs import vae_trainer
 
 
 def cascade(quantizer: str = "fsq") -> Any:
@@ -61,12 +66,23 @@ def test_norms_and_softmax_are_computed_in_float32():
     assert torch.allclose(layer(x).float(), wide, atol=2e-2)  # the rounding of the result
 
 
-def test_another_default_type():
-    torch.set_default_dtype(torch.float64)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_another_default_type(dtype: torch.dtype, tmp_path: Path, resnet: str):
+    """Pictures, losses, evaluation and a training with all of its networks."""
+    Image.new("RGB", (64, 64), (9, 99, 199)).save(tmp_path / "a.png")
+    torch.set_default_dtype(dtype)
     try:
         muse = cascade()
         [image] = muse(text_embeds=tiny.text(1), timesteps=2)
         assert image.size == (32, 32)
         assert muse.base(tiny.images(), text_embeds=tiny.text()).isfinite()
+        networks = dict(perceptual_weight=0.1, perceptual_model=resnet, gan_weight=0.1, gan_start=0)
+        trainer = vae_trainer(
+            tmp_path, tmp_path / "run", tiny.vae(), image_size=32, lecam_weight=0.1, **networks
+        )
+        trainer.train()
+        images: Any = [{"image": image} for image in torch.rand(3, 3, 32, 32, dtype=torch.float32)]
+        figures = evaluate_tokenizer(trainer.vae, images, FeatureNet(resnet))
+        assert figures["perceptual"].value > 0
     finally:
         torch.set_default_dtype(torch.float32)

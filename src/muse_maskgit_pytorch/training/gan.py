@@ -57,7 +57,7 @@ class Discriminator(nn.Module):
         self.register_buffer("anchors", torch.zeros(2))
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 1 h w"]:
-        return self.net(images * 2 - 1)
+        return self.net(images.to(self.anchors.dtype) * 2 - 1)
 
 
 def discriminator_loss(real: Tensor, fake: Tensor, kind: GanLoss) -> Float[Tensor, ""]:
@@ -98,7 +98,7 @@ def lecam(real: Tensor, fake: Tensor, anchors: Float[Tensor, "2"]) -> Float[Tens
 @torch.no_grad()
 def move_anchors(anchors: Float[Tensor, "2"], means: Float[Tensor, "2"], decay: float) -> None:
     """Take the mean scores of a batch (of all processes) into LeCam's moving averages."""
-    anchors.lerp_(means.float(), 1 - decay)
+    anchors.lerp_(means.to(anchors.dtype), 1 - decay)
 
 
 def gradient_penalty(real_images: Tensor, real_scores: Tensor) -> Float[Tensor, ""]:

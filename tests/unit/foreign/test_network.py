@@ -62,9 +62,11 @@ def test_old_names_of_the_attention_and_bin_files(tmp_path: Path):
     check_equal(load_tokenizer(tmp_path), model, images(2, 3, 16, 24))
 
 
-def test_half_precision_files_compute_in_float32(tmp_path: Path):
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_half_precision_files_compute_in_float32(variant: str | None, tmp_path: Path):
     model = hub.make_vqmodel(tmp_path).half()
-    model.save_pretrained(tmp_path)
+    (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
+    model.save_pretrained(tmp_path, variant=variant)
     tokenizer = load_tokenizer(tmp_path)
     assert {value.dtype for value in tokenizer.state_dict().values()} == {torch.float32}
     check_equal(tokenizer, model.float(), images(1, 3, 16, 16))
