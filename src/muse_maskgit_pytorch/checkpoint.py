@@ -234,6 +234,7 @@ class Saveable(nn.Module):
                     given |= given.pop(parameter.name)
             hints = _hints(init)
             for name, value in given.items():
+                check_undivided(value, name)
                 inner = unwrapped(value)
                 if isinstance(inner, Saveable) and not hasattr(value, "check_saveable"):
                     raise ValueError(
@@ -531,6 +532,10 @@ def how_to_know(kind: Any, homes: Any) -> str:
 # Under which name what torch wraps round a module (torch.compile, FSDP, activation checkpointing)
 # holds it.
 HELD = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+# Classes of what spreads a module over devices or processes.
+SPREADING = {
+    "DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"
+}  # fmt: skip
 
 
 def _held(module: Any) -> str | None:
@@ -547,6 +552,26 @@ def unwrapped(module: Any) -> Any:
     while (name := _held(module)) is not None:
         module = module._modules[name]
     return module
+
+
+def check_undivided(module: Any, name: str) -> None:
+    """Refuse what is spread over devices or processes where a model or a part of one is wanted.
+
+    Args:
+        module: what was given.
+        name: of the argument.
+
+    Raises:
+        ValueError: naming the part.
+    """
+    parts = module.named_modules() if isinstance(module, nn.Module) else ()
+    for inside, part in parts:
+        if SPREADING & {cls.__name__ for cls in type(part).__mro__}:
+            raise ValueError(
+                f"{f'{name}.{inside}'.strip('.')} is spread by {type(part).__name__}: give the "
+                "module that it was made from; a whole model is spread once it is made, and a "
+                "trainer does so itself"
+            )
 
 
 def _plainly(module: nn.Module) -> Callable[[str], str]:

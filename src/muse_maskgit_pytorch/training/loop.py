@@ -19,7 +19,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from ..arguments import one_of, plain, real, shown, whole
-from ..checkpoint import CheckpointError, Saveable
+from ..checkpoint import (
+    CheckpointError,
+    Saveable,
+    check_undivided,
+    plain_names,
+    plain_state,
+    unwrapped,
+)
 from ..data.dataset import ImageDataset
 from ..data.order import EndlessBatches
 from ..data.source import few
@@ -145,13 +152,15 @@ class Trainer:
         max_minutes: float | None = None,
     ):
         self.settings = settings_of(locals())
+        check_undivided(model, "model")
+        self.model = unwrapped(model)
+        self.model.check_saveable()
         # before any work: reading and encoding a data set takes long
         model.check_saveable()
         self.results_folder = check_output("results_folder", results_folder, folder=True)
         self.resume = bool(resume)
         self.recipe: dict[str, Any] | None = None  # the command line's, for the run's description
         self.parallel = Parallel(one_of("mixed_precision", mixed_precision, Precision))
-        self.model = model
         self.batch_size = whole("batch_size", batch_size, 1)
         self.grad_accum_every = whole("grad_accum_every", grad_accum_every, 1)
         self.num_train_steps = whole("num_train_steps", num_train_steps, 1)
@@ -552,10 +561,11 @@ class Trainer:
             optimizer = adamw(module, self.lr, self.betas, self.weight_decay)
             self.wrapped[name], self.optimizers[name] = self.parallel.prepare(module, optimizer)
         first = next(iter(self.modules().values()))
-        averaged = {name for name, _ in first.named_parameters(remove_duplicate=False)}
+        names = [name for name, _ in first.named_parameters(remove_duplicate=False)]
+        averaged = set(plain_names(first, names).values())
         self.ema = EMA(trained_state(first), averaged, self.ema_decay)
         self._frozen = digest_state(
-            {k: v for k, v in first.state_dict().items() if k not in self.ema.tensors}
+            {k: v for k, v in plain_state(first).items() if k not in self.ema.tensors}
         )
 
     def _seed_step(self) -> None:
@@ -661,7 +671,9 @@ class Trainer:
                     f"{path} is of another model than this one (at {(wrong or sorted(saved))[0]}): "
                     "resume with the settings it was made with, or choose another results_folder"
                 )
-            module.load_state_dict(saved, strict=False)
+            names = plain_names(module)
+            given = {name: saved[short] for name, short in names.items() if short in saved}
+            module.load_state_dict(given, strict=False)
             load_named_state(module, self.optimizers[name], tree["optimizers"][name])
         self.parallel.load_scaler(tree["scaler"])
         self.ema.load(tree["ema"])

@@ -7,26 +7,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint import plain_names, plain_state, unwrapped
+
 TABLES = ("row", "column", "null_kv")  # learned positions and null keys
 
 
 def trained(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that require a gradient, by name, in the module's own order."""
-    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+    """The parameters that require a gradient, by plain name, in the module's own order."""
+    parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    return {plain: parameters[name] for name, plain in plain_names(module, parameters).items()}
 
 
 def trained_state(module: nn.Module) -> dict[str, Tensor]:
-    """The module's state without what is frozen (a tokenizer inside a MaskGit)."""
+    """The module's state by plain name, without what is frozen (a tokenizer in a MaskGit)."""
     parameters = module.named_parameters(remove_duplicate=False)
-    frozen = {name for name, p in parameters if not p.requires_grad}
+    frozen = set(plain_names(module, [n for n, p in parameters if not p.requires_grad]).values())
     skip = tuple(
         f"{name}."
-        for name, child in module._modules.items()  # with those that stand there twice
+        for name, child in unwrapped(module)._modules.items()  # with those that stand there twice
         if child is not None and all(not p.requires_grad for p in child.parameters())
     )
     return {
         name: value
-        for name, value in module.state_dict(keep_vars=False).items()
+        for name, value in plain_state(module).items()
         if name not in frozen and not name.startswith(skip or ("\0",))
     }
 
