@@ -236,11 +236,6 @@ class Saveable(nn.Module):
             for name, value in given.items():
                 check_undivided(value, name)
                 inner = unwrapped(value)
-                if isinstance(inner, Saveable) and not hasattr(value, "check_saveable"):
-                    raise ValueError(
-                        f"{name} is wrapped in a {type(value).__name__}, which hides its methods: "
-                        "give the module itself, or what torch.compile makes of it"
-                    )
                 fitted = fitting(name, inner, hints.get(name, Any))
                 given[name] = value if fitted is inner else fitted
             if "_init_args" not in self.__dict__:  # the outermost class of the hierarchy wins
@@ -568,9 +563,9 @@ def check_undivided(module: Any, name: str) -> None:
     for inside, part in parts:
         if SPREADING & {cls.__name__ for cls in type(part).__mro__}:
             raise ValueError(
-                f"{f'{name}.{inside}'.strip('.')} is spread by {type(part).__name__}: give the "
-                "module that it was made from; a whole model is spread once it is made, and a "
-                "trainer does so itself"
+                f"{f'{name}.{inside}'.strip('.')} is spread over devices by {type(part).__name__}: "
+                "give the module itself, or what torch.compile makes of it; a trainer spreads the "
+                "whole model"
             )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import struct
@@ -29,6 +30,7 @@ from muse_maskgit_pytorch import (
 from muse_maskgit_pytorch import testing as tiny
 from muse_maskgit_pytorch.loading import open_stage
 from muse_maskgit_pytorch.training.checkpoints import Checkpoints
+from muse_maskgit_pytorch.training.guard import Diverged
 from tests import hub
 from tests.fuzz.driver import Random, damaged, damaged_bytes, run
 from tests.runs import vae_trainer
@@ -177,9 +179,10 @@ def test_checkpoints_of_a_run(tmp_path: Path):
 
         def resume() -> None:
             trainer = vae_trainer(folder, results, resume=True, num_train_steps=3)
-            trainer.train()
-            assert trainer.step == 3
-            path.with_stem("vae-checkpoint-00000003").unlink()
+            with contextlib.suppress(Diverged):  # of weights that are finite, and huge
+                trainer.train()
+                assert trainer.step == 3
+            path.with_stem("vae-checkpoint-00000003").unlink(missing_ok=True)
 
         return tried(path, resume)
 

@@ -2,13 +2,16 @@
 
 import subprocess
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from muse_maskgit_pytorch import MaskGit, Muse, VQGanVAE, load_tokenizer
 from muse_maskgit_pytorch import testing as tiny
@@ -62,7 +65,7 @@ def test_parts_compiled_before_the_model_is_made(tmp_path: Path):
     wrapped = MaskGit(vae=vae, transformer=compiled(transformer), image_size=16)
     files = [m.save(tmp_path / f"{m is bare}.safetensors") for m in (bare, wrapped)]
     assert files[0].read_bytes() == files[1].read_bytes()
-    with pytest.raises(ValueError, match="transformer is wrapped in a DataParallel, which hides"):
+    with pytest.raises(ValueError, match="transformer is spread over devices by DataParallel"):
         MaskGit(vae=vae, transformer=nn.DataParallel(transformer), image_size=16)  # type: ignore[arg-type]
 
 
@@ -73,7 +76,53 @@ def test_what_could_not_be_read_again_is_refused_before_any_work(tmp_path: Path)
         model.save(tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="take out what was put into the model"):
         maskgit_trainer(tmp_path / "no-data-yet", tmp_path / "run", model)
+    with pytest.raises(ValueError, match="model must be a Saveable, not a Adapter"):
+        maskgit_trainer(tmp_path / "no-data-yet", tmp_path / "run", Adapter(tiny.maskgit()))  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def one_process(tmp_path_factory) -> Iterator[None]:
+    store = tmp_path_factory.mktemp("store") / "file"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def sharded(module: nn.Module) -> nn.Module:
+    fully_shard(module)
+    return module
+
+
+def fully_sharded(module: nn.Module) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # without a GPU it is slow
+        return FullyShardedDataParallel(module, device_id=torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "spread", [nn.DataParallel, nn.parallel.DistributedDataParallel, fully_sharded, sharded]
+)
+def test_what_is_spread_over_devices(tmp_path: Path, one_process: None, spread: Callable):
+    """A part of it is the bare one in a file, or refused; a model or a trainer takes none."""
+    model = cascade().base
+    bare = model.save(tmp_path / "bare.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="transformer is spread over devices by"):
+        MaskGit(vae=model.vae, transformer=spread(cascade().base.transformer), image_size=16)
+    model.transformer = spread(model.transformer)
+    if spread is sharded:
+        with pytest.raises(ValueError, match="divided among processes: save the model that"):
+            model.save(tmp_path / "wrapped.safetensors")
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            path = model.save(tmp_path / "wrapped.safetensors")
+        assert path.read_bytes() == bare
+    parts: list[tuple[str, Any]] = [("model.transformer", model), ("model", nn.DataParallel(model))]
+    for name, given in parts:
+        with pytest.raises(ValueError, match=f"{name} is spread over devices by"):
+            maskgit_trainer(tmp_path / "no-data-yet", tmp_path / "run", given)
+    assert not (tmp_path / "run").exists()
 
 
 class Mine(VQGanVAE):

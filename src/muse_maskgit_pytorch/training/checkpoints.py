@@ -9,9 +9,23 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from ..arguments import fitting, whole
 from ..checkpoint import load_tree, save_tree
 from ..watching.log import writing
 from ..weights import CheckpointError, reading, safetensors_file
+
+# What every checkpoint of a run holds, whatever its release.
+FIELDS = {
+    "step": int,
+    "modules": dict,
+    "optimizers": dict,
+    "ema": dict,
+    "scaler": dict,
+    "guard": dict,
+    "config": dict,
+    "frozen": str,
+    "written": list,
+}
 
 
 class Checkpoints:
@@ -81,7 +95,13 @@ class Checkpoints:
             raise CheckpointError(f"{error}; {way}") from error
 
     def _read(self, path: Path) -> dict[str, Any]:
-        return load_tree(path, kind=self.kind)[0]
+        tree, _ = load_tree(path, kind=self.kind)
+        with reading(path):
+            for name, kind in FIELDS.items():
+                fitting(name, tree.get(name), kind)
+            for name in tree.keys() & {"step", "samples"}:  # older ones count no samples
+                whole(name, tree[name], 0)
+        return tree
 
     def _is_good(self, path: Path) -> bool:
         try:

@@ -5,6 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from ..arguments import fitting, whole
+
+MAX_RESTARTS = 3  # returns to a checkpoint, before the run is given up
+# The largest numbers that a checkpoint may state.
+COUNTS = {"skipped": 10**12, "in_a_row": 10**12, "restarts": MAX_RESTARTS, "lost_steps": 10**12}
+
 
 class Guard:
     """Skips steps whose gradient is not finite or leaps, and counts them.
@@ -67,6 +73,17 @@ class Guard:
         return {k: v for k, v in vars(self).items() if k not in ("max_spike", "max_skips")}
 
     def load(self, state: dict[str, Any]) -> None:
+        """Go on from a `state`, which may come out of anybody's file.
+
+        Raises:
+            ValueError: an entry that is none of the guard's, or of another kind.
+        """
+        kinds = {"_average": dict[str, float], "_seen": dict[str, int], "_objected": bool}
+        for name, value in state.items():
+            if name in COUNTS:
+                whole(name, value, 0, COUNTS[name])
+            else:
+                fitting(name, value, kinds[name])
         vars(self).update(state)
 
 

@@ -18,13 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from ..arguments import one_of, plain, real, shown, whole
+from ..arguments import fitting, one_of, plain, real, shown, whole
 from ..checkpoint import (
     CheckpointError,
     Saveable,
     check_undivided,
     plain_names,
     plain_state,
+    state_of,
     unwrapped,
 )
 from ..data.dataset import ImageDataset
@@ -46,9 +47,10 @@ from ..watching.run_file import (
     versions,
 )
 from ..watching.start import count_parameters, defeats, summary
+from ..weights import check_weights, reading
 from .checkpoints import Checkpoints
 from .ema import EMA
-from .guard import Diverged, Guard
+from .guard import MAX_RESTARTS, Diverged, Guard
 from .lock import locked
 from .optimizers import adamw, load_named_state, named_state, trained_state
 from .parallel import Parallel, Precision
@@ -56,7 +58,6 @@ from .stop import Stop, leave_signals_to_the_run
 
 LrSchedule = Literal["cosine", "constant"]
 SAMPLING = ("sample_options", "presets")  # parts of a model's arguments that training ignores
-MAX_RESTARTS = 3  # returns to a checkpoint, before the run is given up
 
 
 def _share(name: str, value: Any) -> float:
@@ -153,10 +154,9 @@ class Trainer:
     ):
         self.settings = settings_of(locals())
         check_undivided(model, "model")
-        self.model = unwrapped(model)
+        self.model: Saveable = fitting("model", unwrapped(model), Saveable)
         self.model.check_saveable()
         # before any work: reading and encoding a data set takes long
-        model.check_saveable()
         self.results_folder = check_output("results_folder", results_folder, folder=True)
         self.resume = bool(resume)
         self.recipe: dict[str, Any] | None = None  # the command line's, for the run's description
@@ -657,26 +657,32 @@ class Trainer:
 
     def _load_checkpoint(self, path: Path) -> None:
         tree = self.checkpoints.load(path)
+        with reading(path):
+            self._take(tree, path)
+        self.checkpoints.resumed(path, tree)
+
+    def _take(self, tree: dict[str, Any], path: Path) -> None:
+        """Go on from what a checkpoint holds, once all of its weights have been checked."""
         self._check_config(tree["config"], path)
         if tree["frozen"] != self._frozen:
             raise CheckpointError(
                 f"{path} was trained on other frozen weights (a tokenizer) than it has now: "
                 "resume with those it was begun with, or choose another results_folder"
             )
+        advice = "resume with the settings it was made with, or choose another results_folder"
+        saved_of = {n: state_of(tree["modules"].get(n, {}), path) for n in self.modules()}
         for name, module in self.modules().items():
-            own, saved = trained_state(module), tree["modules"].get(name, {})
-            wrong = [k for k in own if k not in saved or own[k].shape != saved[k].shape]
-            if wrong or len(own) != len(saved):
-                raise CheckpointError(
-                    f"{path} is of another model than this one (at {(wrong or sorted(saved))[0]}): "
-                    "resume with the settings it was made with, or choose another results_folder"
-                )
+            check_weights(trained_state(module), saved_of[name], path, f"this {name}", advice)
+        averages = state_of(tree["ema"], path)
+        check_weights(self.ema.average, averages, path, "these averages", advice)
+        for name, module in self.modules().items():
+            saved = saved_of[name]
             names = plain_names(module)
             given = {name: saved[short] for name, short in names.items() if short in saved}
             module.load_state_dict(given, strict=False)
             load_named_state(module, self.optimizers[name], tree["optimizers"][name])
         self.parallel.load_scaler(tree["scaler"])
-        self.ema.load(tree["ema"])
+        self.ema.load(averages)
         self.guard.load(tree["guard"])
         for name, window in self.windows().items():
             if name in tree.get("windows", {}):
@@ -685,7 +691,6 @@ class Trainer:
         share = self.batch_size * self.grad_accum_every * self.parallel.world
         # older checkpoints count no samples: they are taken to have had today's batches
         self.samples = tree.get("samples", (self.step + self.guard.lost_steps) * share)
-        self.checkpoints.resumed(path, tree)
 
     def _check_config(self, saved: dict[str, Any], path: Path) -> None:
         """Refuse a checkpoint of a model made with other arguments: shapes do not tell them all."""

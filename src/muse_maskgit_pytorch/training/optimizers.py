@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint import plain_names, plain_state, unwrapped
+from ..weights import is_finite
 
 TABLES = ("row", "column", "null_kv")  # learned positions and null keys
 
@@ -82,11 +83,20 @@ def load_named_state(module: nn.Module, optimizer: Any, saved: dict[str, Any]) -
 
     Older checkpoints hold torch's own form, numbered with all tensors of two or more dimensions
     first.
+
+    Raises:
+        ValueError: a state of another parameter, or without finite numbers.
     """
     if saved.keys() == {"state", "param_groups"}:
         parameters = trained(module)
         old = sorted(parameters, key=lambda name: parameters[name].ndim <= 1)
         saved = {old[int(i)]: state for i, state in saved["state"].items()}
-    state = {i: saved[name] for i, name in enumerate(_order(module)) if name in saved}
+    order, parameters = _order(module), trained(module)
+    for name, own in saved.items():
+        shape = parameters[name].shape
+        for key, wanted in {"step": (), "exp_avg": shape, "exp_avg_sq": shape}.items():
+            if own[key].shape != wanted or not is_finite(own[key]):
+                raise ValueError(f"the optimizer's {key} of {name} is of another parameter")
+    state = {i: saved[name] for i, name in enumerate(order) if name in saved}
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})

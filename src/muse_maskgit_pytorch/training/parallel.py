@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..arguments import real, whole
 from ..layers import Block
 
 Precision = Literal["no", "fp16", "bf16"]
@@ -58,8 +59,10 @@ class Parallel:
         return {} if self.scaler is None else self.scaler.state_dict()
 
     def load_scaler(self, state: dict[str, Any]) -> None:
-        if self.scaler is not None and state:
-            self.scaler.load_state_dict(state)
+        if self.scaler is not None and state:  # its settings stay those of today
+            scale, tracker = real("scale", state["scale"], 0), "_growth_tracker"
+            changed = {"scale": scale, tracker: whole(tracker, state[tracker], 0)}
+            self.scaler.load_state_dict(self.scaler_state() | changed)
 
     def prepare(self, module: nn.Module, optimizer: Any) -> tuple[nn.Module, Any]:
         """Wrap a module and its optimizer for this device and these processes."""

@@ -39,6 +39,7 @@ from .gan import (
     lecam,
     move_anchors,
 )
+from .guard import Diverged
 from .loop import Trainer
 from .losses import frozen
 from .perceptual import PerceptualLoss
@@ -360,6 +361,11 @@ class VQGanVAETrainer(Trainer):
         rows = [i * len(self.dataset) // count for i in range(count)]
         images = torch.stack([self.dataset[row]["image"] for row in rows]).to(self.device)
         recon = self.vae(images)[0].float().clamp(0, 1)
+        if not recon.isfinite().all():
+            raise Diverged(
+                f"what the averaged weights draw at step {self.step} is not finite: lower lr, or "
+                "use mixed_precision bf16 or no; begin anew, in another results_folder"
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
         image_grid(torch.cat([images, recon]).cpu(), columns=len(images)).save(path)
 

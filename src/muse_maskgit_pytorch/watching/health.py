@@ -21,6 +21,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from ..arguments import whole
+
 Curve = list[tuple[int, float]]  # (step, value), steps rising
 Curves = dict[str, Curve]
 
@@ -123,7 +125,15 @@ class CodeUsage:
         return {"old": self.old, "new": self.new, "tokens": tokens, "full": self.full}
 
     def load(self, state: Mapping[str, Any], device: torch.device | str, keep: bool) -> None:
-        """Go on from a `state`; ``keep`` as in `gather`."""
+        """Go on from a `state`; ``keep`` as in `gather`.
+
+        Raises:
+            ValueError: counts of another codebook, or that are none.
+        """
+        for counts in (state["old"], state["new"]):
+            if counts.shape != self.old.shape or counts.dtype != self.old.dtype or counts.min() < 0:
+                raise ValueError("the window of codes is of another codebook")
+        whole("tokens", state["tokens"], 0)
         self.old = state["old"].to(device) * int(keep)
         self.new = state["new"].to(device) * int(keep)
         self.tokens, self.full = state["tokens"] // self.processes, bool(state["full"])

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import fitting
+
 Reduce = Callable[[Tensor], Tensor]  # the sum of a tensor over all processes
 
 
@@ -73,5 +75,13 @@ class Interval:
         return [{"names": list(names), "sums": pair} for names, pair in self._sums.items()]
 
     def load(self, state: list[Any], device: torch.device | str, keep: bool) -> None:
-        """Go on from a `state`; ``keep`` as in `gather`."""
+        """Go on from a `state`; ``keep`` as in `gather`.
+
+        Raises:
+            ValueError: sums that are not one for each name.
+        """
+        for part in state:
+            fitting("names", part["names"], list[str])
+            if part["sums"].shape != (2, len(part["names"])):
+                raise ValueError("the sums of the log's figures are not one for each")
         self._sums = {tuple(part["names"]): part["sums"].to(device) * float(keep) for part in state}

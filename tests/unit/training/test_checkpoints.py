@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from muse_maskgit_pytorch import (
     VQGanVAE,
     VQGanVAETrainer,
 )
-from muse_maskgit_pytorch.checkpoint import load_tree
+from muse_maskgit_pytorch.checkpoint import load_tree, save_tree
 from muse_maskgit_pytorch.training.checkpoints import Checkpoints
 from tests.runs import (
     assert_same,
@@ -144,6 +145,74 @@ def test_a_damaged_checkpoint_names_the_next_good_one(images: Path, tmp_path: Pa
         halve(path)
     with pytest.raises(CheckpointError, match="no other to go on from"):
         vae_trainer(images, results, resume=True, **settings).train()
+
+
+def change(path: Path, names: list[str], value: Any) -> None:
+    """Put a value into a checkpoint's tree; Ellipsis takes out what is there."""
+    tree, kind = load_tree(path)
+    *outer, last = names
+    inner = tree
+    for name in outer:
+        inner = inner[name]
+    inner.pop(last) if value is ... else inner.update({last: value})
+    save_tree(path, tree, kind)
+
+
+NONSENSE: list[tuple[list[str], Any, str]] = [
+    (["step"], ..., "step must be a whole number, not None"),
+    (["samples"], -1, "samples must be at least 0"),
+    (["frozen"], 3, "frozen must be a string"),
+    (["written"], {}, "written must be a list"),
+    (["modules", "vae"], {}, "is missing there"),
+    (["modules", "vae", "encoder.0.weight"], torch.full((16, 3, 3, 3), math.nan), "not finite"),
+    (["ema"], {}, "does not fit these averages"),
+    (["ema", "encoder.0.weight"], torch.zeros(1), "does not fit these averages"),
+    (["guard", "allows"], 3, "allows"),
+    (["guard", "restarts"], -40, "restarts must be"),
+    (["guard", "_average"], {"vae": "1"}, "_average"),
+    (["optimizers"], {}, "holds what cannot be used"),
+    (["optimizers", "vae", "encoder.0.weight", "exp_avg"], torch.zeros(2), "exp_avg of encoder"),
+    (["optimizers", "vae", "encoder.0.weight", "exp_avg"], 3, "holds what cannot be used"),
+    (["windows", "usage", "old"], torch.zeros(2, dtype=torch.long), "another codebook"),
+    (["windows", "interval"], [{"names": ["a"], "sums": torch.zeros(2, 2)}], "one for each"),
+    (["config"], [], "config must be a dict"),
+]  # fmt: skip
+
+
+def test_a_checkpoint_of_nonsense_is_refused(images: Path, tmp_path: Path):
+    """Whatever in it is not as a run leaves it, the error has its path."""
+    results = tmp_path / "r"
+    vae_trainer(images, results).train()
+    [path] = results.glob("*checkpoint*")
+    good = path.read_bytes()
+    for names, value, said in NONSENSE:
+        path.write_bytes(good)
+        change(path, names, value)
+        with pytest.raises(CheckpointError, match=re.escape(said)) as caught:
+            vae_trainer(images, results, resume=True, num_train_steps=3).train()
+        assert str(path) in str(caught.value)
+
+
+def test_a_compiled_part_leaves_no_trace_in_a_run(images: Path, tmp_path: Path):
+    """Its checkpoints and models are those of the bare one, which may go on from them."""
+
+    def trainer(name: str, compiled: bool, **changes: Any) -> VQGanVAETrainer:
+        vae: Any = make_vae()
+        changes = {"num_train_steps": 4} | changes
+        if compiled:
+            vae.decoder[0] = torch.compile(vae.decoder[0], backend="eager")
+            vae.encoder = torch.compile(vae.encoder, backend="eager")
+        return vae_trainer(images, tmp_path / name, vae, **changes)
+
+    trainer("bare", False).train()
+    interrupt(trainer("compiled", True), step=2)
+    trainer("compiled", False, resume=True, num_train_steps=3).train()
+    trainer("compiled", True, resume=True).train()
+    assert_same(last_state(tmp_path / "compiled"), last_state(tmp_path / "bare"))
+    models = [
+        (tmp_path / name / "vae-ema.safetensors").read_bytes() for name in ("compiled", "bare")
+    ]
+    assert models[0] == models[1]
 
 
 def test_the_step_decides_which_checkpoint_is_newest(

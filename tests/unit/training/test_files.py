@@ -137,8 +137,9 @@ def test_settings_that_no_shape_shows_are_checked(images: Path, tmp_path: Path, 
     with pytest.raises(CheckpointError, match="noise_schedule was cosine and is linear"):
         maskgit_trainer(images, tmp_path / "base", other_schedule, resume=True).train()
     other_heads = make_maskgit(t5)
+    resumed = maskgit_trainer(images, tmp_path / "base", other_heads, resume=True)
     other_heads.transformer._init_args["heads"] = 1  # its shapes would be the same
     with pytest.raises(CheckpointError, match=r"transformer\.config\.heads was 2 and is 1\)"):
-        maskgit_trainer(images, tmp_path / "base", other_heads, resume=True).train()
+        resumed.train()
     cooler = make_maskgit(t5, sample_options={"temperature": 0.5})  # no matter of training
     maskgit_trainer(images, tmp_path / "base", cooler, resume=True).train()
