@@ -12,7 +12,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from ..arguments import as_path, shown
+from ..arguments import as_path, shown, whole
 from ..checkpoint import (
     FORMAT,
     _classes,
@@ -212,7 +212,8 @@ def _load_foreign(path: Path, part: str | None) -> ForeignVQGAN:
                     f"{shown(arguments[name])}: one of the two belongs to another model"
                 )
         if family == "diffusers":
-            arguments["groups"] = config.get("norm_num_groups", 32)
+            with reading(file):
+                arguments["groups"] = whole("norm_num_groups", config.get("norm_num_groups", 32), 1)
             arguments["signed"] = not config.get("lookup_from_codebook", False)
     with sketching(2 * len(state) + 100):
         sketch = ForeignVQGAN(**arguments)

@@ -127,6 +127,10 @@ def test_a_configuration_of_another_model(tmp_path: Path):
         file.write_text(json.dumps(config | {key: value}))
         with pytest.raises(CheckpointError, match=words):
             load_tokenizer(tmp_path)
+    for groups in (0, None, -1, "32"):
+        file.write_text(json.dumps(config | {"norm_num_groups": groups}))
+        with pytest.raises(CheckpointError, match=r"config.json: norm_num_groups must be"):
+            load_tokenizer(tmp_path)
     del config["latent_channels"]
     file.write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="'latent_channels' is missing"):
