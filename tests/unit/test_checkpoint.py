@@ -268,6 +268,24 @@ def test_half_precision_files(tmp_path):
         torch.testing.assert_close(again.state_dict()[name], value, atol=1e-3, rtol=1e-3)
 
 
+def test_types_that_would_destroy_the_weights(tmp_path):
+    vae = tiny.vae()
+    path = tmp_path / "a.safetensors"
+    for dtype in (torch.int8, torch.bool, torch.float8_e4m3fn, torch.complex64, "float16"):
+        with pytest.raises(ValueError, match="save: dtype must be one of"):
+            vae.save(path, dtype)
+    weight = vae.decoder[0].weight.data
+    weight[0, 0, 0, 0] = 1e6
+    with pytest.raises(ValueError, match=r"decoder\.0\.weight has values up to 1e\+06, beyond the"):
+        vae.save(path, torch.float16)
+    assert not path.exists()
+    again = VQGanVAE.from_pretrained(vae.save(path, torch.bfloat16))  # as the message advises
+    assert float(again.state_dict()["decoder.0.weight"][0, 0, 0, 0]) == pytest.approx(1e6, rel=0.01)
+    weight[0, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"decoder\.0\.weight has values that are not finite"):
+        vae.save(tmp_path / "b.safetensors")
+
+
 def test_any_name_holds_safetensors(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_NOTED", [])
     vae, other = tiny.vae(), tiny.randomise(tiny.vae())

@@ -76,7 +76,7 @@ def test_what_could_not_be_read_again_is_refused_before_any_work(tmp_path: Path)
         model.save(tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="take out what was put into the model"):
         maskgit_trainer(tmp_path / "no-data-yet", tmp_path / "run", model)
-    with pytest.raises(ValueError, match="model must be a Saveable, not a Adapter"):
+    with pytest.raises(ValueError, match="model must be a Saveable, not an Adapter"):
         maskgit_trainer(tmp_path / "no-data-yet", tmp_path / "run", Adapter(tiny.maskgit()))  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
 
