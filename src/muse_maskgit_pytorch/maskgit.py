@@ -354,7 +354,8 @@ class MaskGit(Saveable):
         mask_id = self.transformer.mask_id
         if canvas is None:
             canvas = torch.full(shape, mask_id, device=self.device)
-        canvas = as_tensor("canvas", canvas, whole=True).flatten(1)
+        canvas = as_tensor("canvas", canvas, whole=True)
+        canvas = canvas.flatten(1) if canvas.ndim > 1 else canvas
         if canvas.shape != shape:
             raise ValueError(f"canvas is {tuple(canvas.shape)}, must be {shape}")
         low, high = (int(end) for end in canvas.aminmax()) if canvas.numel() else (0, 0)

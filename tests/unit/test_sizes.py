@@ -8,6 +8,7 @@ from muse_maskgit_pytorch import testing as tiny
 from muse_maskgit_pytorch.images import save_png
 from muse_maskgit_pytorch.provenance import read_records
 from muse_maskgit_pytorch.transformer import TokenEmbedding
+from tests.shapes import unchecked
 
 
 def test_positions_are_read_between_their_entries():
@@ -94,6 +95,8 @@ def test_sizes_that_are_no_whole_tokens():
         model.generate(
             text_embeds=tiny.text(), image_size=(16, 24), canvas=torch.zeros(2, 16).long()
         )
+    with unchecked(), pytest.raises(ValueError, match=r"canvas is \(\), must be \(2, 16\)"):
+        model.generate(text_embeds=tiny.text(), canvas=torch.tensor(0))
     with pytest.raises(ValueError, match=r"are \(16, 16\) pixels, but must be \(16, 24\)"):
         superres.generate(
             text_embeds=tiny.text(), image_size=(32, 48), cond_images=torch.rand(2, 3, 16, 16)
