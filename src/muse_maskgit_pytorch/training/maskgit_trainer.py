@@ -42,7 +42,7 @@ class MaskGitTrainer(Trainer):
             (its path relative to the folder, without the suffix). Without it: the items' own
             (`Item.cond_image`) or the images scaled down.
         part: "transformer" or "critic" trains only one of the two. Parameters that require no
-            gradient are never trained (LoRA's base).
+            gradient are never trained.
         cache_tokens: encode the whole set once and train from ids and text embeddings in memory
             (see `TokenCache` for its size); the loss is the same, a step far cheaper.
         num_samples: images in the pictures of ``results_folder/samples``.
