@@ -287,5 +287,5 @@ def test_files_of_other_projects(tmp_path: Path):
         return tried(taming, lambda: load_tokenizer(taming), recipe)
 
     torch.save(content, tmp_path / "attending.ckpt")
-    run("diffusers' tokenizers", 3, diffusers, default=40)
-    run("taming's tokenizers", 4, lightnings, default=40)
+    run("diffusers' tokenizers", 3, diffusers, default=20)
+    run("taming's tokenizers", 4, lightnings, default=20)
