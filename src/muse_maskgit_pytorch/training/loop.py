@@ -54,7 +54,7 @@ from .guard import MAX_RESTARTS, Diverged, Guard
 from .lock import locked
 from .optimizers import adamw, load_named_state, named_state, trained_state
 from .parallel import Parallel, Precision
-from .stop import Stop, leave_signals_to_the_run
+from .stop import Stop, leave_signals_to_the_run, starting_processes
 
 LrSchedule = Literal["cosine", "constant"]
 SAMPLING = ("sample_options", "presets")  # parts of a model's arguments that training ignores
@@ -402,23 +402,23 @@ class Trainer:
 
     def _batches(self, train_set: Dataset) -> Iterator[Any]:
         """Training batches from here on: what comes depends on seed, step and returns alone."""
-        return iter(
-            DataLoader(
-                train_set,
-                batch_sampler=EndlessBatches(
-                    len(train_set),  # type: ignore[arg-type]
-                    self.batch_size,
-                    self.seed,
-                    self.samples,
-                    self.parallel.rank,
-                    self.parallel.world,
-                ),
-                num_workers=self.num_workers,
-                worker_init_fn=leave_signals_to_the_run,
-                collate_fn=self.collate,
-                pin_memory=self.device.type == "cuda",
-            )
+        loader = DataLoader(
+            train_set,
+            batch_sampler=EndlessBatches(
+                len(train_set),  # type: ignore[arg-type]
+                self.batch_size,
+                self.seed,
+                self.samples,
+                self.parallel.rank,
+                self.parallel.world,
+            ),
+            num_workers=self.num_workers,
+            worker_init_fn=leave_signals_to_the_run,
+            collate_fn=self.collate,
+            pin_memory=self.device.type == "cuda",
         )
+        with starting_processes():
+            return iter(loader)
 
     def _return_to_checkpoint(self) -> None:
         """Go on from the last good weights; what the same data would do again is known."""

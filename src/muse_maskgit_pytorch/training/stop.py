@@ -84,6 +84,23 @@ class Stop:
                 os.write(sys.stderr.fileno(), f"\n{text}\n".encode())
 
 
+@contextmanager
+def starting_processes() -> Iterator[None]:
+    """Within the block start those that load data: SIGTERM is blocked in all of their threads.
+
+    Blocking it in the new process would be too late: torch starts threads there before it calls
+    `leave_signals_to_the_run`.
+    """
+    if not hasattr(signal, "sigwaitinfo"):  # macOS, Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def leave_signals_to_the_run(worker: int) -> None:
     """In a process that loads data: what a terminal or a scheduler sends to all is the run's.
 
@@ -95,7 +112,6 @@ def leave_signals_to_the_run(worker: int) -> None:
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     run = multiprocessing.parent_process()
     if run is not None and hasattr(signal, "sigwaitinfo"):
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_for, args=(run.pid,), daemon=True).start()
 
 

@@ -143,6 +143,9 @@ def test_processes_that_load_data_leave_it_to_the_run(
     images: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ):
     """A terminal sends Ctrl-C to all of them, a scheduler SIGTERM; they end when the run does."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)  # a pool, of which each process gets a thread before it can say a word
+    torch.set_num_threads(threads)
     trainer = vae_trainer(images, tmp_path / "r", num_train_steps=9, num_workers=1)
     batches, step, loading = trainer._batches, trainer.train_step, []
 
