@@ -264,7 +264,7 @@ class Saveable(nn.Module):
         """The constructor's arguments that an earlier release's file means.
 
         Args:
-            config: as saved, with those of the parts inside.
+            config: as saved; the parts inside are up to date.
             state: the weights that belong to them.
         """
         return config
@@ -441,7 +441,7 @@ def rebuild(cls: type[Saveable], tree: dict[str, Any], path: Path) -> Any:
     config, state = tree.get("config"), state_of(tree.get("state"), path)
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} is damaged: it states no arguments")
-    config = cls._upgraded(config, state)
+    config = _brought_up_to_date(cls, config, state)
     homes = tree.get("homes")
     sketch = _sketch(cls, config, 2 * len(state) + 100, homes)
     if sketch is not None:
@@ -456,6 +456,22 @@ def rebuild(cls: type[Saveable], tree: dict[str, Any], path: Path) -> Any:
     model = _build(cls, config, homes)
     model._load_state(state, path)
     return model
+
+
+def _brought_up_to_date(cls: type[Saveable], config: Any, state: dict[str, Tensor]) -> Any:
+    """Arguments as this release means them, with those of the parts inside."""
+    if not isinstance(config, dict):
+        return config
+    config = dict(config)
+    for name, part in config.items():
+        if isinstance(part, dict) and part.keys() == {"kind", "config"}:
+            kind = _classes().get(str(part["kind"]))
+            inside = {n[len(name) + 1 :]: t for n, t in state.items() if n.startswith(f"{name}.")}
+            if kind is not None:
+                config[name] = {
+                    **part, "config": _brought_up_to_date(kind, part["config"], inside)
+                }  # fmt: skip
+    return cls._upgraded(config, state)
 
 
 def state_of(node: Any, path: Path) -> dict[str, Tensor]:

@@ -143,10 +143,8 @@ class Conditioner:
         seen = torch.ones(len(text.mask), dtype=torch.bool, device=self.device)
         made = [Conditioning(text, cond, seen, grid, cond_grid)]
         if guided:
-            if negatives is not None:
-                text = self.embed_texts(negatives, allow_empty=True)
-            keep = seen if negatives is not None else ~seen  # an empty one masks itself
-            made.append(Conditioning(text, cond, keep, grid, cond_grid))
+            other = None if negatives is None else self.embed_texts(negatives, allow_empty=True)
+            made.append(Conditioning(other, cond, seen, grid, cond_grid))
         return made
 
 

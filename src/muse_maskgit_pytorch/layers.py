@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 KeysValues = tuple[Tensor, Tensor]  # each (B, heads, length, dim_head)
@@ -49,6 +49,11 @@ def _zero_linear(dim_in: int, dim_out: int) -> nn.Linear:
     return linear
 
 
+def taken(x: Float[Tensor, "R N D"], at: Int[Tensor, "R K"]) -> Float[Tensor, "R K D"]:
+    """The positions ``at`` of each row."""
+    return x.gather(1, at.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
 def _split_heads(x: Tensor, dim_head: int) -> Tensor:
     return x.unflatten(-1, (-1, dim_head)).transpose(1, 2)  # b n (h d) -> b h n d
 
@@ -62,8 +67,13 @@ class SelfAttention(nn.Module):
         self.q_norm, self.k_norm = norm(dim_head), norm(dim_head)
         self.to_out = _zero_linear(heads * dim_head, dim)
 
-    def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
-        q, k, v = (_split_heads(t, self.dim_head) for t in self.to_qkv(self.norm(x)).chunk(3, -1))
+    def forward(
+        self, x: Float[Tensor, "B N D"], at: Int[Tensor, "B K"] | None = None
+    ) -> Float[Tensor, "B K D"]:
+        """All attend to all; with ``at``, only these positions' outputs are computed."""
+        q, k, v = self.to_qkv(self.norm(x)).chunk(3, -1)
+        q = q if at is None else taken(q, at)
+        q, k, v = (_split_heads(t, self.dim_head) for t in (q, k, v))
         out = attend(self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v)
         return self.to_out(out.transpose(1, 2).flatten(2))
 
@@ -91,8 +101,16 @@ class CrossAttention(nn.Module):
         k = self.k_norm(torch.cat([null_k, k], dim=2)).to(v.dtype)
         return k, torch.cat([null_v, v], dim=2)
 
+    @property
+    def null_output(self) -> Float[Tensor, " D"]:
+        """What comes out where nothing but the null key is seen, whatever the input."""
+        return self.to_out(self.null_kv[1].flatten()[None])[0]
+
     def forward(
-        self, x: Float[Tensor, "B N D"], keys_values: KeysValues, mask: Bool[Tensor, "B M"]
+        self,
+        x: Float[Tensor, "B N D"],
+        keys_values: KeysValues,
+        mask: Bool[Tensor, "B M"] | None,
     ) -> Float[Tensor, "B N D"]:
         k, v = keys_values
         q = self.q_norm(_split_heads(self.to_q(self.norm(x)), self.dim_head))
@@ -100,11 +118,10 @@ class CrossAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Gated MLP (GEGLU) with as many weights as a plain one of width ``dim * mult``."""
+    """Gated MLP (GEGLU) of width ``inner``."""
 
-    def __init__(self, dim: int, mult: float = 4):
+    def __init__(self, dim: int, inner: int):
         super().__init__()
-        inner = int(dim * mult * 2 / 3)
         self.norm = norm(dim)
         self.to_hidden = nn.Linear(dim, 2 * inner, bias=False)
         self.to_out = _zero_linear(inner, dim)
@@ -117,11 +134,11 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Self-attention, cross-attention (unless ``cross`` is off) and MLP, each around a skip."""
 
-    def __init__(self, dim: int, heads: int, dim_head: int, ff_mult: float, cross: bool = True):
+    def __init__(self, dim: int, heads: int, dim_head: int, ff_dim: int, cross: bool = True):
         super().__init__()
         self.attn = SelfAttention(dim, heads, dim_head)
         self.cross = CrossAttention(dim, heads, dim_head) if cross else None
-        self.ff = FeedForward(dim, ff_mult)
+        self.ff = FeedForward(dim, ff_dim)
 
     def keys_values(self, context: Float[Tensor, "B M D"]) -> KeysValues:
         """What the cross-attention attends to, computed once for all passes."""
@@ -129,10 +146,22 @@ class Block(nn.Module):
         return self.cross.keys_values(context)
 
     def forward(
-        self, x: Float[Tensor, "B N D"], context: Any = None, layer: int = 0
-    ) -> Float[Tensor, "B N D"]:
-        """Args: x, and the `transformer.Context` with the number of this layer in it."""
-        x = x + self.attn(x)
+        self,
+        x: Float[Tensor, "B N D"],
+        context: Any = None,
+        layer: int = 0,
+        at: Int[Tensor, "B K"] | None = None,
+    ) -> Float[Tensor, "R K D"]:
+        """One layer.
+
+        Args:
+            x: hidden states; those of one branch where the context's branches are still equal.
+            context: the `transformer.Context`, if there is cross-attention.
+            layer: the number of this layer in it.
+            at: positions whose outputs are wanted; all by default.
+        """
+        x = (x if at is None else taken(x, at)) + self.attn(x, at)
         if self.cross is not None:
+            x = context.branched(x)
             x = x + context.attend(layer, self.cross, x)
         return x + self.ff(x)

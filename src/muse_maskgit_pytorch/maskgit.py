@@ -24,7 +24,7 @@ from .presets import find_preset, make_presets
 from .sampling import Callback, Denoiser, SampleOptions, Step, choose_tokens, sample_tokens, step
 from .structures import LossTerms, Schedule, TextEmbeds
 from .text import LongTexts
-from .transformer import Context, MaskGitTransformer, SelfCritic, TokenCritic
+from .transformer import MaskGitTransformer, SelfCritic, TokenCritic
 from .vqgan_vae import ImageTokenizer
 
 Part = Literal["all", "transformer", "critic"]
@@ -321,12 +321,12 @@ class MaskGit(Saveable):
             raise ValueError(f"{len(cond)} low-resolution images for {batch} texts")
         branches = self.conditioner.branches(text, cond, negatives, image_size, options.guided)
 
-        def encode(model: Any) -> Context:
-            return Context.stack([model.encode_context(branch) for branch in branches])
-
         critic = self.critic if options.policy in (None, "critic") else None
         return Denoiser(
-            self.transformer, encode(self.transformer), critic, critic and encode(critic)
+            self.transformer,
+            self.transformer.encode_context(*branches),
+            critic,
+            critic and critic.encode_context(*branches),
         )
 
     @torch.no_grad()

@@ -40,8 +40,10 @@ from .request import MAX_ROWS, Drawn, Request
 from .sampling import SampleOptions, upgraded
 
 FORMAT, VERSION = "muse_maskgit_pytorch picture", 2
-# Arguments of a model that decide no picture: a record has the options that were used.
+# Arguments of a model that decide no picture: a record has the options that were used. ff_dim says
+# what the shapes of the weights say.
 TRAINING = {
+    "ff_dim",
     "cond_drop_prob",
     "noise_schedule",
     "label_smoothing",

@@ -85,14 +85,14 @@ class Conditioning:
     """Everything a masked transformer is conditioned on.
 
     Attributes:
-        text: the captions.
+        text: the captions; None for no text at all, which only generation has.
         cond_ids: low-resolution token ids (super-resolution), or None.
         keep: rows whose text is seen; False removes the text (classifier-free guidance).
         grid: height and width of the image in tokens; if None, the trained square.
         cond_grid: the same of the low-resolution image.
     """
 
-    text: TextEmbeds
+    text: TextEmbeds | None
     cond_ids: Int[Tensor, "B M"] | None
     keep: Bool[Tensor, " B"]
     grid: tuple[int, int] | None = None

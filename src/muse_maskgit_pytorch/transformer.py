@@ -31,26 +31,51 @@ class Context:
     """What a transformer attends to: G branches (of the guidance) of B rows.
 
     Attributes:
-        keys_values: of every layer.
+        keys_values: of every layer; of the branches that see any.
         mask: which of them are real.
         text_start: position of the first text token, after the null key and the low resolution.
         grid: the image's grid of tokens, if not the trained square.
+        blank: how many further branches see nothing but the null key. Their cross-attention is
+            one vector per layer, so it needs neither queries nor keys.
+        whole: whether all of the mask is True, and so need not be looked at.
     """
 
-    keys_values: list[KeysValues]  # each (G, B, heads, M, dim_head)
+    keys_values: list[KeysValues]  # each (G - blank, B, heads, M, dim_head)
     mask: Bool[Tensor, "G B M"]
     text_start: int = 1
     grid: tuple[int, int] | None = None
+    blank: int = 0
+    whole: bool = False
+
+    @property
+    def num_branches(self) -> int:
+        """G"""
+        return len(self.mask) + self.blank
+
+    def branched(self, x: Float[Tensor, "r N D"]) -> Float[Tensor, "R N D"]:
+        """The R = G * B rows of all branches, from those or from B that all branches share."""
+        branches = self.num_branches * self.mask.shape[1] // len(x)
+        return x if branches == 1 else x.repeat(branches, 1, 1)
 
     def attend(
         self, layer: int, cross: CrossAttention, x: Float[Tensor, "R N D"]
     ) -> Float[Tensor, "R N D"]:
         """A layer's cross-attention, for the R = G * B rows of all branches.
 
-        Everything that changes what is attended to and how (`words`) overrides this.
+        Everything that changes what is attended to and how (`words`) overrides `_attend`.
         """
+        if not self.blank:
+            return self._attend(layer, cross, x)
+        rows = len(self.mask) * self.mask.shape[1]
+        seeing = self._attend(layer, cross, x[:rows])
+        nothing = cross.null_output.to(seeing.dtype).expand(len(x) - rows, *x.shape[1:])
+        return torch.cat([seeing, nothing])
+
+    def _attend(self, layer: int, cross: CrossAttention, x: Tensor) -> Tensor:
+        """The same for the branches that see something."""
         k, v = self.keys_values[layer]
-        return cross(x, (k.flatten(0, 1), v.flatten(0, 1)), self.mask.flatten(0, 1))
+        mask = None if self.whole else self.mask.flatten(0, 1)
+        return cross(x, (k.flatten(0, 1), v.flatten(0, 1)), mask)
 
     def _map(self, function: Callable[..., Tensor], *others: Context) -> Context:
         """Apply a function to the keys, to the values and to the mask, of all contexts alike."""
@@ -67,26 +92,40 @@ class Context:
 
     def branches(self, count: int) -> Context:
         """The first ``count`` branches alone."""
-        return self if count == len(self.mask) else self._map(lambda x: x[:count])
+        seeing = len(self.mask)
+        if count < seeing:
+            return replace(self._map(lambda x: x[:count]), blank=0)
+        return self if count == self.num_branches else replace(self, blank=count - seeing)
 
     def cat(self, other: Context) -> Context:
-        """Another batch's rows after these; see `sampling.contract.Context`."""
-        count = max(len(self.mask), len(other.mask))
-        pair = [
-            context._map(lambda x: x[[i if i < len(x) else 0 for i in range(count)]])
-            for context in (self, other)
-        ]
-        return self._join(1, pair)
+        """Another batch's rows after these; see `sampling.contract.Context`.
+
+        In a context with fewer branches than the other, those that it lacks are blank.
+        """
+        most = max(len(self.mask), len(other.mask))
+        blank = max(self.num_branches, other.num_branches) - most
+        pair = [context._written_out(most - len(context.mask)) for context in (self, other)]
+        return replace(self._join(1, pair), blank=blank)
 
     @staticmethod
     def stack(contexts: Sequence[Context]) -> Context:
-        """Contexts of the same rows as the branches of one."""
-        return contexts[0]._join(0, contexts)
+        """Contexts of the same rows as the branches of one; blank ones come last."""
+        blank = sum(context.blank for context in contexts)
+        return replace(contexts[0]._join(0, contexts), blank=blank)
+
+    def _written_out(self, extra: int) -> Context:
+        """With ``extra`` of the blank branches as if they saw something: the null key."""
+        if not extra:
+            return self
+        context = self._map(lambda x: torch.cat([x, *[x[:1]] * extra]))
+        context.mask[-extra:, :, 1:] = False
+        return replace(context, whole=False)
 
     def _join(self, axis: int, contexts: Sequence[Context]) -> Context:
         length = max(context.mask.shape[-1] for context in contexts)
         padded = [context._padded(length) for context in contexts]
-        return padded[0]._map(lambda *x: torch.cat(x, dim=axis), *padded[1:])
+        joined = padded[0]._map(lambda *x: torch.cat(x, dim=axis), *padded[1:])
+        return replace(joined, whole=all(context.whole for context in padded))
 
     def _padded(self, length: int) -> Context:
         """With positions that nothing attends to, up to a length."""
@@ -95,7 +134,7 @@ class Context:
             return self
         mask = F.pad(self.mask, (0, extra))
         padded = [tuple(F.pad(t, (0, 0, 0, extra)) for t in pair) for pair in self.keys_values]
-        return replace(self, keys_values=padded, mask=mask)
+        return replace(self, keys_values=padded, mask=mask, whole=not len(mask))
 
 
 class TokenEmbedding(nn.Module):
@@ -144,12 +183,12 @@ class LowResEncoder(nn.Module):
 
     def __init__(
         self, num_tokens: int, seq_len: int, dim: int, depth: int, heads: int, dim_head: int,
-        ff_mult: float,
+        ff_dim: int,
     ):  # fmt: skip
         super().__init__()
         self.num_tokens, self.seq_len = num_tokens, seq_len
         self.embed = TokenEmbedding(num_tokens, seq_len, dim)
-        blocks = [Block(dim, heads, dim_head, ff_mult, cross=False) for _ in range(depth)]
+        blocks = [Block(dim, heads, dim_head, ff_dim, cross=False) for _ in range(depth)]
         self.blocks = nn.ModuleList(blocks)
 
     def forward(
@@ -171,7 +210,9 @@ class MaskGitTransformer(Saveable):
         depth: blocks of self-attention, cross-attention and MLP.
         dim_head: width of an attention head.
         heads: attention heads.
-        ff_mult: width of the MLP as a multiple of ``dim``.
+        ff_mult: width of the MLP as a multiple of ``dim``. It is gated, and two thirds as wide to
+            have as many weights, rounded up to a multiple of 8: other widths multiply slowly.
+        ff_dim: the width of the gated MLP itself, in its place.
         t5_name: text encoder, by Hugging Face name or path.
         text_embed_dim: E; read from the text encoder's configuration unless given.
         classes: makes this class-conditional, without a text encoder: the names of the classes, or
@@ -191,6 +232,7 @@ class MaskGitTransformer(Saveable):
     """
 
     _stated_always = ("text_embed_dim",)
+    partial = True  # `sampling.contract.Network`
 
     def __init__(
         self,
@@ -202,6 +244,7 @@ class MaskGitTransformer(Saveable):
         dim_head: int = 64,
         heads: int = 8,
         ff_mult: float = 4,
+        ff_dim: int | None = None,
         t5_name: str = DEFAULT_TEXT_ENCODER,
         text_embed_dim: int | None = None,
         classes: int | Sequence[str] | None = None,
@@ -213,7 +256,7 @@ class MaskGitTransformer(Saveable):
     ):
         super().__init__()
         widths: dict[str, int | None] = dict(dim=dim, dim_head=dim_head, heads=heads)
-        widths |= dict(text_embed_dim=text_embed_dim)
+        widths |= dict(text_embed_dim=text_embed_dim, ff_dim=ff_dim)
         counts: dict[str, int | None] = dict(num_tokens=num_tokens, seq_len=seq_len)
         counts |= dict(cond_num_tokens=cond_num_tokens, cond_seq_len=cond_seq_len)
         counts |= dict(max_text_len=max_text_len)
@@ -241,7 +284,8 @@ class MaskGitTransformer(Saveable):
         self.text_embed_dim = text_embed_dim or embed_dim(t5_name)
         self._init_args["text_embed_dim"] = self.text_embed_dim  # rebuilt without the encoder
         self.self_cond = self_cond
-        self._block_args = (heads, dim_head, ff_mult)
+        width = ff_dim or math.ceil(int(dim * ff_mult * 2 / 3) / 8) * 8
+        self._block_args = (heads, dim_head, width)
         self.cond_depth = math.ceil(depth / 2) if cond_depth is None else cond_depth
 
         self.embed = TokenEmbedding(num_tokens + 1, seq_len, dim)
@@ -307,6 +351,10 @@ class MaskGitTransformer(Saveable):
         if f"{name}.token.weight" in state and not config.get("cond_seq_len"):
             sizes = len(state[f"{name}.token.weight"]), len(state[f"{name}.row"]) ** 2
             config = {**config, "cond_num_tokens": sizes[0], "cond_seq_len": sizes[1]}
+        # at first, widths were not rounded
+        weight = state.get("blocks.0.ff.to_out.weight")
+        if weight is not None and weight.ndim == 2 and weight.shape[1] % 8:
+            config = {**config, "ff_dim": weight.shape[1]}
         return config
 
     def _upgrade(self, state: dict[str, Tensor], prefix: str) -> None:
@@ -314,57 +362,82 @@ class MaskGitTransformer(Saveable):
         if self.cond_norm is not None and f"{prefix}text_norm.weight" in state:
             state.setdefault(f"{prefix}cond_norm.weight", state[f"{prefix}text_norm.weight"])
 
-    def encode_context(self, conditioning: Conditioning) -> Context:
-        """First phase: everything that does not depend on the image tokens, as one branch.
+    def encode_context(self, *branches: Conditioning) -> Context:
+        """First phase: everything that does not depend on the image tokens.
+
+        Args:
+            *branches: of the guidance, of the same rows and low-resolution tokens. Those without
+                a text come last.
 
         Raises:
             ValueError: embeddings of another width, low-resolution tokens missing or unexpected.
         """
-        text = conditioning.text
-        if text.embeds.shape[-1] != self.text_embed_dim:
-            raise ValueError(
-                f"text_embeds have width {text.embeds.shape[-1]}, the transformer reads "
-                f"{self.text_embed_dim} (from {shown(self.text_encoder)} or text_embed_dim)"
-            )
-        context = self.text_norm(self.text_proj(text.embeds.to(self.dtype)))
-        mask = text.mask & conditioning.keep[:, None]
-        if (conditioning.cond_ids is None) != (self.cond_encoder is None):
-            needs = "needs" if conditioning.cond_ids is None else "takes no"
+        first = branches[0]
+        if (first.cond_ids is None) != (self.cond_encoder is None):
+            needs = "needs" if first.cond_ids is None else "takes no"
             raise ValueError(f"this transformer {needs} low-resolution tokens (cond_ids)")
-        text_start = 1
+        cond = None
         if self.cond_encoder is not None:
             assert self.cond_norm is not None
-            cond = self.cond_norm(self.cond_encoder(conditioning.cond_ids, conditioning.cond_grid))
+            cond = self.cond_norm(self.cond_encoder(first.cond_ids, first.cond_grid))
+        return Context.stack([self._encode_branch(branch, cond) for branch in branches])
+
+    def _encode_branch(
+        self, conditioning: Conditioning, cond: Float[Tensor, "B M D"] | None
+    ) -> Context:
+        text, keep = conditioning.text, conditioning.keep
+        context = self.text_proj.weight.new_zeros(len(keep), 0, self.dim)
+        mask = keep.new_zeros(len(keep), 0)
+        if text is not None:
+            if text.embeds.shape[-1] != self.text_embed_dim:
+                raise ValueError(
+                    f"text_embeds have width {text.embeds.shape[-1]}, the transformer reads "
+                    f"{self.text_embed_dim} (from {shown(self.text_encoder)} or text_embed_dim)"
+                )
+            context = self.text_norm(self.text_proj(text.embeds.to(self.dtype)))
+            mask = text.mask & keep[:, None]
+        text_start = 1
+        if cond is not None:
             context = torch.cat([cond, context], dim=1)
             mask = torch.cat([mask.new_ones(cond.shape[:2]), mask], dim=1)
             text_start += cond.shape[1]
-        mask = torch.cat([mask.new_ones(len(mask), 1), mask], dim=1)  # the null key
+        mask = torch.cat([mask.new_ones(len(mask), 1), mask], dim=1)[None]  # the null key
         keys_values = [
             (k[None], v[None]) for k, v in (block.keys_values(context) for block in self.blocks)
         ]
-        return Context(keys_values, mask[None], text_start, conditioning.grid)
+        made = Context(keys_values, mask, text_start, conditioning.grid)
+        if mask.shape[-1] == 1:  # neither text nor low resolution
+            return replace(made._map(lambda x: x[:0]), blank=1, whole=True)
+        # asked once per call, and not in training, where a GPU would wait for the answer
+        return replace(made, whole=not torch.is_grad_enabled() and bool(mask.all()))
 
     def forward(
         self,
         ids: Int[Tensor, "B N"],
         context: Context,
         self_cond: Float[Tensor, "G B N D"] | None = None,
-    ) -> Float[Tensor, "G B N D"]:
+        at: Int[Tensor, "B K"] | None = None,
+    ) -> Float[Tensor, "G B K D"]:
         """Second phase: normalised hidden states of every branch, which `to_logits` reads.
 
         Args:
             ids: tokens, ``mask_id`` where unknown; the same in all branches.
             context: of G branches; one in training.
             self_cond: hidden states of the previous pass; zeros on the first.
+            at: the K positions wanted of each row; all by default. All take part in every layer,
+                but the last one's outputs are computed for these alone.
         """
-        branches = len(context.mask)
-        x = self.embed(ids, context.grid).expand(branches, -1, -1, -1)
+        branches = context.num_branches
+        x = self.embed(ids, context.grid)
         if self.self_cond_proj is not None:
             # the product with zeros keeps the weights in every graph (DistributedDataParallel)
-            x = x + self.self_cond_proj(torch.zeros_like(x) if self_cond is None else self_cond)
-        x = x.flatten(0, 1)
+            zeros = torch.zeros_like(x)[None]
+            x = x + self.self_cond_proj(zeros if self_cond is None else self_cond)
+            x = x.flatten(0, 1)
         for layer, block in enumerate(self.blocks):
-            x = block(x, context, layer)
+            last = layer == len(self.blocks) - 1
+            wanted = at.repeat(len(x) // len(at), 1) if last and at is not None else None
+            x = block(x, context, layer, wanted)
         return self.norm(x).unflatten(0, (branches, -1))
 
 
@@ -390,8 +463,8 @@ class SelfCritic(nn.Module):
         self._transformer = [transformer]  # in a list: its weights already belong to the MaskGit
         self.to_logits = nn.Linear(transformer.dim, 1, bias=False)
 
-    def encode_context(self, conditioning: Conditioning) -> Context:
-        return self._transformer[0].encode_context(conditioning)
+    def encode_context(self, *branches: Conditioning) -> Context:
+        return self._transformer[0].encode_context(*branches)
 
     def forward(self, ids: Int[Tensor, "B N"], context: Context) -> Float[Tensor, "G B N D"]:
         return self._transformer[0](ids, context)

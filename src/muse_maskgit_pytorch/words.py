@@ -274,11 +274,11 @@ class SourceMaps(Emphasis):
             extra[0, targets, :, new] = self.added[pairs, None, :, None].to(values) * text
             borrowed.append((keys, moved))
             added.append((keys, extra))
-        sees = torch.arange(context.mask[..., 0].numel(), device=values.device)  # of all branches
+        sees = torch.arange(context.mask[..., 0].numel(), device=values.device)
         sees[targets] = pairs.to(sees)
         added = added if self.added[pairs].any() else []
-        text_start, grid = context.text_start, context.grid
-        return _Borrowed(borrowed, context.mask, text_start, grid, sees=sees, added=added)
+        kept: dict[str, Any] = {**vars(context), "keys_values": borrowed}
+        return _Borrowed(**kept, sees=sees, added=added)
 
 
 @dataclass(frozen=True)
@@ -286,7 +286,8 @@ class _Borrowed(Context):
     """A context in which rows look where others look.
 
     Attributes:
-        sees: for each row of all branches, the row whose queries, keys and mask it takes.
+        sees: for each row of all branches that see something, the row whose queries, keys and mask
+            it takes.
         added: keys and values that are attended to in addition, with maps of the row's own.
     """
 
@@ -298,10 +299,10 @@ class _Borrowed(Context):
         if fewer is self:
             return self
         added = [(k[:count], v[:count]) for k, v in self.added]
-        rows = count * self.mask.shape[1]
+        rows = fewer.mask[..., 0].numel()
         return replace(fewer, sees=self.sees[:rows], added=added)  # type: ignore[arg-type]
 
-    def attend(self, layer: int, cross: CrossAttention, x: Tensor) -> Tensor:
+    def _attend(self, layer: int, cross: CrossAttention, x: Tensor) -> Tensor:
         keys, values = (t.flatten(0, 1) for t in self.keys_values[layer])
         mask = self.mask.flatten(0, 1)
         output = cross(x[self.sees], (keys[self.sees], values), mask[self.sees])

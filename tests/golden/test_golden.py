@@ -26,8 +26,9 @@ def make() -> MaskGit:
     torch.manual_seed(0)
     vae = VQGanVAE(dim=8, layers=1, num_res_blocks=1, quantizer="fsq", codebook_size=64)
     transformer = MaskGitTransformer(
-        num_tokens=64, seq_len=16, dim=16, depth=1, heads=2, dim_head=8, text_embed_dim=6
-    )
+        num_tokens=64, seq_len=16, dim=16, depth=1, heads=2, dim_head=8, text_embed_dim=6,
+        ff_dim=42,  # as it was before widths were rounded up to multiples of 8
+    )  # fmt: skip
     return MaskGit(vae=vae, transformer=transformer, image_size=8)
 
 

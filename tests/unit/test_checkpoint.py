@@ -491,3 +491,19 @@ def test_the_key_of_weights_changes_with_them(tmp_path: Path):
     for _ in range(20):  # the memory of the last one is used again
         keys.add(weights_key(tiny.vae()))
     assert len(keys) == 20
+
+
+def test_widths_of_before_they_were_rounded(tmp_path: Path):
+    """Files that do not state the width of their MLPs have it in their weights; as before, they
+    are the same model, in a cascade too.
+    """
+    muse = Muse(base=tiny.maskgit(tiny.transformer(ff_dim=42)))
+    muse.save(tmp_path / "muse.safetensors")
+    tree, _ = load_tree(tmp_path / "muse.safetensors")
+    transformer = tree["config"]["base"]["config"]["transformer"]["config"]
+    assert transformer.pop("ff_dim") == 42
+    save_tree(tmp_path / "old.safetensors", tree, kind="Muse")
+    old = Muse.from_pretrained(tmp_path / "old.safetensors")
+    assert old.base.transformer.config["ff_dim"] == 42
+    assert old.fingerprint == muse.fingerprint
+    assert tiny.transformer().blocks[0].ff.to_out.in_features == 48

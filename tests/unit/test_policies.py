@@ -17,12 +17,13 @@ from muse_maskgit_pytorch.sampling import (
     Denoiser,
     Policy,
     SampleState,
+    choose,
     choose_tokens,
     make_plan,
     sample_tokens,
     step,
 )
-from muse_maskgit_pytorch.sampling.choose import _most_likely
+from muse_maskgit_pytorch.sampling.choose import _most_likely, _select, _select_on_cpu
 from muse_maskgit_pytorch.sampling.policies import entropy, halton_order, margin, rolled_halton
 from muse_maskgit_pytorch.transformer import Context
 
@@ -294,8 +295,56 @@ def test_whole_numbers_are_limits_too():
 
 def test_rounding_cuts_no_token_at_probability_1():
     probs = torch.tensor([0.0, -40.0]).softmax(-1)  # the first alone rounds to 1
-    kept = _most_likely(probs.expand(2, 1, 2), None, torch.tensor([1.0, 0.99]))
-    assert kept.tolist() == [[[True, True]], [[True, False]]]
+    kept = _most_likely(probs.expand(2, 2), None, torch.tensor([1.0, 0.99]))
+    assert kept.tolist() == [[True, True], [True, False]]
+
+
+def sorted_out(weights: Tensor, k: int, p: float) -> Tensor:
+    """The same by sorting, in float64."""
+    order = weights.double().argsort(descending=True, stable=True)
+    before = weights.double()[order].cumsum(0) - weights.double()[order]
+    kept = before < p * weights.double().sum() if p < 1 else torch.ones_like(before).bool()
+    kept &= torch.arange(len(order)) < (k or len(order))
+    return torch.zeros(len(order)).bool().scatter(0, order, kept)
+
+
+@pytest.mark.parametrize("select", [_select_on_cpu, _select])
+@pytest.mark.parametrize("equals", [False, True])
+@pytest.mark.parametrize("limits", ["k", "p", "both"])
+def test_selecting_keeps_what_sorting_keeps(monkeypatch, select, equals, limits):
+    monkeypatch.setattr(choose, "_select_on_cpu", select)
+    rows, codes = 40, 97
+    weights = (torch.randn(rows, codes) * 2).exp()
+    weights = (weights * 4).ceil() / 4 if equals else weights
+    weights /= weights.amax(dim=-1, keepdim=True)
+    k = torch.randint(0, codes + 1, (rows,)) if limits != "p" else torch.zeros(rows).long()
+    p = 0.02 + 0.97 * torch.rand(rows) if limits != "k" else torch.ones(rows)
+    p[0] = 1.0
+    if limits != "p":
+        k[1], k[2] = 1, codes
+    kept = _most_likely(weights, None if limits == "p" else k, None if limits == "k" else p)
+    each = zip(weights, k.tolist(), p.tolist(), strict=True)
+    assert torch.equal(kept, torch.stack([sorted_out(*row) for row in each]))
+
+
+@pytest.mark.parametrize("select", [_select_on_cpu, _select])
+def test_most_weights_may_be_nothing(monkeypatch, select):
+    """exp(-1000) is 0: not more of them are kept than are asked for, nor is any needed."""
+    monkeypatch.setattr(choose, "_select_on_cpu", select)
+    logits = torch.full((1, 1, 9), -1000.0)
+    logits[..., 4] = 0
+    for limits in ((torch.tensor([3]), None), (None, torch.tensor([0.9]))):
+        ids, _ = choose_tokens(logits, torch.ones(1), torch.rand(1, 1), *limits)
+        assert ids.tolist() == [[4]]
+
+
+def test_many_logits_are_looked_at_in_chunks(monkeypatch):
+    logits, uniform = torch.randn(3, 10, 50), torch.rand(3, 10)
+    settings = torch.tensor([1.0, 0.0, 0.7]), uniform, torch.tensor([0, 7, 20])
+    whole = choose_tokens(logits, *settings)
+    monkeypatch.setattr(choose, "CHUNK", 350)  # 7 of the 30
+    for one, other in zip(whole, choose_tokens(logits, *settings), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_equal_tokens_are_cut_at_k():

@@ -97,6 +97,7 @@ def plain_forward(model, ids: Tensor, conditioning: Conditioning) -> Tensor:
         places = [rows[n // side] + columns[n % side] for n in range(ids.shape[1])]
         return embedding.token.weight[ids] + torch.stack(places)
 
+    assert conditioning.text is not None
     seen = model.text_norm(model.text_proj(conditioning.text.embeds))
     mask = conditioning.text.mask & conditioning.keep[:, None]
     if conditioning.cond_ids is not None:
@@ -149,12 +150,65 @@ def test_branches_and_rows_joined_are_as_before():
     torch.testing.assert_close(hidden[:1], model(ids[:2], seen))
     torch.testing.assert_close(hidden[1:], model(ids[:2], empty))
     assert torch.equal(model(ids[:2], guided.branches(1)), model(ids[:2], seen))
-    # one row without guidance after two with it: its second branch repeats the first
+    # one row without guidance after two with it: the branch that it lacks sees nothing
     alone = model.encode_context(tiny.conditioning(short))
     joined = model(ids, guided.cat(alone))
     torch.testing.assert_close(joined[:, :2], hidden)
-    torch.testing.assert_close(joined[:, 2:], model(ids[2:], alone).expand(2, -1, -1, -1))
+    torch.testing.assert_close(joined[:1, 2:], model(ids[2:], alone))
     torch.testing.assert_close(model(ids[2:], guided.cat(alone).rows(slice(2, 3))), joined[:, 2:])
+
+
+def without_text(given: Conditioning) -> Conditioning:
+    return replace(given, text=None)
+
+
+@pytest.mark.parametrize("make", [tiny.transformer, superres, tiny.critic])
+def test_no_text_is_a_text_of_which_nothing_is_seen(make):
+    """Where nothing is seen, a layer's cross-attention is one vector: exactly, not nearly."""
+    model = make()
+    low = None if model.cond_encoder is None else tiny.ids(codes=30)
+    ids = tiny.ids(num_tokens=model.seq_len)
+    given, unseen = (tiny.conditioning(tiny.text(), low, keep=keep) for keep in (True, False))
+    fast = model.encode_context(given, without_text(given))
+    slow = Context.stack([model.encode_context(given), model.encode_context(unseen)])
+    assert fast.num_branches == slow.num_branches == 2
+    assert fast.blank == (low is None)
+    hidden = model(ids, slow)
+    assert not torch.allclose(hidden[0], hidden[1])
+    torch.testing.assert_close(model(ids, fast), hidden)
+    torch.testing.assert_close(model(ids, fast.branches(1)), hidden[:1])
+    torch.testing.assert_close(model(ids[1:], fast.rows(slice(1, 2))), hidden[:, 1:])
+
+
+def test_rows_with_and_without_negative_texts_joined():
+    model, ids = tiny.transformer(), tiny.ids(4)
+    given = tiny.conditioning(tiny.text())
+    other = tiny.conditioning(tiny.text(2, 8, seed=3))
+    pair = model.encode_context(given, without_text(given)), model.encode_context(given, other)
+    alone = [model(ids[rows], c) for rows, c in zip((slice(2), slice(2, 4)), pair, strict=True)]
+    torch.testing.assert_close(model(ids, pair[0].cat(pair[1])), torch.cat(alone, dim=1))
+    flipped = pair[1].cat(pair[0])
+    torch.testing.assert_close(model(ids.roll(2, 0), flipped), torch.cat(alone[::-1], dim=1))
+
+
+@pytest.mark.parametrize("make", [tiny.transformer, superres])
+@pytest.mark.parametrize("depth", [1, 2])
+def test_the_last_layer_computes_what_is_wanted(make, depth):
+    model = make(depth=depth)
+    low = None if model.cond_encoder is None else tiny.ids(codes=30)
+    ids = tiny.ids(num_tokens=model.seq_len)
+    given = tiny.conditioning(tiny.text(), low)
+    context = model.encode_context(given, without_text(given))
+    at = torch.rand(ids.shape).argsort(dim=1)[:, :5]
+    seen = []
+    handle = model.blocks[-1].ff.register_forward_hook(lambda _, i, o: seen.append(o.shape))
+    part = model(ids, context, at=at)
+    handle.remove()
+    assert seen == [(4, 5, model.dim)]
+    every = model(ids, context)
+    torch.testing.assert_close(
+        part, every.gather(2, at[None, ..., None].expand(2, 2, 5, model.dim))
+    )
 
 
 # Guidance

@@ -171,7 +171,7 @@ class Trials:
         def count(network: MaskGitTransformer, arguments: tuple[Any, ...]) -> None:
             nonlocal rows
             ids, context = arguments[:2]
-            rows += len(ids) * len(context.mask)  # all branches of the guidance
+            rows += len(ids) * context.num_branches  # all branches of the guidance
 
         networks = [self._stage.transformer, self._stage.critic]  # a self-critic calls the first
         counted = [n for n in networks if isinstance(n, MaskGitTransformer)]

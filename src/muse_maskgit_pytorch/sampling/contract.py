@@ -43,6 +43,8 @@ class Network(Protocol):
         mask_id: the id that stands for "unknown" in the input.
         num_tokens: codebook size V.
         self_cond: whether it reads its previous pass's output as a third argument (None at first).
+        partial: whether it also takes ``at``, the positions (B, K) whose hidden states are wanted,
+            and gives those alone. May be missing, for no.
     """
 
     mask_id: int
@@ -91,7 +93,8 @@ def guided_hidden(
     ids: Int[Tensor, "B N"],
     scale: Float[Tensor, " B"] | None,
     *self_cond: Any,
-) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "G B N D"]]:
+    at: Int[Tensor, "B K"] | None = None,
+) -> tuple[Float[Tensor, "B K D"], Float[Tensor, "G B K D"]]:
     """``u + scale * (c - u)`` on hidden states: a linear head makes it the same on logits.
 
     Args:
@@ -100,11 +103,20 @@ def guided_hidden(
         ids: tokens, ``mask_id`` where unknown.
         scale: guidance of each row; None skips the second branch.
         *self_cond: the previous pass's output, if the network reads it.
+        at: positions whose hidden states are wanted; all by default.
 
     Returns:
         guided hidden states, exactly those of the first branch at scale 1; and every branch's.
     """
-    hidden = network(ids, context.branches(1 if scale is None else 2), *self_cond)
+    context = context.branches(1 if scale is None else 2)
+    if at is not None and getattr(network, "partial", False):
+        hidden = network(ids, context, *self_cond, at=at)
+    else:
+        hidden = network(ids, context, *self_cond)
+        if at is not None:
+            hidden = hidden.gather(
+                2, at[None, :, :, None].expand(len(hidden), -1, -1, hidden.shape[-1])
+            )
     if scale is None:
         return hidden[0], hidden
     conditional, unconditional = hidden

@@ -109,12 +109,15 @@ def step(
     gumbel = plan.gumbel[rows, now]
     scale = plan.cond_scale[rows, now] if guided else None
 
-    extra = (state.hidden,) if network.self_cond else ()
-    hidden, branches = guided_hidden(network, denoiser.context, state.ids, scale, *extra)
     # masked positions first, in their order; rows with fewer get some known ones, unused below
     order = state.mask.int().argsort(dim=1, descending=True, stable=True)
     at = order[:, : num_logits or num_tokens]
-    logits = network.to_logits(hidden[rows[:, None], at]).float()
+    if network.self_cond:  # the next pass reads the hidden states of all positions
+        hidden, branches = guided_hidden(network, denoiser.context, state.ids, scale, state.hidden)
+        hidden = hidden[rows[:, None], at]
+    else:
+        hidden, branches = guided_hidden(network, denoiser.context, state.ids, scale, at=at)
+    logits = network.to_logits(hidden).float()
     uniform = plan.uniform[rows, now].gather(1, at)
     limits = (plan.top_k, plan.top_p, plan.min_p)
     drawn, log_prob = choose_tokens(logits, plan.temperature[rows, now], uniform, *limits)
