@@ -13,9 +13,9 @@ from hypothesis import settings
 from tests import shapes
 
 # The shape annotations of the core become assertions.
-CORE = """structures vqgan_vae quantizer text masking layers transformer geometry conditioning
-sampling.options sampling.contract sampling.plan sampling.policies sampling.choose sampling.loop
-request maskgit muse images provenance features foreign words
+CORE = """structures vqgan_vae quantizer minilm text masking layers transformer geometry
+conditioning sampling.options sampling.contract sampling.plan sampling.policies sampling.choose
+sampling.loop request maskgit muse images provenance features foreign words
 evaluation.metrics evaluation.tokenizer evaluation.generator training.gan"""
 jaxtyping.install_import_hook(
     [f"muse_maskgit_pytorch.{name}" for name in CORE.split()], f"{shapes.__name__}.check"

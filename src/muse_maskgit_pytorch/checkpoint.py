@@ -16,6 +16,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Hashable, Iterable
+from contextlib import nullcontext
 from importlib import import_module, resources
 from pathlib import Path
 from typing import Any, ClassVar, Self, get_type_hints
@@ -36,6 +37,7 @@ from .weights import (
     reading,
     safetensors_file,
     sketching,
+    unfilled,
 )
 
 FORMAT = "muse_maskgit_pytorch"
@@ -453,7 +455,9 @@ def rebuild(cls: type[Saveable], tree: dict[str, Any], path: Path) -> Any:
             f"the {cls.__name__} of its arguments",
             "the file is incomplete, or of another release",
         )
-    model = _build(cls, config, homes)
+    # a class that reads numbers while it is made needs first values
+    with nullcontext() if sketch is None else unfilled():
+        model = _build(cls, config, homes)
     model._load_state(state, path)
     return model
 

@@ -1,7 +1,8 @@
 """Frozen text encoders: captions -> `TextEmbeds`.
 
 T5 by default, as in the paper (2.1, where it is T5-XXL); any Hugging Face text encoder by name or
-path gives its tokens' hidden states and their mask. transformers is imported on first use.
+path gives its tokens' hidden states and their mask. transformers is imported on first use, and not
+for the encoder of the shipped model (`minilm`).
 
 A text longer than the encoder reads is cut, or read in windows whose states are joined: the
 cross-attention that reads them knows no positions of its own, so any number of states will do.
@@ -11,16 +12,18 @@ from __future__ import annotations
 
 import difflib
 import functools
+import json
 import math
 import re
 import string
 import threading
 import warnings
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -72,21 +75,11 @@ def packaged_copy(name: str) -> Path | None:
     return path
 
 
-def _from_hub_or_package(load, name: str):
-    """Call ``load`` with the packaged copy of ``name`` where there is one, else with the name.
-
-    What lies in the hub's cache is taken from there. The name may come out of somebody's model
-    file, so code that a model brings along never runs: transformers would otherwise ask on
-    standard input.
-    """
-    source = str(packaged_copy(name) or name)
+@contextmanager
+def _having(name: str) -> Iterator[None]:
+    """Whatever goes wrong within the block is a `TextEncoderError` that names the encoder."""
     try:
-        try:
-            return load(source, trust_remote_code=False, local_files_only=True)
-        except OSError:
-            if without_hub(source):
-                raise
-            return load(source, trust_remote_code=False)
+        yield
     except TextEncoderError:
         raise
     except Exception as error:  # of damaged files the libraries below raise all sorts of errors
@@ -101,6 +94,22 @@ def _from_hub_or_package(load, name: str):
         ) from error
 
 
+def _from_hub(load: Callable[..., Any], name: str) -> Any:
+    """Call ``load``, of transformers, with a name or a path.
+
+    What lies in the hub's cache is taken from there. The name may come out of somebody's model
+    file, so code that a model brings along never runs: transformers would otherwise ask on
+    standard input.
+    """
+    with _having(name):
+        try:
+            return load(name, trust_remote_code=False, local_files_only=True)
+        except OSError:
+            if without_hub(name):
+                raise
+            return load(name, trust_remote_code=False)
+
+
 def _at_hand(name: str) -> str:
     """What could be used in the place of an encoder, or where it comes from, for a message."""
     if name in PACKAGED:
@@ -109,12 +118,48 @@ def _at_hand(name: str) -> str:
     return f"; at hand is {installed[0]!r}" if installed else ""
 
 
+def _of_package(folder: Path) -> tuple[Any, Any, int | None]:
+    """As `_of_transformers`, of what `packaged_copy` found."""
+    from .minilm import MiniLM, Reader
+
+    model = MiniLM(folder)
+    return Reader(folder), model, model.position.num_embeddings
+
+
+def _of_transformers(name: str) -> tuple[Any, Any, int | None]:
+    """Tokenizer, model, and for how many tokens it has positions."""
+    import transformers
+    from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+    config = _from_hub(AutoConfig.from_pretrained, name)
+    # encoder-decoder and two-tower models have a class that loads the text encoder alone
+    alone = {
+        "t5": "T5EncoderModel",
+        "mt5": "MT5EncoderModel",
+        "umt5": "UMT5EncoderModel",
+        "clip": "CLIPTextModel",
+    }
+    model_class = getattr(transformers, alone.get(config.model_type, ""), AutoModel)
+    tokenizer = _from_hub(AutoTokenizer.from_pretrained, name)
+    model = _from_hub(model_class.from_pretrained, name)
+    if getattr(config, "is_encoder_decoder", False) and hasattr(model, "get_encoder"):
+        model = model.get_encoder()
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"  # the places of a text's tokens hold in any batch
+    config = getattr(config, "text_config", config)
+    return tokenizer, model, getattr(config, "max_position_embeddings", None)
+
+
 @functools.cache
 def embed_dim(name: str) -> int:
     """Width E of the encoder's hidden states, from its configuration alone."""
+    with _having(name):
+        if folder := packaged_copy(name):
+            return json.loads((folder / "config.json").read_text(encoding="utf-8"))["hidden_size"]
     from transformers import AutoConfig
 
-    config = _from_hub_or_package(AutoConfig.from_pretrained, name)
+    config = _from_hub(AutoConfig.from_pretrained, name)
     config = getattr(config, "text_config", config)
     return getattr(config, "d_model", None) or config.hidden_size
 
@@ -132,29 +177,12 @@ class TextEncoder:
     """
 
     def __init__(self, name: str = DEFAULT_TEXT_ENCODER, max_text_len: int = 256):
-        import transformers
-        from transformers import AutoConfig, AutoModel, AutoTokenizer
-
         self.name = name
-        config = _from_hub_or_package(AutoConfig.from_pretrained, name)
-        # encoder-decoder and two-tower models have a class that loads the text encoder alone
-        alone = {
-            "t5": "T5EncoderModel",
-            "mt5": "MT5EncoderModel",
-            "umt5": "UMT5EncoderModel",
-            "clip": "CLIPTextModel",
-        }
-        model_class = getattr(transformers, alone.get(config.model_type, ""), AutoModel)
-        self.tokenizer = _from_hub_or_package(AutoTokenizer.from_pretrained, name)
-        self.model = _from_hub_or_package(model_class.from_pretrained, name)
-        if getattr(config, "is_encoder_decoder", False) and hasattr(self.model, "get_encoder"):
-            self.model = self.model.get_encoder()
-        if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.tokenizer.padding_side = "right"  # the places of a text's tokens hold in any batch
+        with _having(name):
+            folder = packaged_copy(name)
+            read = _of_transformers(name) if folder is None else _of_package(folder)
+        self.tokenizer, self.model, limit = read
         self.model.float().eval().requires_grad_(False)  # some files hold half precision
-        limit = getattr(config, "max_position_embeddings", None)
-        limit = limit or getattr(getattr(config, "text_config", None), "max_position_embeddings", 0)
         self.max_text_len = min(max_text_len, limit or max_text_len)
         # fast tokenizers keep their settings in one place, and the model moves between devices
         self._lock = threading.RLock()

@@ -16,11 +16,12 @@ from typing import Any
 
 import safetensors
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.module import (
     register_module_buffer_registration_hook,
     register_module_parameter_registration_hook,
 )
+from torch.overrides import TorchFunctionMode
 
 from .arguments import printable
 
@@ -201,8 +202,40 @@ def is_finite(tensor: Tensor) -> bool:
     """Whether all numbers of a tensor are."""
     if not tensor.is_floating_point():
         return True
-    # of eight bits torch cannot say it
-    return bool((tensor.float() if tensor.element_size() == 1 else tensor).isfinite().all())
+    if tensor.element_size() == 1:  # of eight bits torch cannot say it
+        tensor = tensor.float()
+    # one pass without a second tensor: only a sum beyond the range needs the closer look
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+
+
+class unfilled(TorchFunctionMode):
+    """Within the block parameters get memory and no first values.
+
+    For a model whose weights are all read from a file: drawing them takes longer than reading
+    them, and torch's random numbers stay where they are.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            tensor = args[0] if args else kwargs["tensor"]
+            if isinstance(tensor, nn.Parameter):
+                return tensor
+        return func(*args, **kwargs)
+
+
+class _Shapes(unfilled):
+    """Random numbers of a shape alone: torch would import its compiler to draw them."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (torch.rand, torch.randn):
+            kwargs = {name: value for name, value in (kwargs or {}).items() if name != "generator"}
+            func = torch.empty
+        return super().__torch_function__(func, types, args, kwargs)
 
 
 @contextmanager
@@ -236,7 +269,7 @@ def sketching(limit: int) -> Iterator[None]:
         )
     ]
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _Shapes():
             yield
     finally:
         for hook in hooks:

