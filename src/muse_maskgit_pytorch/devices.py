@@ -66,6 +66,11 @@ def _parts() -> list[Any]:
     ]
 
 
+def arithmetic() -> tuple[Any, ...]:
+    """The settings that decide the last bits of a sum on a device: equal ones, equal bits."""
+    return torch.get_num_threads(), *(getattr(part, _ATTRIBUTE) for part in _parts())
+
+
 @contextmanager
 def exact(device: torch.device | str) -> Iterator[None]:
     """Compute in the tensors' own precision: without autocast, and float32 as real float32.

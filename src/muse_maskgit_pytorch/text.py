@@ -19,6 +19,7 @@ import string
 import threading
 import warnings
 from bisect import bisect_right
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -29,12 +30,14 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from .arguments import one_of, shown, whole
+from .devices import arithmetic
 from .files import digest_file, without_hub
 from .structures import TextEmbeds
 
 LongTexts = Literal["cut", "windows"]
 
 DEFAULT_TEXT_ENCODER = "google/t5-v1_1-base"
+KEPT_BYTES = 32 * 2**20  # of states that are kept, for prompts that come again
 MAX_TOKENS = 4096  # of a long text: each is a key in every layer's cross-attention
 
 # The same weights as a hub model, out of a Python package, for machines that reach no hub:
@@ -186,6 +189,7 @@ class TextEncoder:
         self.max_text_len = min(max_text_len, limit or max_text_len)
         # fast tokenizers keep their settings in one place, and the model moves between devices
         self._lock = threading.RLock()
+        self._kept: OrderedDict[tuple[Any, ...], TextEmbeds] = OrderedDict()
 
     @torch.no_grad()
     def encode(
@@ -263,6 +267,20 @@ class TextEncoder:
         return token in self.tokenizer(word, verbose=False)["input_ids"]
 
     def _encode(self, texts: list[str], device: torch.device | str) -> TextEmbeds:
+        """The states of texts, computed or as they were computed before, bit for bit.
+
+        Calls are kept whole: in another batch a text's last bits may be others.
+        """
+        key = (*texts, str(device), *arithmetic())
+        found = self._kept.pop(key, None)
+        if found is None:
+            found = self._compute(texts, device)
+        self._kept[key] = found  # the last one is the one that was used last
+        while sum(states.embeds.nbytes for states in self._kept.values()) > KEPT_BYTES:
+            self._kept.popitem(last=False)
+        return TextEmbeds(found.embeds.clone(), found.mask.clone())  # theirs to change
+
+    def _compute(self, texts: list[str], device: torch.device | str) -> TextEmbeds:
         tokens = self._tokens(texts, padding="longest", return_tensors="pt").to(device)
         self.model.to(device)
         with torch.autocast(torch.device(device).type, enabled=False):

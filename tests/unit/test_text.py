@@ -154,6 +154,50 @@ def test_one_encoder_per_process(t5):
     assert get_text_encoder(t5, 77) is not get_text_encoder(t5, 78)
 
 
+# Texts that come again
+
+
+def test_texts_that_come_again_are_the_same_and_not_computed(encoder, monkeypatch):
+    fresh = TextEncoder(encoder.name)
+    batches = [TEXTS, TEXTS[:1], [*TEXTS, ""], TEXTS[::-1]]
+    computed = [fresh._compute(batch, "cpu") for batch in batches]
+    with torch.inference_mode():  # what is kept can be trained on, wherever it was asked for
+        first = [fresh.encode(batch) for batch in batches]
+    calls = []
+    monkeypatch.setattr(fresh, "_compute", lambda *args: calls.append(args))
+    for once, states, batch in zip(computed, first, batches, strict=True):
+        again = fresh.encode(batch)
+        for other in (states, again):
+            assert torch.equal(other.embeds, once.embeds)
+            assert torch.equal(other.mask, once.mask)
+        assert not again.embeds.is_inference()
+        again.embeds.zero_()  # no more than a copy
+        assert torch.equal(fresh.encode(batch).embeds, once.embeds)
+    assert not calls
+
+
+def test_what_is_kept_of_texts_is_bounded(encoder, monkeypatch):
+    fresh = TextEncoder(encoder.name)
+    monkeypatch.setattr(module, "KEPT_BYTES", 3 * fresh.encode("a").embeds.nbytes)
+    for word in ("a", "red", "a", "car", "cat"):
+        fresh.encode(word)
+        assert sum(kept.embeds.nbytes for kept in fresh._kept.values()) <= module.KEPT_BYTES
+    assert next(iter(fresh._kept))[0] != "red"  # the first to go
+    long = ["a red car in rain"] * 20
+    assert torch.equal(fresh.encode(long).embeds, fresh._compute(long, "cpu").embeds)
+
+
+def test_other_arithmetic_is_computed_anew(encoder):
+    fresh, threads = TextEncoder(encoder.name), torch.get_num_threads()
+    fresh.encode("a")
+    torch.set_num_threads(threads + 1)
+    try:
+        fresh.encode("a")
+    finally:
+        torch.set_num_threads(threads)
+    assert len(fresh._kept) == 2
+
+
 # Texts longer than the encoder reads
 
 
