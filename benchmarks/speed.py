@@ -78,13 +78,14 @@ class Case:
     top_k: bool = False
     size: int = 256
 
-    def dense_flops(self) -> int | None:
+    def dense_flops(self) -> int:
         """Of the plain way with our architecture: every token's logits, in both branches.
 
-        Text and low-resolution tokens are projected once; backward costs two forwards.
+        Text and low-resolution tokens are projected once; backward costs two forwards. 0 where
+        no transformer of this size runs.
         """
         if self.kind not in ("generate", "train"):
-            return None
+            return 0
         n, d, hidden = self.tokens, self.dim, int(self.dim * 8 / 3)
         context = 1 + self.text_len + self.cond_tokens
         products = 4 * d * d + 2 * d * d + 3 * d * hidden  # self-, cross-attention, gated MLP
@@ -278,7 +279,7 @@ def figures(worker: Worker, first: Worker, case: Case, rates: dict[str, float]) 
         "peak_mb": worker.turns[-1].get("peak_mb"),
         **facts,
     }
-    counts = {"gflops": facts.get("flops"), "dense_gflops": case.dense_flops()}
+    counts = {"gflops": facts.get("flops"), "dense_gflops": case.dense_flops() or None}
     for name, count in counts.items():
         found[name] = count and count / median(seconds) / 1e9
     if found["gflops"] and rates.get(contender.precision):

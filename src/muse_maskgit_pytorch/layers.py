@@ -36,7 +36,7 @@ def attend(
     seen = None if mask is None else mask[:, None, None, :]
     if q.device.type == "cpu" and q.dtype != torch.float32:
         # in half precision, the CPU's fused kernel takes 4 times as long as two products for 64
-        # tokens, and about as long for 256 (benchmarks/cpu.py)
+        # tokens, and about as long for 256 (docs/log.md)
         scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
         scores = scores if seen is None else scores.masked_fill(~seen, -torch.inf)
         return scores.softmax(dim=-1, dtype=torch.float32).to(v.dtype) @ v
