@@ -128,6 +128,7 @@ class Conditioner:
         negatives: Sequence[str] | None = None,
         image_size: ImageSize | None = None,
         guided: bool = True,
+        written_out: bool = False,
     ) -> list[Conditioning]:
         """For sampling: with the text and, where there is guidance, with the negative one or none.
 
@@ -137,6 +138,8 @@ class Conditioner:
             negatives: B negative prompts; empty ones stand for no text. If None, no text at all.
             image_size: if not the trained square.
             guided: whether the second branch is needed.
+            written_out: whether no text is a text of which nothing is seen: the same with more
+                work, for comparison.
         """
         grid = self.geometry.grid(image_size)
         cond_grid = None if cond is None else self.geometry.cond_grid(image_size)
@@ -144,6 +147,8 @@ class Conditioner:
         made = [Conditioning(text, cond, seen, grid, cond_grid)]
         if guided:
             other = None if negatives is None else self.embed_texts(negatives, allow_empty=True)
+            if other is None and written_out:
+                other, seen = text, ~seen
             made.append(Conditioning(other, cond, seen, grid, cond_grid))
         return made
 

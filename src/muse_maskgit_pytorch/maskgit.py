@@ -20,6 +20,7 @@ from .checkpoint import Saveable
 from .conditioning import Conditioner, check_pixels, one_each
 from .geometry import Geometry, ImageSize
 from .masking import ScheduleFunction, check_schedule, draw_mask, mask_tokens
+from .precision import Precision, prepared, resolved
 from .presets import find_preset, make_presets
 from .sampling import Callback, Denoiser, SampleOptions, Step, choose_tokens, sample_tokens, step
 from .structures import LossTerms, Schedule, TextEmbeds
@@ -120,6 +121,7 @@ class MaskGit(Saveable):
         self._init_args |= {"transformer": transformer, "token_critic": token_critic}
         # the paper's 24 base and 8 super-resolution steps (2.8)
         steps = 8 if cond_image_size else 24
+        self._precision: Precision = "float32"
         self.presets = make_presets(sample_options or {}, presets or {}, steps)
         self.default_options = self.presets["default"]
 
@@ -130,6 +132,22 @@ class MaskGit(Saveable):
         if self.cond_vae is not None:
             self.cond_vae.eval()
         return self
+
+    @property
+    def precision(self) -> Precision:
+        """In which precision it generates (`precision.Precision`); not saved with it.
+
+        "float32" (the default) repeats bits; "bfloat16" and "int8" are faster where the machine
+        has them; "auto" takes the faster of float32 and bfloat16, by measurement; "reference"
+        computes everything the plain way, for comparison.
+        """
+        return self._precision
+
+    @precision.setter
+    def precision(self, precision: Precision) -> None:
+        one_of("precision", precision, Precision)
+        resolved(precision, self.device)
+        self._precision = precision
 
     def swap_vae(self, vae: ImageTokenizer) -> bool:
         """Put a tokenizer in the place of those with the same ids: a better decoder, say.
@@ -319,12 +337,16 @@ class MaskGit(Saveable):
         batch = len(text.mask)
         if cond is not None and len(cond) != batch:
             raise ValueError(f"{len(cond)} low-resolution images for {batch} texts")
-        branches = self.conditioner.branches(text, cond, negatives, image_size, options.guided)
-
+        plain = self.precision == "reference"
+        branches = self.conditioner.branches(
+            text, cond, negatives, image_size, options.guided, written_out=plain
+        )
+        network = prepared(self.transformer, self.precision)
         critic = self.critic if options.policy in (None, "critic") else None
+        critic = critic and prepared(critic, self.precision)
         return Denoiser(
-            self.transformer,
-            self.transformer.encode_context(*branches),
+            network,
+            network.encode_context(*branches),
             critic,
             critic and critic.encode_context(*branches),
         )

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from os import PathLike
-from typing import Any, Literal, overload
+from typing import Any, Literal, Self, overload
 
 import torch
 from jaxtyping import Float, Int
@@ -20,6 +20,7 @@ from .conditioning import check_texts
 from .geometry import ImageSize, Size
 from .images import to_pil
 from .maskgit import MaskGit
+from .precision import Precision
 from .provenance import Record, attach, fingerprint, read_records, warn_of_other_bits
 from .request import Drawn, Request
 from .sampling import Callback, SampleOptions, Step, known_fields, step
@@ -65,6 +66,28 @@ class Muse(Saveable):
             return {"base": self.base.geometry.pixels(image_size)}
         geometry = self.superres.geometry
         return {"base": geometry.cond_pixels(image_size), "superres": geometry.pixels(image_size)}
+
+    @classmethod
+    def from_pretrained(cls, name: str | PathLike[str], precision: Precision = "float32") -> Self:
+        """Rebuild a saved model, in eval mode, on the CPU.
+
+        Args:
+            name: as in `Saveable.from_pretrained`.
+            precision: in which it draws (`precision`).
+        """
+        made = super().from_pretrained(name)
+        made.precision = precision
+        return made
+
+    @property
+    def precision(self) -> Precision:
+        """In which precision its stages generate (`MaskGit.precision`)."""
+        return self.base.precision
+
+    @precision.setter
+    def precision(self, precision: Precision) -> None:
+        for stage in self.stages.values():
+            stage.precision = precision
 
     # Drawing ---------------------------------------------------------------------------------
 
@@ -251,7 +274,7 @@ class Muse(Saveable):
         """PIL images; they carry the record of how they were drawn if that is known."""
         pictures = to_pil(drawn.images)
         if drawn.has_record:
-            attach(pictures, drawn, self.fingerprint, self.device)
+            attach(pictures, drawn, self.fingerprint, self.device, self.precision)
         return pictures
 
     @property
@@ -284,7 +307,7 @@ class Muse(Saveable):
         records = [record.allowing(large) for record in records]
         for record in records:  # before any work
             record.check(self, name)
-        warn_of_other_bits(records, self.device, name)
+        warn_of_other_bits(records, self.device, name, self.precision)
         pictures = []
         for record in records:
             batch = self.pictures(self.draw(record.request, callback))

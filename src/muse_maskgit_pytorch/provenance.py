@@ -36,6 +36,7 @@ from .arguments import Missing, as_path, printable, with_names, without_function
 from .checkpoint import Saveable, weights_key
 from .files import digest_state
 from .images import read_record, record_of, set_record
+from .precision import Precision, resolved
 from .request import MAX_ROWS, Drawn, Request
 from .sampling import SampleOptions, upgraded
 
@@ -75,8 +76,8 @@ class Record:
         request: the call, with its whole batch.
         rows: which pictures of the batch are shown, 0-based.
         model: `fingerprint` of the model.
-        made_by: "package" and "torch", the versions, "device", its type, and on a CPU "threads",
-            their number: it decides the order of sums, and so single pixels.
+        made_by: "package" and "torch", the versions, "device", its type, "precision", and on a CPU
+            "threads", their number: it decides the order of sums, and so single pixels.
         version: of the format in which it was written.
     """
 
@@ -174,9 +175,15 @@ def fingerprint(model: Saveable) -> str:
     return name
 
 
-def attach(pictures: Sequence[Image.Image], drawn: Drawn, model: str, device: torch.device) -> None:
+def attach(
+    pictures: Sequence[Image.Image],
+    drawn: Drawn,
+    model: str,
+    device: torch.device,
+    precision: Precision = "float32",
+) -> None:
     """Give the pictures of a whole batch their records, for `save_png` to write."""
-    made_by = made_on(device)
+    made_by = made_on(device, precision)
     for row, picture in enumerate(pictures):
         set_record(picture, to_json([Record(drawn.request, (row,), model, made_by)]))
 
@@ -195,23 +202,27 @@ def attach_to_sheet(sheet: Image.Image, pictures: Sequence[Image.Image]) -> None
     set_record(sheet, to_json(joined))
 
 
-def made_on(device: torch.device) -> dict[str, str]:
+def made_on(device: torch.device, precision: Precision = "float32") -> dict[str, str]:
     """What else the bits of a picture depend on."""
     made = {"package": __version__, "torch": str(torch.__version__), "device": device.type}
+    made["precision"] = resolved(precision, device)
     if device.type == "cpu":
         made["threads"] = str(torch.get_num_threads())
     return made
 
 
 def warn_of_other_bits(
-    records: Sequence[Record], device: torch.device, source: str | PathLike[str]
+    records: Sequence[Record],
+    device: torch.device,
+    source: str | PathLike[str],
+    precision: Precision = "float32",
 ) -> None:
     """Warn where single pixels may differ, since other arithmetic drew them.
 
-    Records of earlier versions do not say the number of threads.
+    Records of earlier versions say neither the number of threads nor the precision.
     """
-    here = made_on(device)
-    for name in ("device", "torch", "threads"):
+    here = made_on(device, precision)
+    for name in ("device", "torch", "threads", "precision"):
         there = {record.made_by.get(name, here.get(name)) for record in records}
         if name in here and (others := there - {here[name]}):
             warnings.warn(

@@ -463,8 +463,18 @@ class SelfCritic(nn.Module):
         self._transformer = [transformer]  # in a list: its weights already belong to the MaskGit
         self.to_logits = nn.Linear(transformer.dim, 1, bias=False)
 
+    @property
+    def transformer(self) -> MaskGitTransformer:
+        return self._transformer[0]
+
+    def reading(self, transformer: MaskGitTransformer) -> SelfCritic:
+        """The same head on another form of the transformer, such as one in another precision."""
+        made = copy.copy(self)
+        made._transformer = [transformer]
+        return made
+
     def encode_context(self, *branches: Conditioning) -> Context:
-        return self._transformer[0].encode_context(*branches)
+        return self.transformer.encode_context(*branches)
 
     def forward(self, ids: Int[Tensor, "B N"], context: Context) -> Float[Tensor, "G B N D"]:
-        return self._transformer[0](ids, context)
+        return self.transformer(ids, context)

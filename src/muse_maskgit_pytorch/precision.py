@@ -1,0 +1,313 @@
+"""In which precision a network draws: copies of it whose linear layers compute faster.
+
+Nine tenths of a step's time are products with weights. A copy shares everything with the network
+but the linear layers of its blocks and its head, and follows the same code, so that whatever works
+with one works with the other:
+
+- *float32*: weights laid out once as oneDNN's kernels read them, where that is faster here. Exact:
+  only the order of sums differs.
+- *bfloat16*: weights held in bfloat16. The residual stream, norms, softmax and sampling stay
+  float32, and so does the head on a CPU.
+- *int8*: products of 8-bit integers in the blocks, one scale for each row of the activations and
+  each output of the weights; the embedding, the head and the projection of texts are left alone.
+- *auto*: the faster of float32 and bfloat16, by measurement. int8 moves pictures, so it is used
+  where it is asked for.
+- *reference*: the network itself, without any of this and without the other savings of generation.
+
+What products cost is measured once for a machine (`products`), not guessed from its name.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import platform
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from .arguments import one_of
+from .checkpoint import SPREADING, weights_key
+from .devices import exact, fast_precisions
+from .files import replacing
+from .layers import Block, CrossAttention, SelfAttention
+from .transformer import MaskGitTransformer, SelfCritic
+
+Precision = Literal["float32", "bfloat16", "int8", "auto", "reference"]
+
+LEAST_WIDTH = 128  # of a network whose products are large enough to be prepared
+WORTH_IT = 1.05  # how much faster something must be measured to be chosen
+
+
+# The layers --------------------------------------------------------------------------------------
+
+
+class PackedLinear(nn.Module):
+    """A float32 layer whose weight oneDNN has laid out for its kernels."""
+
+    def __init__(self, plain: nn.Linear):
+        super().__init__()
+        self.plain = plain
+        # of so many rows the layout is best; others are computed too
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(plain.weight.detach(), 512)
+
+    def forward(self, x: Float[Tensor, "*s K"]) -> Float[Tensor, "*s N"]:
+        if x.dtype != torch.float32 or not x.numel() or torch.is_autocast_enabled(x.device.type):
+            return self.plain(x)
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.plain.bias, "none", [], "")
+
+
+class Bfloat16Linear(nn.Module):
+    """A layer with its weight in bfloat16; so is what comes out."""
+
+    def __init__(self, plain: nn.Linear):
+        super().__init__()
+        self.weight = plain.weight.detach().bfloat16()
+        self.bias = None if plain.bias is None else plain.bias.detach().bfloat16()
+
+    def forward(self, x: Float[Tensor, "*s K"]) -> Float[Tensor, "*s N"]:
+        return F.linear(x.bfloat16(), self.weight, self.bias)
+
+
+class Int8Linear(nn.Module):
+    """A layer of 8-bit integers (oneDNN): a scale for each output, and one for each row of x."""
+
+    def __init__(self, plain: nn.Linear):
+        super().__init__()
+        weight = plain.weight.detach().float()
+        # without VNNI, pairs of products are added up in 16 bits: a weight may use 7
+        most = 127 if getattr(torch.cpu, "_is_vnni_supported", bool)() else 63
+        self.scale = (weight.abs().amax(dim=1) / most).clamp(min=1e-12)
+        codes = (weight / self.scale[:, None]).round().clamp(-most, most).to(torch.int8)
+        self.packed = torch.ops.onednn.qlinear_prepack(codes, [512, weight.shape[1]])
+        self.zero = torch.zeros(len(weight), dtype=torch.long)
+        self.bias = plain.bias
+
+    def forward(self, x: Float[Tensor, "*s K"]) -> Float[Tensor, "*s N"]:
+        if not x.numel():
+            return x.new_zeros(*x.shape[:-1], len(self.scale))
+        flat = x.flatten(0, -2).float()
+        scale = (flat.abs().amax(dim=-1, keepdim=True) / 127).clamp(min=1e-12)
+        codes = (flat / scale).round_().add_(128).to(torch.uint8)
+        out = torch.ops.onednn.qlinear_pointwise(
+            codes, 1.0, 128, self.packed, self.scale, self.zero,
+            None, 1.0, 0, torch.float32, "none", [], "",
+        )  # fmt: skip
+        out = out.mul_(scale)
+        out = out if self.bias is None else out + self.bias
+        return out.unflatten(0, x.shape[:-1])
+
+
+# Copies ------------------------------------------------------------------------------------------
+
+_copies: WeakKeyDictionary[nn.Module, dict[str, tuple[Any, Any]]] = WeakKeyDictionary()
+
+
+def prepared(network: Any, precision: Precision) -> Any:
+    """The network, or the copy of it that computes in a precision; made once for its weights.
+
+    A network that is compiled, spread over devices or not ours stays as it is.
+
+    Args:
+        network: a transformer or a critic, in eval mode.
+        precision: see above.
+
+    Raises:
+        ValueError: a precision that this machine or this build of torch does not have.
+    """
+    one_of("precision", precision, Precision)
+    if isinstance(network, SelfCritic):
+        return network.reading(prepared(network.transformer, precision))
+    if not isinstance(network, MaskGitTransformer):
+        return network
+    device = network.device
+    chosen = resolved(precision, device)
+    if SPREADING & {cls.__name__ for cls in type(network).__mro__}:
+        return network
+    if network.dtype != torch.float32:  # cast as a whole, which decides its precision
+        return network
+    if chosen == "reference":
+        plain = copy.copy(network)
+        plain.partial = False
+        return plain
+    if network.dim < LEAST_WIDTH and chosen == "int8":
+        warnings.warn(
+            f"precision 'int8' does not pay for a network of width {network.dim} (from "
+            f"{LEAST_WIDTH} on): it computes in float32",
+            stacklevel=2,
+        )
+        chosen = "float32"
+    if chosen == "float32" and (device.type != "cpu" or network.dim < LEAST_WIDTH):
+        return network
+    key = weights_key(network)
+    kept = _copies.setdefault(network, {})
+    if chosen not in kept or kept[chosen][0] != key:
+        kept[chosen] = key, _copy(network, chosen)
+    return kept[chosen][1]
+
+
+def resolved(precision: Precision, device: torch.device) -> str:
+    """The precision that "auto" means on a device; others as they are.
+
+    Raises:
+        ValueError: one that there is not; the message names those there are.
+    """
+    if precision == "auto":
+        return "bfloat16" if _fastest(device, "bfloat16", "packed", "plain") else "float32"
+    if precision in ("bfloat16", "int8") and precision not in (there := available(device)):
+        raise ValueError(
+            f"precision {precision!r} is not to be had on this {device.type} with this torch: "
+            f"there are {there}"
+        )
+    return precision
+
+
+def available(device: torch.device) -> list[str]:
+    """The precisions of a device, by name."""
+    there = ["float32"]
+    if device.type == "cuda" or "bf16" in fast_precisions(device):
+        there.append("bfloat16")
+    if device.type == "cpu" and _works(Int8Linear):
+        there.append("int8")
+    return there
+
+
+def _copy(network: MaskGitTransformer, kind: str) -> MaskGitTransformer:
+    """The network with other linear layers, sharing everything else."""
+    device = network.device
+
+    def float32(place: str) -> Any:
+        packed = device.type == "cpu" and _fastest(device, "packed", "plain", place=place)
+        return PackedLinear if packed else KINDS["plain"]
+
+    layer = {"bfloat16": Bfloat16Linear, "int8": Int8Linear}.get(kind) or float32("blocks")
+    # logits are what is drawn from: float32, where that is not half of the time
+    head = layer if device.type != "cpu" and kind == "bfloat16" else float32("head")
+
+    def of(module: nn.Module, inside: bool) -> nn.Module:
+        if type(module) is nn.Linear:
+            return layer(module) if inside else module
+        made = copy.copy(module)
+        inside = inside or isinstance(module, Block)
+        made._modules = {
+            name: child and of(child, inside) for name, child in module._modules.items()
+        }
+        if kind == "bfloat16" and isinstance(module, (SelfAttention, CrossAttention)):
+            for name in ("q_norm", "k_norm"):  # of queries and keys that are in bfloat16
+                made._modules[name] = copy.deepcopy(getattr(module, name)).bfloat16()
+        return made
+
+    with torch.no_grad():
+        made = of(network, inside=False)
+        if type(network.to_logits) is nn.Linear:
+            made._modules["to_logits"] = head(network.to_logits)
+    assert isinstance(made, MaskGitTransformer)
+    return made
+
+
+# Measuring ---------------------------------------------------------------------------------------
+
+KINDS: dict[str, Callable[[nn.Linear], nn.Module]] = {
+    "plain": lambda layer: layer,
+    "packed": PackedLinear,
+    "bfloat16": Bfloat16Linear,
+    "int8": Int8Linear,
+}
+
+
+# Of a transformer of width 512: inputs and outputs.
+PLACES = {"blocks": ((512, 1536), (512, 2736), (1368, 512)), "head": ((512, 8192),)}
+ROWS, TURNS = 256, 5
+
+
+@cache
+def products(device: torch.device) -> dict[str, float]:
+    """What products in the blocks and in the head achieve here, in GFLOP/s, by kind and place.
+
+    Measured once (half a second) and kept in the user's cache folder, under the names of the
+    processor, the release of torch and the number of threads. Kinds that do not work, or work in
+    software only, are left out.
+    """
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    key = f"{name}, torch {torch.__version__}, {torch.get_num_threads()} threads"
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    path = folder / "muse-maskgit-pytorch" / "products.json"
+    known: dict[str, dict[str, float]] = {}
+    with suppress(OSError, ValueError):
+        read = json.loads(path.read_text(encoding="utf-8"))
+        known = read if isinstance(read, dict) else {}
+    measured = known.get(key)
+    if not isinstance(measured, dict) or not all(
+        isinstance(number, (int, float)) for number in measured.values()
+    ):
+        measured = known[key] = _measured(device)
+        with suppress(OSError), replacing(path) as new:  # else it is measured again next time
+            new.write_text(json.dumps(known, indent=1), encoding="utf-8")
+    return measured
+
+
+def _measured(device: torch.device) -> dict[str, float]:
+    kinds = ["plain"]
+    kinds += ["bfloat16"] if "bf16" in fast_precisions(device) else []
+    if device.type == "cpu":
+        kinds += [kind for kind in ("packed", "int8") if _works(KINDS[kind])]
+    made = {}
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), exact(device):
+        for place, shapes in PLACES.items():
+            seconds = dict.fromkeys(kinds, 0.0)
+            for shape in shapes:
+                plain = nn.Linear(*shape, bias=False).to(device)
+                layers = {kind: KINDS[kind](plain) for kind in kinds}
+                x = torch.randn(ROWS, shape[0]).to(device)
+                best = dict.fromkeys(kinds, math.inf)  # whatever else runs only makes it slower
+                for _ in range(TURNS):
+                    for kind, layer in layers.items():
+                        before = time.perf_counter()
+                        layer(x)
+                        if device.type == "cuda":
+                            torch.cuda.synchronize(device)
+                        best[kind] = min(best[kind], time.perf_counter() - before)
+                for kind, time_taken in best.items():
+                    seconds[kind] += time_taken
+            work = sum(2 * ROWS * width * outputs for width, outputs in shapes) / 1e9
+            made |= {f"{kind}, {place}": round(work / seconds[kind], 1) for kind in kinds}
+    return made
+
+
+def _fastest(device: torch.device, kind: str, *others: str, place: str = "blocks") -> bool:
+    """Whether a kind of product is worth it."""
+    costs = products(device)
+    rest = [costs.get(f"{other}, {place}", 0.0) for other in others]
+    return costs.get(f"{kind}, {place}", 0.0) > WORTH_IT * max(rest)
+
+
+@cache
+def _works(layer: Callable[[nn.Linear], nn.Module]) -> bool:
+    """Whether this build of torch has the operators of a kind of layer."""
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        try:
+            plain = nn.Linear(16, 16, bias=False)
+            x = torch.ones(2, 16)
+            return torch.allclose(layer(plain)(x), plain(x), rtol=0.1, atol=0.1)
+        except (AttributeError, RuntimeError, NotImplementedError):
+            return False
+
+
+def _processor() -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
