@@ -229,7 +229,7 @@ def test_a_record_names_the_precision(tmp_path: Path, t5: str):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*precision")
         [again] = muse.like(tmp_path / "picture.png")
-    assert list(again.getdata()) == list(picture.getdata())
+    assert again.tobytes() == picture.tobytes()
     muse.precision = "float32"
     with pytest.warns(UserWarning, match="drawn with precision int8, this is float32"):
         muse.like(tmp_path / "picture.png")
