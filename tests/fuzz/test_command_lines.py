@@ -17,27 +17,26 @@ from PIL import Image
 
 from muse_maskgit_pytorch import Muse
 from muse_maskgit_pytorch import testing as tiny
-from muse_maskgit_pytorch.cli import drawing, edit, main
+from muse_maskgit_pytorch.cli import drawing, edit, main, options
 from muse_maskgit_pytorch.cli import generate as generating
-from muse_maskgit_pytorch.cli import train as training
 from muse_maskgit_pytorch.cli.parser import Parser
 from tests.fuzz.driver import Random, damaged, damaged_bytes, odd, run
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 TRAINING = {
-    ("train", "vae"): (training.vae_parser, "folder-vae"),
-    ("train", "decoder"): (training.decoder_parser, "emoji-decoder64"),
-    ("train", "base"): (lambda: training.maskgit_parser(False), "folder-base"),
-    ("train", "superres"): (lambda: training.maskgit_parser(True), "folder-superres"),
+    ("train", "vae"): (options.train_vae_parser, "folder-vae"),
+    ("train", "decoder"): (options.train_decoder_parser, "emoji-decoder64"),
+    ("train", "base"): (options.train_base_parser, "folder-base"),
+    ("train", "superres"): (options.train_superres_parser, "folder-superres"),
 }
 DRAWING = {
-    ("generate",): generating.generate_parser,
-    ("inspect",): generating.inspect_parser,
-    ("bundle",): generating.bundle_parser,
-    ("edit", "inpaint"): edit.inpaint_parser,
-    ("edit", "outpaint"): edit.outpaint_parser,
-    ("edit", "free"): edit.free_parser,
-    ("edit", "vary"): edit.vary_parser,
+    ("generate",): options.generate_parser,
+    ("inspect",): options.inspect_parser,
+    ("bundle",): options.bundle_parser,
+    ("edit", "inpaint"): options.inpaint_parser,
+    ("edit", "outpaint"): options.outpaint_parser,
+    ("edit", "free"): options.free_parser,
+    ("edit", "vary"): options.vary_parser,
 }
 CONTROL = re.compile(r"[\x00-\x09\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e]")
 

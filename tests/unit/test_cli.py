@@ -34,7 +34,7 @@ from muse_maskgit_pytorch import (
 )
 from muse_maskgit_pytorch import testing as tiny
 from muse_maskgit_pytorch.checkpoint import SHIPPED, load_tree
-from muse_maskgit_pytorch.cli import drawing
+from muse_maskgit_pytorch.cli import drawing, options
 from muse_maskgit_pytorch.cli import generate as generating
 from muse_maskgit_pytorch.cli import train as training
 from muse_maskgit_pytorch.cli.film import Film
@@ -172,7 +172,7 @@ def test_a_critic_is_trained_on_a_finished_model(muse_file: Path, tmp_path: Path
 
 def started(argv: list[str], superres: bool = False) -> MaskGit:
     """The stage that `muse train` begins with."""
-    parser = training.maskgit_parser(superres)
+    parser = options.maskgit_parser(superres)
     start = training.open_start(parser, argv, superres)
     return training.make_maskgit(parser.read(argv), start)
 
@@ -248,9 +248,9 @@ def test_a_tokenizer_starts_from_a_saved_one(muse_file: Path, tmp_path: Path):
 def test_superres_with_a_tokenizer_of_its_own(muse_file: Path):
     root = muse_file.parent
     argv = ["--config", f"{root}/superres.yaml", f"--cond_vae={root}/vae/vae.safetensors"]
-    model = training.make_maskgit(training.maskgit_parser(True).read(argv))
+    model = training.make_maskgit(options.maskgit_parser(True).read(argv))
     assert model.cond_vae is not model.vae
-    model = training.make_maskgit(training.maskgit_parser(True).read(argv[:-1]))
+    model = training.make_maskgit(options.maskgit_parser(True).read(argv[:-1]))
     assert model.cond_vae is model.vae
 
 
@@ -739,14 +739,14 @@ def test_the_model_that_draws_is_named(muse_file: Path, tmp_path: Path, capsys):
     assert output.out == f"{tmp_path}/a.png\n"
     name = Muse.from_pretrained(muse_file).fingerprint
     assert f"muse: drawing with {muse_file}, {name}, on cpu\n" in output.err
-    config = generating.generate_parser().read(["a"])
+    config = options.generate_parser().read(["a"])
     drawing.announce(config, Muse.from_pretrained(muse_file))
     assert "the shipped model emoji (--model FILE draws with" in capsys.readouterr().err
 
 
 def test_a_negative_prompt_in_brackets_is_a_text():
     def given(value: str) -> Any:
-        return generating.generate_parser().read(["a", "--negative", value]).negative
+        return options.generate_parser().read(["a", "--negative", value]).negative
 
     assert given("[a, b]") == "[a, b]"
     assert given('["a", "b"]') == ["a", "b"]
@@ -794,7 +794,7 @@ def test_a_terminal_without_the_letters_and_a_reader_that_leaves(tmp_path: Path)
 
 def test_what_should_not_happen_and_what_has_no_room(monkeypatch, capsys):
     def failing(error: Exception):
-        def broken(argv):
+        def broken(parser, argv):
             raise error
 
         monkeypatch.setattr(generating, "inspect", broken)
@@ -810,11 +810,11 @@ def test_what_should_not_happen_and_what_has_no_room(monkeypatch, capsys):
 # Keys ------------------------------------------------------------------------------------------
 
 PARSERS = {
-    "vae": training.vae_parser(),
-    "decoder": training.decoder_parser(),
-    "base": training.maskgit_parser(superres=False),
-    "superres": training.maskgit_parser(superres=True),
-    "generate": generating.generate_parser(),
+    "vae": options.train_vae_parser(),
+    "decoder": options.train_decoder_parser(),
+    "base": options.maskgit_parser(superres=False),
+    "superres": options.maskgit_parser(superres=True),
+    "generate": options.generate_parser(),
 }
 
 
@@ -850,11 +850,11 @@ def test_every_argument_of_a_constructor_is_a_key(command, section, cls, elsewhe
 
 def test_defaults_are_those_of_the_signatures():
     for section, cls in {"vae": VQGanVAE, "trainer": VQGanVAETrainer}.items():
-        defaults = PARSERS["vae"].get_defaults(skip_validation=True)[section].as_dict()
+        defaults = PARSERS["vae"]._parser.get_defaults(skip_validation=True)[section].as_dict()
         for name, parameter in inspect.signature(cls).parameters.items():
             if parameter.default is not inspect.Parameter.empty and name != "data":
                 assert defaults[name] == parameter.default
-    unstated = PARSERS["generate"].get_defaults(skip_validation=True).base.as_dict()
+    unstated = PARSERS["generate"]._parser.get_defaults(skip_validation=True).base.as_dict()
     assert set(unstated.values()) == {None}
 
 
@@ -864,7 +864,7 @@ def test_the_recipes_parse(recipe: Path):
     trained = ["--vae", "emoji:base"] if command == "decoder" else []
     parser, argv = PARSERS[command], ["--config", str(recipe), *trained]
     if "init_from" in recipe.read_text():
-        parser = training.maskgit_parser(command == "superres")
+        parser = options.maskgit_parser(command == "superres")
         training.open_start(parser, argv, command == "superres")
     assert parser.read(argv).trainer.results_folder
 
@@ -1143,11 +1143,20 @@ def test_help(argv, capsys):
     assert "muse train superres" in capsys.readouterr().out
 
 
-def test_version_and_help_are_quick_and_load_no_torch():
-    code = (
-        "import sys; from muse_maskgit_pytorch.cli.main import main\n"
-        "main(['--version']); main(['--help']); assert 'torch' not in sys.modules"
-    )
+def test_help_and_mistyped_options_load_no_torch_and_mistyped_ones_no_parser():
+    code = """
+import contextlib, io, sys
+from muse_maskgit_pytorch.cli.main import COMMANDS, main
+main(["--version"]); main(["--help"]); main(["generat"])
+for words in COMMANDS:
+    assert main([*words, "--mistyped", "3"]) == 2
+assert main(["train", "base", "--trainer.lrr=3"]) == 2
+assert not {"torch", "numpy", "PIL", "jsonargparse", "yaml"} & set(sys.modules)
+for words in COMMANDS:
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
+        main([*words, "--help"])
+assert "torch" not in sys.modules and "jsonargparse" in sys.modules
+"""
     path = os.pathsep.join([str(Path(__file__).parents[2] / "src"), *sys.path])
     done = subprocess.run(
         [sys.executable, "-c", code],

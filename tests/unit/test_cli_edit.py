@@ -1,5 +1,6 @@
 """`muse edit`: which pixels are kept, what the files hold, mistakes in one sentence."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from PIL import Image
 
 from muse_maskgit_pytorch import Muse, editing
 from muse_maskgit_pytorch import testing as tiny
-from muse_maskgit_pytorch.cli import drawing, edit
+from muse_maskgit_pytorch.cli import drawing, edit, options
 from muse_maskgit_pytorch.cli.main import main
 from muse_maskgit_pytorch.images import (
     image_grid,
@@ -112,7 +113,7 @@ def test_kept_pixels_are_exact_in_the_file(root: Path, tmp_path: Path, capsys):
 )
 def test_every_way_to_say_the_same_mask(root: Path, tmp_path: Path, mask: str):
     option, _, name = mask.partition("=")
-    config = edit.inpaint_parser().read([f"{root}/a.png", option, f"{root}/{name}.png"])
+    config = options.inpaint_parser().read([f"{root}/a.png", option, f"{root}/{name}.png"])
     assert torch.equal(edit.read_mask(config, picture()), editing.box(SIZE, *LOWER))
 
 
@@ -279,15 +280,16 @@ def test_the_bar_knows_its_end(root: Path, tmp_path: Path, monkeypatch, kind, wo
 
 
 def test_defaults_are_those_of_the_functions():
-    parsers = {edit.inpaint_parser: "blend feather grow", edit.vary_parser: "strength"}
-    parsers |= {edit.outpaint_parser: "left top right bottom aspect feather grow"}
-    parsers |= {edit.free_parser: "share cond_scale top_k"}
+    parsers = {options.inpaint_parser: "blend feather grow", options.vary_parser: "strength"}
+    parsers |= {options.outpaint_parser: "left top right bottom aspect feather grow"}
+    parsers |= {options.free_parser: "share cond_scale top_k"}
     for make, names in parsers.items():
-        defaults = make().get_defaults(skip_validation=True)
+        defaults = make()._parser.get_defaults(skip_validation=True)
         function = getattr(editing, make.__name__.removesuffix("_parser"))
+        arguments = inspect.signature(function).parameters
         for name in names.split():
-            assert defaults[name] == edit.default_of(function, name)
-    assert edit.free_parser().get_defaults(skip_validation=True).at == [100]
+            assert defaults[name] == arguments[name].default
+    assert options.free_parser()._parser.get_defaults(skip_validation=True).at == [100]
 
 
 def fails(root: Path, capsys, kind: str, *words: str) -> str:

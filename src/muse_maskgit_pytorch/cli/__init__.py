@@ -1,1 +1,4 @@
-"""The `muse` command: `main` dispatches, `parser` makes keys of signatures, the rest does it."""
+"""The `muse` command: `main` dispatches, `options` and `parser` read, the rest does it.
+
+What stands in `main`, `options`, `declared`, `parser` and `recipe` imports no torch.
+"""

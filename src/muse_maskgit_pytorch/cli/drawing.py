@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from jsonargparse import Namespace
 from tqdm.auto import tqdm
@@ -18,58 +16,10 @@ from ..files import check_output
 from ..loading import open_model
 from ..muse import Muse
 from ..request import Request
-from ..sampling import SampleOptions, per_row
+from ..sampling import per_row
 from ..structures import SampleStep
-from .parser import Parser, stated
-
-SHIPPED_MODEL = "emoji"
-
-
-def add_options(parser: Parser, base: Collection[str] | None = None) -> None:
-    """The model, the sampling and the files.
-
-    Args:
-        parser: the command's.
-        base: the sampling options of the base stage that count; None: all.
-    """
-    parser.add_argument(
-        "--model",
-        type=str,
-        default=SHIPPED_MODEL,
-        help="name of a shipped model, file of a whole model or of a base stage, or hub repository",
-    )
-    parser.add_argument(
-        "--negative",
-        type=_texts,
-        help='what to stay away from, for all; or for each, as a list: \'["a text", ""]\'',
-    )
-    parser.add_argument(
-        "--seed", type=int | list[int] | None, help="s for s, s + 1, ..., or one for each picture"
-    )
-    parser.add_argument(
-        "--preset",
-        type=str | None,
-        help="sampling options by name, such as fast; --base.* and --superres.* change single ones",
-    )
-    parser.add_argument(
-        "--image_size",
-        type=int | tuple[int, int] | None,
-        help="side, or [height, width], in pixels, if not the trained square",
-    )
-    parser.add_argument(
-        "--out", type=str, default="out.png", help="the picture, or a sheet of all, with captions"
-    )
-    parser.add_argument("--each", type=str | None, help="folder for every picture as its own PNG")
-    parser.add_argument("--batch_size", type=int, default=16, help="pictures drawn together")
-    parser.add_argument(
-        "--large",
-        type=bool,
-        default=False,
-        help="allow more pixels, steps and pictures in a batch than is sensible (true)",
-    )
-    parser.add_argument("--device", type=str | None, help="by default a GPU where there is one")
-    parser.add_optional(SampleOptions, "base", skip={"seeds"}, only=base)
-    parser.add_optional(SampleOptions, "superres", skip={"seeds"})
+from .options import SHIPPED_MODEL
+from .parser import stated
 
 
 def check_options(config: Namespace, endings: dict[str, str]) -> None:
@@ -180,18 +130,6 @@ class Outputs:
         """
         if self.failed:
             raise OSError("; ".join(self.failed))
-
-
-def _texts(value: Any) -> list[str] | str:
-    """A text, or a list of texts in YAML or in JSON; "[a, b]" is a text."""
-    if not isinstance(value, str):
-        return [str(text) for text in value]
-    try:
-        listed = json.loads(value)
-    except (ValueError, RecursionError):
-        return value
-    good = isinstance(listed, list) and all(isinstance(text, str) for text in listed)
-    return listed if good else value
 
 
 @contextmanager

@@ -25,7 +25,6 @@ from ..provenance import Record, from_json
 from ..request import Request
 from .drawing import (
     Outputs,
-    add_options,
     announce,
     check_options,
     each_files,
@@ -38,43 +37,11 @@ from .parser import Parser
 
 RESULTS = 64  # more on one sheet would be too small to look at
 GREY = (128, 128, 128)
-SEAM = {
-    "feather": "pixels of the new part over which the seam is smoothed",
-    "grow": "how many pixels around the new part have their tokens drawn anew",
-}
-
-
 # The commands ---------------------------------------------------------------------------------
 
 
-def inpaint_parser() -> Parser:
-    parser = edit_parser(
-        editing.inpaint,
-        "Repaint the part of a picture that one of --white, --transparent and --box says.",
-        {"blend": "give kept pixels back exactly; false: as the tokenizer decodes them", **SEAM},
-    )
-    parser.add_argument(
-        "--white",
-        type=str | None,
-        help="image file: repaint what is white in it, keep what is black or transparent",
-    )
-    parser.add_argument(
-        "--transparent",
-        type=str | None,
-        help="image file, also the picture itself: repaint what is transparent in it",
-    )
-    parser.add_argument(
-        "--box",
-        type=int,
-        nargs=4,
-        metavar=("LEFT", "TOP", "RIGHT", "BOTTOM"),
-        help="repaint these columns from LEFT to before RIGHT, and rows from TOP to before BOTTOM",
-    )
-    return parser
-
-
-def inpaint(argv: list[str]) -> None:
-    config = inpaint_parser().read(argv)
+def inpaint(parser: Parser, argv: list[str]) -> None:
+    config = parser.read(argv)
     picture = read_picture(config)
     mask = read_mask(config, picture)
     masked = picture.copy()
@@ -84,23 +51,8 @@ def inpaint(argv: list[str]) -> None:
     write(config, results, fit(picture, results[0]), fit(masked, results[0]))
 
 
-def outpaint_parser() -> Parser:
-    sides = ("left", "top", "right", "bottom")
-    parser = edit_parser(
-        editing.outpaint,
-        "Continue a picture beyond its edges.",
-        {**dict.fromkeys(sides, "pixels to add there, counted at the model's size"), **SEAM},
-    )
-    parser.add_argument(
-        "--aspect",
-        type=str | float | None,
-        help="instead of sides: width:height or their ratio to reach, such as 16:9 or 1.5",
-    )
-    return parser
-
-
-def outpaint(argv: list[str]) -> None:
-    config = outpaint_parser().read(argv)
+def outpaint(parser: Parser, argv: list[str]) -> None:
+    config = parser.read(argv)
     if config.aspect is not None:
         config.aspect = ratio(config.aspect)
     results = draw(config, editing.outpaint, read_picture(config), steps=None)
@@ -113,29 +65,8 @@ def outpaint(argv: list[str]) -> None:
     write(config, results, given, masked)
 
 
-def free_parser() -> Parser:
-    parser = edit_parser(
-        editing.free,
-        "Change a whole picture by a prompt, without a mask, a few tokens at a time.",
-        {
-            "share": "of the tokens, to be drawn anew in each iteration",
-            "cond_scale": "guidance of these iterations",
-            "top_k": "number of most likely tokens to choose from; 0 means all",
-        },
-        base={"temperature", "top_p", "min_p"},
-    )
-    parser.add_argument(
-        "--at",
-        type=list[int] | int,
-        nargs="+",
-        default=list(default_of(editing.free, "at")),
-        help="iterations after which results are drawn, such as 50 75 100; the last is the end",
-    )
-    return parser
-
-
-def free(argv: list[str]) -> None:
-    config = free_parser().read(argv)
+def free(parser: Parser, argv: list[str]) -> None:
+    config = parser.read(argv)
     config.at = [n for given in config.at for n in (given if isinstance(given, list) else [given])]
     if not config.prompts or not all(prompt.strip() for prompt in config.prompts):
         raise ValueError("give at least one prompt, and no empty one: it alone says what changes")
@@ -155,53 +86,14 @@ def free(argv: list[str]) -> None:
     write(config, results, fit(picture, results[0]))
 
 
-def vary_parser() -> Parser:
-    return edit_parser(
-        editing.vary,
-        "Draw variations of a picture, with prompts or without.",
-        {"strength": "share of the tokens to draw anew: 0 keeps the picture, 1 nothing of it"},
-    )
-
-
-def vary(argv: list[str]) -> None:
-    config = vary_parser().read(argv)
+def vary(parser: Parser, argv: list[str]) -> None:
+    config = parser.read(argv)
     picture = read_picture(config)
     results = draw(config, editing.vary, picture)
     write(config, results, fit(picture, results[0]))
 
 
 # What they share ------------------------------------------------------------------------------
-
-
-def edit_parser(
-    edit: Callable, description: str, settings: dict[str, str], base: set[str] | None = None
-) -> Parser:
-    """A parser with the options of all edits, and some arguments of one with their defaults.
-
-    Args:
-        edit: a function of `editing`.
-        description: of the command.
-        settings: names of the arguments, and what they mean.
-        base: the sampling options of the base stage that count; None: all.
-    """
-    parser = Parser(
-        f"muse edit {edit.__name__}",
-        f"{description} The picture and the prompts stand before the options.",
-    )
-    parser.add_argument("picture", type=str, help="image file; it stays as it is")
-    parser.add_argument(
-        "prompts", type=str, nargs="*", help="what the whole picture is to show; none: no caption"
-    )
-    parser.add_argument("--count", type=int, default=1, help="results of each prompt")
-    for name, text in settings.items():
-        default = default_of(edit, name)
-        parser.add_argument(f"--{name}", type=type(default), default=default, help=text)
-    add_options(parser, base)
-    return parser
-
-
-def default_of(edit: Callable, name: str) -> Any:
-    return inspect.signature(edit).parameters[name].default
 
 
 def labels(config: Namespace) -> list[str]:

@@ -11,7 +11,7 @@ from PIL import Image
 from ..data.folder import ImageFolder
 from ..devices import pick_device
 from ..evaluation import Metric, evaluate_tokenizer
-from ..features import LITE, FeatureNet, FeatureNetError
+from ..features import FeatureNet, FeatureNetError
 from ..files import check_output, replacing
 from ..foreign import load_tokenizer
 from ..images import image_grid
@@ -21,35 +21,8 @@ from .parser import Parser
 SHEET = 8  # images on it
 
 
-def eval_vae_parser() -> Parser:
-    parser = Parser("muse eval vae", "Judge a tokenizer by what it makes of a folder of images.")
-    parser.add_argument(
-        "--vae",
-        type=str,
-        required=True,
-        help="saved tokenizer, one stage's of a model (emoji:base), or another project's",
-    )
-    parser.add_argument("--folder", type=str, required=True, help="images, searched recursively")
-    parser.add_argument("--image_size", type=int, required=True, help="side of the square crops")
-    parser.add_argument(
-        "--features",
-        type=str,
-        default=LITE,
-        help="network for rFID and the perceptual distance: efficientnet-lite0, Hugging Face name "
-        "or path, or none",
-    )
-    parser.add_argument("--batch_size", type=int, default=32, help="images at a time")
-    parser.add_argument("--limit", type=int | None, help="take this many images, in order of names")
-    parser.add_argument("--out", type=str | None, help="file for the figures, .json")
-    parser.add_argument(
-        "--picture", type=str | None, help="sheet of images above their reconstructions, .png"
-    )
-    parser.add_argument("--device", type=str | None, help="by default a GPU where there is one")
-    return parser
-
-
-def eval_vae(argv: list[str]) -> None:
-    config = eval_vae_parser().read(argv)
+def eval_vae(parser: Parser, argv: list[str]) -> None:
+    config = parser.read(argv)
     for option, ending in {"out": ".json", "picture": ".png"}.items():
         if config[option] is not None:
             config[option] = check_output(f"--{option}", config[option], ending)

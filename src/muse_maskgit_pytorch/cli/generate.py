@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jsonargparse import Namespace
@@ -37,7 +37,6 @@ from ..sampling import ROW_WISE, row_seeds
 from ..structures import SampleStep
 from .drawing import (
     Outputs,
-    add_options,
     announce,
     check_options,
     each_files,
@@ -56,32 +55,8 @@ Job = tuple[Request, Sequence[int]]  # a batch, and which of its pictures are wa
 ROWS, LINE = 100, 2000  # what `muse inspect` shows of a file: pictures, and characters of a line
 
 
-def generate_parser() -> Parser:
-    parser = Parser("muse generate", "Draw pictures of prompts.")
-    parser.add_argument(
-        "prompts",
-        type=str,
-        nargs="*",
-        help="what to draw, one picture each; - stands for the lines of standard input",
-    )
-    parser.add_argument(
-        "--file",
-        type=str | None,
-        help="text file with a prompt on each line, without empty lines and # comments",
-    )
-    parser.add_argument(
-        "--like",
-        type=str | None,
-        help="PNG of this package: draw it, or all of a sheet, again; prompts, --negative, --seed "
-        "and sampling options replace its own",
-    )
-    add_options(parser)
-    parser.add_argument("--gif", type=str | None, help="the sampling step by step, as a GIF")
-    return parser
-
-
-def generate(argv: list[str]) -> None:
-    config = generate_parser().read(argv)
+def generate(parser: Parser, argv: list[str]) -> None:
+    config = parser.read(argv)
     prompts = _prompts(config)
     if not (prompts or config.like) or not all(prompt.strip() for prompt in prompts):
         raise ValueError('give at least one prompt, and no empty one: muse generate "a red heart"')
@@ -206,15 +181,8 @@ def _written(
     return images
 
 
-def inspect_parser() -> Parser:
-    parser = Parser("muse inspect", "Show how the pictures of a PNG were drawn.")
-    parser.add_argument("pictures", type=str, nargs="+", help="PNG files of this package")
-    parser.add_argument("--json", type=bool, default=False, help="as it stands in the file")
-    return parser
-
-
-def inspect(argv: list[str]) -> None:
-    config = inspect_parser().read(argv)
+def inspect(parser: Parser, argv: list[str]) -> None:
+    config = parser.read(argv)
     for path in map(as_path, config.pictures):
         records = read_records(path)
         if config.json:
@@ -258,31 +226,8 @@ def _facts(request: Request) -> dict[str, str]:
     return facts
 
 
-def bundle_parser() -> Parser:
-    parser = Parser("muse bundle", "Join trained stages into one file for `muse generate`.")
-    parser.add_argument(
-        "--base", type=str, required=True, help="saved base stage, or a model to take apart"
-    )
-    parser.add_argument("--superres", type=str | None, help="saved super-resolution stage")
-    parser.add_argument(
-        "--vae",
-        nargs="*",
-        type=str,
-        default=[],
-        help="tokenizers with fine-tuned decoders, for the places of those with the same ids",
-    )
-    parser.add_argument("--out", type=str, required=True, help="file to write, .safetensors")
-    parser.add_argument(
-        "--dtype",
-        type=Literal["float32", "float16", "bfloat16"],
-        default="float32",
-        help="type of the stored weights; float16 halves the file",
-    )
-    return parser
-
-
-def bundle(argv: list[str]) -> None:
-    config = bundle_parser().read(argv)
+def bundle(parser: Parser, argv: list[str]) -> None:
+    config = parser.read(argv)
     out = check_output("--out", config.out, ".safetensors")
     model = open_model(config.base)
     if config.superres:

@@ -18,8 +18,10 @@ from contextlib import suppress
 from importlib import import_module
 
 from .. import __version__
+from ..strings import printable
 
-# Words of the command -> module, function, what it does. Only the chosen module is imported.
+# Words of the command -> its module, its function there, which has a parser in `options`, and what
+# it does. The module is imported when its options are known to be right.
 COMMANDS = {
     ("train", "vae"): ("train", "train_vae", "train an image tokenizer"),
     ("train", "decoder"): ("train", "train_decoder", "fine-tune a tokenizer's decoder alone"),
@@ -67,8 +69,10 @@ def run(argv: Sequence[str]) -> None:
         return
     for words, (module, function, _) in COMMANDS.items():
         if tuple(argv[: len(words)]) == words:
-            command = getattr(import_module(f".{module}", __package__), function)
-            return command(list(argv[len(words) :]))
+            options = list(argv[len(words) :])
+            parser = getattr(import_module(".options", __package__), f"{function}_parser")()
+            parser.check(options)  # first: to import the models takes seconds
+            return getattr(import_module(f".{module}", __package__), function)(parser, options)
     groups = {words[0] for words in COMMANDS if len(words) > 1}
     if argv[0] in groups and (len(argv) == 1 or argv[1] in ("-h", "--help")):
         print(usage())
@@ -135,8 +139,6 @@ def _said(error: Exception) -> tuple[str, int]:
 
 
 def _one_line(message: object) -> str:
-    from ..arguments import printable  # brings torch, which `muse --help` can do without
-
     return printable(" ".join(str(message).split()), 2000)
 
 

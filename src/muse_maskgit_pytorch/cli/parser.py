@@ -11,17 +11,17 @@ import json
 import re
 from argparse import ArgumentError
 from collections.abc import Collection, Iterable, Iterator
-from itertools import zip_longest
-from pathlib import Path
-from typing import Any, Optional, get_type_hints
+from functools import cached_property
+from itertools import takewhile, zip_longest
+from typing import TYPE_CHECKING, Any, Optional, get_type_hints
 
 import docstring_parser
-import yaml
-from jsonargparse import ArgumentParser, Namespace
 
-from ..arguments import as_path, shown
+from ..strings import as_path
 
-MAX_VALUES = 10_000  # in one YAML file
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+
 WRONG_TYPE = re.compile(
     r'Parser key "(?P<key>[^"]+)": (?:'
     r"Does not validate against any of the Union subtypes Subtypes: \[(?P<kinds>.*?)\] Errors: .* "
@@ -36,16 +36,32 @@ KINDS = {
 }
 
 
-class Parser(ArgumentParser):
-    """A parser with ``--config`` that names the nearest key where one is mistyped."""
+class Parser:
+    """A parser with ``--config`` that names the nearest key where one is mistyped.
+
+    It collects the options; jsonargparse, whose import alone takes longer than to find a mistyped
+    one, is made of them when they are to be shown or read.
+
+    Args:
+        prog: words of the command.
+        description: what it does.
+    """
 
     def __init__(self, prog: str, description: str):
-        super().__init__(prog=prog, description=description, exit_on_error=False)
-        self.add_argument("--config", action="config", help="YAML file with the same keys")
+        self._about = dict(prog=prog, description=description)
+        self._options: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+        self._keys: set[str] = set()
+
+    def add_argument(self, name: str, **settings: Any) -> None:
+        """One option, or a word without dashes; the settings are jsonargparse's."""
+        self._options.append(("add_argument", (name,), settings))
+        self._keys.add(name.removeprefix("--"))
 
     def add_section(self, cls: type, name: str, skip: Collection[str] = ()) -> None:
         """All arguments of a constructor as ``--NAME.ARGUMENT``, with its defaults."""
-        self.add_class_arguments(cls, name, skip=set(skip), instantiate=False)
+        settings = dict(skip=set(skip), instantiate=False)
+        self._options.append(("add_class_arguments", (cls, name), settings))
+        self._keys |= {f"{name}.{key}" for key in inspect.signature(cls).parameters.keys() - skip}
 
     def add_optional(
         self,
@@ -66,9 +82,23 @@ class Parser(ArgumentParser):
                 hint = Optional[hints[key]]  # noqa: UP045
                 self.add_argument(f"--{name}.{key}", type=hint, default=None, help=docs.get(key))
 
+    def set_defaults(self, defaults: dict[str, Any]) -> None:
+        """Other values for options that are left open."""
+        self._parser.set_defaults(defaults)
+
+    @cached_property
+    def _parser(self) -> ArgumentParser:
+        from jsonargparse import ArgumentParser
+
+        parser = ArgumentParser(**self._about, exit_on_error=False)
+        parser.add_argument("--config", action="config", help="YAML file with the same keys")
+        for method, names, settings in self._options:
+            getattr(parser, method)(*names, **settings)
+        return parser
+
     def keys(self) -> set[str]:
         """Every key that may stand in YAML, with dots between the levels."""
-        return set(self.get_defaults(skip_validation=True).keys()) - {"config"}
+        return set(self._keys)
 
     def read(self, argv: list[str]) -> Namespace:
         """Parse a command line and the YAML files it names.
@@ -78,17 +108,27 @@ class Parser(ArgumentParser):
                 YAML, or says a key twice.
             ArgumentError: a value of another type, a required key without a value.
         """
-        keys, sections = self.keys(), self.sections()
-        flags = keys | sections | {"config", "print_config", "help"}
-        for flag in _flags(argv):
-            if flag.removesuffix("+") not in flags:
-                _refuse(f"unknown option --{flag}", "--", flag, flags)
+        self.check(argv)
         try:
-            return self.parse_args(_with_files(argv, keys, sections))
+            return self._parser.parse_args(_with_files(argv, self.keys(), self.sections()))
         except ArgumentError as error:
             raise ArgumentError(None, _plain_words(str(error))) from error
         except RecursionError as error:
             raise ValueError("an option's value is nested too deep to be one") from error
+
+    def check(self, argv: list[str]) -> None:
+        """Print the help where it is asked for, and refuse options that there are not.
+
+        Raises:
+            ValueError: an unknown option; the message names the nearest known one.
+            SystemExit: after the help.
+        """
+        flags = self.keys() | self.sections() | {"config", "print_config", "help"}
+        for flag in _flags(argv):
+            if flag.removesuffix("+") not in flags:
+                refuse(f"unknown option --{flag}", "--", flag, flags)
+        if {"-h", "--help"} & set(takewhile(lambda word: word != "--", argv)):
+            self._parser.parse_args(["--help"])
 
     def said(self, argv: list[str], key: str) -> str | None:
         """What a command line or its YAML files say for one key, before the rest is parsed."""
@@ -128,6 +168,8 @@ def _with_files(argv: list[str], keys: set[str], sections: set[str]) -> list[str
     They are read here, so that a value in a file means what it means on the command line: by
     itself, jsonargparse takes ``no`` for False, and ``2024`` for no name of a folder.
     """
+    from .recipe import Recipe
+
     words, out = iter(argv), []
     for word in words:
         flag, equals, value = word.partition("=")
@@ -142,103 +184,10 @@ def _with_files(argv: list[str], keys: set[str], sections: set[str]) -> list[str
         if value is not None and (name == "config" or as_path(value).is_file()):
             path = as_path(value, flag)
             value = json.dumps(
-                _Recipe(path, keys, sections).tree(section), ensure_ascii=False, default=str
+                Recipe(path, keys, sections).tree(section), ensure_ascii=False, default=str
             )
         out += [flag] if value is None else [f"{flag}={value}"]
     return out
-
-
-class _Recipe:
-    """A YAML file, checked against the keys that there are.
-
-    Raises:
-        ValueError: from `tree`, naming the file.
-    """
-
-    def __init__(self, path: Path, keys: set[str], sections: set[str]):
-        self.path, self.keys, self.sections = path, keys, sections
-        self.left = MAX_VALUES
-
-    def tree(self, section: str = "") -> dict[str, Any]:
-        """What it says, its values as the words that would stand on the command line.
-
-        Args:
-            section: whose options the file holds; "" for all.
-        """
-        try:
-            loader = yaml.SafeLoader(self.path.read_text(encoding="utf-8-sig"))
-            node = loader.get_single_node()
-            if not isinstance(node, yaml.MappingNode):
-                raise ValueError(
-                    f"{self.path} holds no keys, but must read like `vae: {{dim: 64}}`"
-                )
-            return self._section(loader, node, f"{section}." if section else "")
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{self.path} is not valid YAML: {error}") from error
-        except RecursionError as error:
-            raise ValueError(f"{self.path} is nested too deep to be a recipe") from error
-
-    def _section(
-        self, loader: yaml.SafeLoader, node: yaml.MappingNode, above: str
-    ) -> dict[str, Any]:
-        said: dict[str, Any] = {}
-        for key, value in self._pairs(loader, node):
-            name = f"{above}{key}"
-            if name in self.sections:
-                said[key] = self._options(loader, value, name)
-            elif name in self.keys:
-                said[key] = self._words(loader, value)
-            else:
-                known = self.keys | self.sections
-                _refuse(f"{self.path}: unknown key {shown(name)}", "", name, known)
-        return said
-
-    def _options(self, loader: yaml.SafeLoader, node: yaml.Node, name: str) -> dict[str, Any]:
-        """Those of a section: below it, or in a file of their own beside this one."""
-        if isinstance(node, yaml.MappingNode):
-            return self._section(loader, node, f"{name}.")
-        file = self.path.parent / as_path(node.value) if node.value else None
-        if isinstance(node, yaml.ScalarNode) and file is not None and file.is_file():
-            return _Recipe(file, self.keys, self.sections).tree(name)
-        said = shown(loader.construct_object(node, deep=True))
-        raise ValueError(f"{self.path}: {name} must hold options, not {said}")
-
-    def _pairs(
-        self, loader: yaml.SafeLoader, node: yaml.MappingNode
-    ) -> Iterator[tuple[str, yaml.Node]]:
-        """Keys and values; a key that is said twice would drop the first silently."""
-        lines: dict[str, int] = {}
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise ValueError(f"{self.path}: {shown(key.tag)} in the place of a key")
-            line = key.start_mark.line + 1
-            if key.value in lines:
-                raise ValueError(
-                    f"{self.path}: {shown(key.value)} stands in line {lines[key.value]} and again "
-                    f"in line {line}: join the two"
-                )
-            lines[key.value] = line
-        loader.flatten_mapping(node)  # what `<<` brings in
-        yield from {key.value: value for key, value in node.value}.items()
-
-    def _words(self, loader: yaml.SafeLoader, node: yaml.Node, typed: bool = False) -> Any:
-        """A value as the words of which the parser, who knows its type, makes it.
-
-        Args:
-            loader: of the file.
-            node: the value.
-            typed: whether it is in a mapping that is a value itself: YAML decides on its types.
-        """
-        self.left -= 1
-        if self.left < 0:  # a few lines of aliases may stand for more than a memory holds
-            raise ValueError(f"{self.path} holds more than {MAX_VALUES} values")
-        if isinstance(node, yaml.SequenceNode):
-            return [self._words(loader, item, typed) for item in node.value]
-        if isinstance(node, yaml.MappingNode):
-            return {key: self._words(loader, item, True) for key, item in self._pairs(loader, node)}
-        if typed:
-            return loader.construct_object(node)
-        return node.value if node.value or getattr(node, "style", None) else "null"
 
 
 def _plain_words(message: str) -> str:
@@ -253,7 +202,10 @@ def _plain_words(message: str) -> str:
     return f"{found['key']} must be {kinds}, not {'null' if value == 'None' else value}"
 
 
-def _refuse(what: str, prefix: str, key: str, known: Iterable[str]) -> None:
+def refuse(what: str, prefix: str, key: str, known: Iterable[str]) -> None:
+    """Raises:
+    ValueError: naming the nearest key.
+    """
     near = nearest(key, known)
     raise ValueError(f"{what}: " + (f"did you mean {prefix}{near}?" if near else "see --help"))
 

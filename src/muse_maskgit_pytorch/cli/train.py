@@ -13,17 +13,14 @@ from ..arguments import as_path
 from ..foreign import load_tokenizer
 from ..loading import open_stage
 from ..maskgit import MaskGit
-from ..sampling import SampleOptions
 from ..training.loop import Trainer
 from ..training.maskgit_trainer import MaskGitTrainer
 from ..training.vae_trainer import VQGanVAETrainer
 from ..transformer import MaskGitTransformer, TokenCritic
 from ..vqgan_vae import VQGanVAE
 from ..weights import CheckpointError, is_safetensors
+from .options import DERIVED
 from .parser import Parser, stated
-
-# Arguments that follow from the tokenizer and the image size; stated, they are checked.
-DERIVED = ("num_tokens", "seq_len")
 
 
 def _train(trainer: Trainer, config: Namespace) -> None:
@@ -32,21 +29,7 @@ def _train(trainer: Trainer, config: Namespace) -> None:
     trainer.train()
 
 
-def vae_parser() -> Parser:
-    parser = Parser("muse train vae", "Train an image tokenizer on a folder of images.")
-    parser.add_argument(
-        "--init_from",
-        type=str | None,
-        help="saved tokenizer to start from, named as for load_tokenizer (emoji:base), which also "
-        "says what is not stated under vae",
-    )
-    parser.add_section(VQGanVAE, "vae")
-    parser.add_section(VQGanVAETrainer, "trainer", skip={"vae", "data"})
-    return parser
-
-
-def train_vae(argv: list[str]) -> None:
-    parser = vae_parser()
+def train_vae(parser: Parser, argv: list[str]) -> None:
     name, start = parser.said(argv, "init_from"), None
     weights_alone = name is not None and as_path(name).is_file() and not is_safetensors(Path(name))
     if name and not weights_alone:
@@ -71,76 +54,14 @@ def _set_defaults(parser: Parser, section: str, config: dict[str, Any]) -> None:
     parser.set_defaults({key: value for key, value in wanted.items() if key in known})
 
 
-def decoder_parser() -> Parser:
-    parser = Parser(
-        "muse train decoder",
-        "Train a larger decoder on a saved tokenizer; its ids stay what they are.",
-    )
-    parser.add_argument("--vae", type=str, required=True, help="saved tokenizer")
-    parser.add_argument(
-        "--decoder_dim",
-        type=int | None,
-        default=256,
-        help="channels of the new decoder; null: as now",
-    )
-    parser.add_argument(
-        "--decoder_res_blocks",
-        type=int | None,
-        default=4,
-        help="its residual blocks per resolution; null: as now",
-    )
-    parser.add_section(VQGanVAETrainer, "trainer", skip={"vae", "data", "decoder_only"})
-    return parser
-
-
-def train_decoder(argv: list[str]) -> None:
-    config = decoder_parser().read(argv)
+def train_decoder(parser: Parser, argv: list[str]) -> None:
+    config = parser.read(argv)
     torch.manual_seed(config.trainer.seed)
     vae = load_tokenizer(config.vae)
     if not isinstance(vae, VQGanVAE):
         raise ValueError(f"--vae {config.vae}: only decoders of our own VQGanVAE can be trained")
     vae = vae.with_decoder(config.decoder_dim, config.decoder_res_blocks)
     _train(VQGanVAETrainer(vae, decoder_only=True, **config.trainer.as_dict()), config)
-
-
-def maskgit_parser(superres: bool) -> Parser:
-    name = "superres" if superres else "base"
-    parser = Parser(f"muse train {name}", f"Train the {name} stage on a folder with captions.")
-    parser.add_argument(
-        "--vae",
-        type=str | None,
-        help="saved tokenizer, ours or another project's (see load_tokenizer); that of init_from "
-        "where there is one",
-    )
-    if superres:
-        parser.add_argument(
-            "--cond_vae",
-            type=str | None,
-            help="saved tokenizer of the low-resolution images; the same one by default",
-        )
-    parser.add_argument(
-        "--init_from",
-        type=str | None,
-        help="saved stage to start from: a file, emoji or emoji:base, a hub repository. It also "
-        "says what is not stated here; a critic that it lacks starts anew",
-    )
-    parser.add_section(MaskGitTransformer, "transformer", skip=DERIVED)
-    parser.add_optional(MaskGitTransformer, "transformer", only=DERIVED)
-    # what is stated here makes a critic; the rest of it is as in the transformer
-    parser.add_optional(TokenCritic, "token_critic")
-    made_here = {"vae", "cond_vae", "transformer", "token_critic"}
-    skip = made_here | {"cond_image_size", "sample_options"}
-    parser.add_section(MaskGit, "maskgit", skip=skip)
-    if superres:
-        parser.add_argument(
-            "--maskgit.cond_image_size",
-            type=int,
-            required=True,
-            help="side of the low-resolution images",
-        )
-    parser.add_optional(SampleOptions, "maskgit.sample_options")
-    parser.add_section(MaskGitTrainer, "trainer", skip={"maskgit", "data"})
-    return parser
 
 
 def open_start(parser: Parser, argv: list[str], superres: bool) -> MaskGit | None:
@@ -204,17 +125,16 @@ def make_maskgit(config: Namespace, start: MaskGit | None = None) -> MaskGit:
     return model
 
 
-def _train_maskgit(argv: list[str], superres: bool) -> None:
-    parser = maskgit_parser(superres)
+def _train_maskgit(parser: Parser, argv: list[str], superres: bool) -> None:
     start = open_start(parser, argv, superres)
     config = parser.read(argv)
     torch.manual_seed(config.trainer.seed)
     _train(MaskGitTrainer(make_maskgit(config, start), **config.trainer.as_dict()), config)
 
 
-def train_base(argv: list[str]) -> None:
-    _train_maskgit(argv, superres=False)
+def train_base(parser: Parser, argv: list[str]) -> None:
+    _train_maskgit(parser, argv, superres=False)
 
 
-def train_superres(argv: list[str]) -> None:
-    _train_maskgit(argv, superres=True)
+def train_superres(parser: Parser, argv: list[str]) -> None:
+    _train_maskgit(parser, argv, superres=True)

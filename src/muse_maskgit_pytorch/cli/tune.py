@@ -16,7 +16,6 @@ from ..evaluation.tuning import (
     SCORES,
     Figures,
     Results,
-    Score,
     effective,
     make_axes,
     make_trials,
@@ -25,89 +24,16 @@ from ..evaluation.tuning import (
     start_of,
     write_preset,
 )
-from ..features import LITE, FeatureNet
+from ..features import FeatureNet
 from ..files import check_output
-from ..loading import Stage, open_stage
+from ..loading import open_stage
 from ..presets import check_preset
-from ..sampling import Policy, SampleOptions
+from ..sampling import SampleOptions
 from .parser import Parser
 
 
-def tune_parser() -> Parser:
-    parser = Parser("muse tune", "Search a stage's sampling options, store them as a preset.")
-    parser.add_argument(
-        "--model",
-        type=str,
-        required=True,
-        help="name of a shipped model, file of a model or of a stage, or hub repository",
-    )
-    parser.add_argument(
-        "--folder",
-        type=str,
-        required=True,
-        help="images with captions: half are searched on, half reported on",
-    )
-    parser.add_argument(
-        "--gallery",
-        type=str | None,
-        help="folder of further real images, for R@1: the true one is looked for among all",
-    )
-    parser.add_argument(
-        "--preset",
-        type=str,
-        required=True,
-        help="name of the preset, also where the search starts; default: the stage's own options",
-    )
-    parser.add_argument(
-        "--timesteps", type=int | None, help="sampling steps; by default those of the preset"
-    )
-    parser.add_argument(
-        "--stage",
-        type=Stage,
-        default="base",
-        help="of a cascade; superres is given the true images reduced",
-    )
-    parser.add_argument(
-        "--policies",
-        type=list[Policy] | None,
-        help="to choose from, [confidence,halton], in addition to the preset's; by default all",
-    )
-    parser.add_argument(
-        "--score",
-        type=Score,
-        default="balanced",
-        help="what is better: balanced, the lowest FID with no fewer captions met (R@1) than at "
-        "the start; fid; or recall, R@1",
-    )
-    parser.add_argument("--rounds", type=int, default=3, help="through all settings, at most")
-    parser.add_argument("--captions", type=int | None, help="so many of each half; by default all")
-    parser.add_argument("--seeds", type=int, default=2, help="pictures of each caption")
-    parser.add_argument(
-        "--network",
-        type=str,
-        default=LITE,
-        help="features of FID: efficientnet-lite0, Hugging Face name or path",
-    )
-    parser.add_argument(
-        "--out",
-        type=str | None,
-        help="model file to write, new or that of --model; without it the preset is only printed",
-    )
-    parser.add_argument(
-        "--results",
-        type=str | None,
-        help="file of all figures, a line each: an interrupted search goes on from it",
-    )
-    parser.add_argument("--batch_size", type=int, default=64, help="images drawn together")
-    parser.add_argument(
-        "--bf16", type=bool, default=False, help="draw in bfloat16: faster on many machines"
-    )
-    parser.add_argument("--device", type=str | None, help="by default a GPU where there is one")
-    return parser
-
-
-def tune(argv: list[str]) -> None:
-    config = tune_parser().read(argv)
+def tune(parser: Parser, argv: list[str]) -> None:
+    config = parser.read(argv)
     if config.preset != "default":
         check_preset(config.preset)
     model = find_file(config.model)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image, ImageChops
 
-from muse_maskgit_pytorch.cli.report import report as command
+from muse_maskgit_pytorch.cli.main import main
 from muse_maskgit_pytorch.images import to_pil
 from muse_maskgit_pytorch.watching.report import (
     _log_ticks,
@@ -349,8 +349,8 @@ def test_a_damaged_description_costs_no_page(tmp_path: Path, text: str):
 
 def test_the_command_prints_the_path(tmp_path: Path, capsys):
     log(tmp_path, [LINE])
-    command([str(tmp_path)])
+    main(["report", str(tmp_path)])
     assert capsys.readouterr().out == f"{tmp_path / 'report.html'}\n"
-    command([str(tmp_path), "--stage", "vae", "--out", str(tmp_path / "a" / "b.html")])
+    main(["report", str(tmp_path), "--stage", "vae", "--out", str(tmp_path / "a" / "b.html")])
     assert capsys.readouterr().out == f"{tmp_path / 'a' / 'b.html'}\n"
     assert Page(tmp_path / "a" / "b.html").all("svg")

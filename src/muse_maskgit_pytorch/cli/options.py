@@ -1,0 +1,448 @@
+"""The options of every command, without the models that they are about."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Collection
+from typing import Any, Literal
+
+from .declared import declared
+from .parser import Parser
+
+# What `muse generate` and `muse edit` share -----------------------------------------------------
+
+SHIPPED_MODEL = "emoji"
+
+
+def add_options(parser: Parser, base: Collection[str] | None = None) -> None:
+    """The model, the sampling and the files.
+
+    Args:
+        parser: the command's.
+        base: the sampling options of the base stage that count; None: all.
+    """
+    parser.add_argument(
+        "--model",
+        type=str,
+        default=SHIPPED_MODEL,
+        help="name of a shipped model, file of a whole model or of a base stage, or hub repository",
+    )
+    parser.add_argument(
+        "--negative",
+        type=_texts,
+        help='what to stay away from, for all; or for each, as a list: \'["a text", ""]\'',
+    )
+    parser.add_argument(
+        "--seed", type=int | list[int] | None, help="s for s, s + 1, ..., or one for each picture"
+    )
+    parser.add_argument(
+        "--preset",
+        type=str | None,
+        help="sampling options by name, such as fast; --base.* and --superres.* change single ones",
+    )
+    parser.add_argument(
+        "--image_size",
+        type=int | tuple[int, int] | None,
+        help="side, or [height, width], in pixels, if not the trained square",
+    )
+    parser.add_argument(
+        "--out", type=str, default="out.png", help="the picture, or a sheet of all, with captions"
+    )
+    parser.add_argument("--each", type=str | None, help="folder for every picture as its own PNG")
+    parser.add_argument("--batch_size", type=int, default=16, help="pictures drawn together")
+    parser.add_argument(
+        "--large",
+        type=bool,
+        default=False,
+        help="allow more pixels, steps and pictures in a batch than is sensible (true)",
+    )
+    parser.add_argument("--device", type=str | None, help="by default a GPU where there is one")
+    sampling = declared("sampling.SampleOptions")
+    parser.add_optional(sampling, "base", skip={"seeds"}, only=base)
+    parser.add_optional(sampling, "superres", skip={"seeds"})
+
+
+def _texts(value: Any) -> list[str] | str:
+    """A text, or a list of texts in YAML or in JSON; "[a, b]" is a text."""
+    if not isinstance(value, str):
+        return [str(text) for text in value]
+    try:
+        listed = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    good = isinstance(listed, list) and all(isinstance(text, str) for text in listed)
+    return listed if good else value
+
+
+# muse generate, inspect, bundle -----------------------------------------------------------------
+
+
+def generate_parser() -> Parser:
+    parser = Parser("muse generate", "Draw pictures of prompts.")
+    parser.add_argument(
+        "prompts",
+        type=str,
+        nargs="*",
+        help="what to draw, one picture each; - stands for the lines of standard input",
+    )
+    parser.add_argument(
+        "--file",
+        type=str | None,
+        help="text file with a prompt on each line, without empty lines and # comments",
+    )
+    parser.add_argument(
+        "--like",
+        type=str | None,
+        help="PNG of this package: draw it, or all of a sheet, again; prompts, --negative, --seed "
+        "and sampling options replace its own",
+    )
+    add_options(parser)
+    parser.add_argument("--gif", type=str | None, help="the sampling step by step, as a GIF")
+    return parser
+
+
+def inspect_parser() -> Parser:
+    parser = Parser("muse inspect", "Show how the pictures of a PNG were drawn.")
+    parser.add_argument("pictures", type=str, nargs="+", help="PNG files of this package")
+    parser.add_argument("--json", type=bool, default=False, help="as it stands in the file")
+    return parser
+
+
+def bundle_parser() -> Parser:
+    parser = Parser("muse bundle", "Join trained stages into one file for `muse generate`.")
+    parser.add_argument(
+        "--base", type=str, required=True, help="saved base stage, or a model to take apart"
+    )
+    parser.add_argument("--superres", type=str | None, help="saved super-resolution stage")
+    parser.add_argument(
+        "--vae",
+        nargs="*",
+        type=str,
+        default=[],
+        help="tokenizers with fine-tuned decoders, for the places of those with the same ids",
+    )
+    parser.add_argument("--out", type=str, required=True, help="file to write, .safetensors")
+    parser.add_argument(
+        "--dtype",
+        type=Literal["float32", "float16", "bfloat16"],
+        default="float32",
+        help="type of the stored weights; float16 halves the file",
+    )
+    return parser
+
+
+# muse edit --------------------------------------------------------------------------------------
+
+SEAM = {
+    "feather": "pixels of the new part over which the seam is smoothed",
+    "grow": "how many pixels around the new part have their tokens drawn anew",
+}
+
+
+def inpaint_parser() -> Parser:
+    parser = edit_parser(
+        "inpaint",
+        "Repaint the part of a picture that one of --white, --transparent and --box says.",
+        {"blend": "give kept pixels back exactly; false: as the tokenizer decodes them", **SEAM},
+    )
+    parser.add_argument(
+        "--white",
+        type=str | None,
+        help="image file: repaint what is white in it, keep what is black or transparent",
+    )
+    parser.add_argument(
+        "--transparent",
+        type=str | None,
+        help="image file, also the picture itself: repaint what is transparent in it",
+    )
+    parser.add_argument(
+        "--box",
+        type=int,
+        nargs=4,
+        metavar=("LEFT", "TOP", "RIGHT", "BOTTOM"),
+        help="repaint these columns from LEFT to before RIGHT, and rows from TOP to before BOTTOM",
+    )
+    return parser
+
+
+def outpaint_parser() -> Parser:
+    sides = ("left", "top", "right", "bottom")
+    parser = edit_parser(
+        "outpaint",
+        "Continue a picture beyond its edges.",
+        {**dict.fromkeys(sides, "pixels to add there, counted at the model's size"), **SEAM},
+    )
+    parser.add_argument(
+        "--aspect",
+        type=str | float | None,
+        help="instead of sides: width:height or their ratio to reach, such as 16:9 or 1.5",
+    )
+    return parser
+
+
+def free_parser() -> Parser:
+    parser = edit_parser(
+        "free",
+        "Change a whole picture by a prompt, without a mask, a few tokens at a time.",
+        {
+            "share": "of the tokens, to be drawn anew in each iteration",
+            "cond_scale": "guidance of these iterations",
+            "top_k": "number of most likely tokens to choose from; 0 means all",
+        },
+        base={"temperature", "top_p", "min_p"},
+    )
+    parser.add_argument(
+        "--at",
+        type=list[int] | int,
+        nargs="+",
+        default=list(default_of("free", "at")),
+        help="iterations after which results are drawn, such as 50 75 100; the last is the end",
+    )
+    return parser
+
+
+def vary_parser() -> Parser:
+    return edit_parser(
+        "vary",
+        "Draw variations of a picture, with prompts or without.",
+        {"strength": "share of the tokens to draw anew: 0 keeps the picture, 1 nothing of it"},
+    )
+
+
+def edit_parser(
+    edit: str, description: str, settings: dict[str, str], base: set[str] | None = None
+) -> Parser:
+    """A parser with the options of all edits, and some arguments of one with their defaults.
+
+    Args:
+        edit: name of a function of `editing`.
+        description: of the command.
+        settings: names of the arguments, and what they mean.
+        base: the sampling options of the base stage that count; None: all.
+    """
+    parser = Parser(
+        f"muse edit {edit}",
+        f"{description} The picture and the prompts stand before the options.",
+    )
+    parser.add_argument("picture", type=str, help="image file; it stays as it is")
+    parser.add_argument(
+        "prompts", type=str, nargs="*", help="what the whole picture is to show; none: no caption"
+    )
+    parser.add_argument("--count", type=int, default=1, help="results of each prompt")
+    for name, text in settings.items():
+        default = default_of(edit, name)
+        parser.add_argument(f"--{name}", type=type(default), default=default, help=text)
+    add_options(parser, base)
+    return parser
+
+
+def default_of(edit: str, name: str) -> Any:
+    return inspect.signature(declared(f"editing.{edit}")).parameters[name].default
+
+
+# muse train -------------------------------------------------------------------------------------
+
+# Arguments that follow from the tokenizer and the image size; stated, they are checked.
+DERIVED = ("num_tokens", "seq_len")
+VAE_TRAINER = "training.vae_trainer.VQGanVAETrainer"
+
+
+def train_vae_parser() -> Parser:
+    parser = Parser("muse train vae", "Train an image tokenizer on a folder of images.")
+    parser.add_argument(
+        "--init_from",
+        type=str | None,
+        help="saved tokenizer to start from, named as for load_tokenizer (emoji:base), which also "
+        "says what is not stated under vae",
+    )
+    parser.add_section(declared("vqgan_vae.VQGanVAE"), "vae")
+    parser.add_section(declared(VAE_TRAINER), "trainer", skip={"vae", "data"})
+    return parser
+
+
+def train_decoder_parser() -> Parser:
+    parser = Parser(
+        "muse train decoder",
+        "Train a larger decoder on a saved tokenizer; its ids stay what they are.",
+    )
+    parser.add_argument("--vae", type=str, required=True, help="saved tokenizer")
+    parser.add_argument(
+        "--decoder_dim",
+        type=int | None,
+        default=256,
+        help="channels of the new decoder; null: as now",
+    )
+    parser.add_argument(
+        "--decoder_res_blocks",
+        type=int | None,
+        default=4,
+        help="its residual blocks per resolution; null: as now",
+    )
+    skip = {"vae", "data", "decoder_only"}
+    parser.add_section(declared(VAE_TRAINER), "trainer", skip=skip)
+    return parser
+
+
+def train_base_parser() -> Parser:
+    return maskgit_parser(superres=False)
+
+
+def train_superres_parser() -> Parser:
+    return maskgit_parser(superres=True)
+
+
+def maskgit_parser(superres: bool) -> Parser:
+    name = "superres" if superres else "base"
+    parser = Parser(f"muse train {name}", f"Train the {name} stage on a folder with captions.")
+    parser.add_argument(
+        "--vae",
+        type=str | None,
+        help="saved tokenizer, ours or another project's (see load_tokenizer); that of init_from "
+        "where there is one",
+    )
+    if superres:
+        parser.add_argument(
+            "--cond_vae",
+            type=str | None,
+            help="saved tokenizer of the low-resolution images; the same one by default",
+        )
+    parser.add_argument(
+        "--init_from",
+        type=str | None,
+        help="saved stage to start from: a file, emoji or emoji:base, a hub repository. It also "
+        "says what is not stated here; a critic that it lacks starts anew",
+    )
+    transformer = declared("transformer.MaskGitTransformer")
+    parser.add_section(transformer, "transformer", skip=DERIVED)
+    parser.add_optional(transformer, "transformer", only=DERIVED)
+    # what is stated here makes a critic; the rest of it is as in the transformer
+    parser.add_optional(declared("transformer.TokenCritic"), "token_critic")
+    made_here = {"vae", "cond_vae", "transformer", "token_critic"}
+    skip = made_here | {"cond_image_size", "sample_options"}
+    parser.add_section(declared("maskgit.MaskGit"), "maskgit", skip=skip)
+    if superres:
+        parser.add_argument(
+            "--maskgit.cond_image_size",
+            type=int,
+            required=True,
+            help="side of the low-resolution images",
+        )
+    parser.add_optional(declared("sampling.SampleOptions"), "maskgit.sample_options")
+    trainer = declared("training.maskgit_trainer.MaskGitTrainer")
+    parser.add_section(trainer, "trainer", skip={"maskgit", "data"})
+    return parser
+
+
+# muse eval, tune, report ------------------------------------------------------------------------
+
+
+def eval_vae_parser() -> Parser:
+    parser = Parser("muse eval vae", "Judge a tokenizer by what it makes of a folder of images.")
+    parser.add_argument(
+        "--vae",
+        type=str,
+        required=True,
+        help="saved tokenizer, one stage's of a model (emoji:base), or another project's",
+    )
+    parser.add_argument("--folder", type=str, required=True, help="images, searched recursively")
+    parser.add_argument("--image_size", type=int, required=True, help="side of the square crops")
+    parser.add_argument(
+        "--features",
+        type=str,
+        default=declared("features.LITE"),
+        help="network for rFID and the perceptual distance: efficientnet-lite0, Hugging Face name "
+        "or path, or none",
+    )
+    parser.add_argument("--batch_size", type=int, default=32, help="images at a time")
+    parser.add_argument("--limit", type=int | None, help="take this many images, in order of names")
+    parser.add_argument("--out", type=str | None, help="file for the figures, .json")
+    parser.add_argument(
+        "--picture", type=str | None, help="sheet of images above their reconstructions, .png"
+    )
+    parser.add_argument("--device", type=str | None, help="by default a GPU where there is one")
+    return parser
+
+
+def tune_parser() -> Parser:
+    policy: Any = declared("sampling.Policy")
+    parser = Parser("muse tune", "Search a stage's sampling options, store them as a preset.")
+    parser.add_argument(
+        "--model",
+        type=str,
+        required=True,
+        help="name of a shipped model, file of a model or of a stage, or hub repository",
+    )
+    parser.add_argument(
+        "--folder",
+        type=str,
+        required=True,
+        help="images with captions: half are searched on, half reported on",
+    )
+    parser.add_argument(
+        "--gallery",
+        type=str | None,
+        help="folder of further real images, for R@1: the true one is looked for among all",
+    )
+    parser.add_argument(
+        "--preset",
+        type=str,
+        required=True,
+        help="name of the preset, also where the search starts; default: the stage's own options",
+    )
+    parser.add_argument(
+        "--timesteps", type=int | None, help="sampling steps; by default those of the preset"
+    )
+    parser.add_argument(
+        "--stage",
+        type=declared("loading.Stage"),
+        default="base",
+        help="of a cascade; superres is given the true images reduced",
+    )
+    parser.add_argument(
+        "--policies",
+        type=list[policy] | None,
+        help="to choose from, [confidence,halton], in addition to the preset's; by default all",
+    )
+    parser.add_argument(
+        "--score",
+        type=declared("evaluation.tuning.Score"),
+        default="balanced",
+        help="what is better: balanced, the lowest FID with no fewer captions met (R@1) than at "
+        "the start; fid; or recall, R@1",
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="through all settings, at most")
+    parser.add_argument("--captions", type=int | None, help="so many of each half; by default all")
+    parser.add_argument("--seeds", type=int, default=2, help="pictures of each caption")
+    parser.add_argument(
+        "--network",
+        type=str,
+        default=declared("features.LITE"),
+        help="features of FID: efficientnet-lite0, Hugging Face name or path",
+    )
+    parser.add_argument(
+        "--out",
+        type=str | None,
+        help="model file to write, new or that of --model; without it the preset is only printed",
+    )
+    parser.add_argument(
+        "--results",
+        type=str | None,
+        help="file of all figures, a line each: an interrupted search goes on from it",
+    )
+    parser.add_argument("--batch_size", type=int, default=64, help="images drawn together")
+    parser.add_argument(
+        "--bf16", type=bool, default=False, help="draw in bfloat16: faster on many machines"
+    )
+    parser.add_argument("--device", type=str | None, help="by default a GPU where there is one")
+    return parser
+
+
+def report_parser() -> Parser:
+    parser = Parser("muse report", "Draw a training run's curves and pictures as one HTML page.")
+    parser.add_argument("results_folder", type=str, help="where the training wrote metrics.jsonl")
+    parser.add_argument("--stage", type=str | None, help="only this stage, of several in the run")
+    parser.add_argument(
+        "--out", type=str | None, help="file to write; report.html in the folder if not given"
+    )
+    return parser
