@@ -131,6 +131,8 @@ SWEEPS: dict[str, tuple[str, list[int]]] = {
     "steps": ("steps", [1, 2, 4, 8, 16]),
     "text": ("text_len", [0, 16, 64, 256]),
 }
+COMMON = ("float32", "bfloat16")  # precisions that every contender knows
+OURS = ("int8", "auto", "reference")
 QUICK = dict(tokens=16, codes=64, dim=32, depth=3, heads=2, text_len=4, text_dim=24, size=32)
 
 
@@ -177,14 +179,12 @@ def contenders(args: argparse.Namespace) -> list[Contender]:
                 raise SystemExit(f"--against {path}: no muse_maskgit_pytorch in it; name its src")
             name = Path(path).resolve().parent.name
             found.append(Contender(name, "ours", path=path, precision=precision))
-        if precision == "int8":
-            continue  # the others know none
+        if precision not in COMMON:
+            continue
         if args.release_python:
             old = Contender("release", "release", args.release_python, precision=precision)
             found += [old, replace(old, name="release, SDPA", variant="best")]
         found.append(Contender("aMUSEd", "amused", precision=precision))
-    if not args.release_python and "release" not in args.skip:
-        print(f"left out: release: {INSTALL}")
     return [c for c in found if c.package not in args.skip and c.name not in args.skip]
 
 
@@ -248,7 +248,7 @@ def measure(case: Case, args: argparse.Namespace) -> dict[str, Any]:
             continue
         worker = Worker(contender, case, args)
         if reason := worker.facts.get("left_out"):
-            print(f"left out: {contender.name} in {contender.precision}: {reason}")
+            print(f"left out: {contender.name}, {contender.precision}: {reason}")
             worker.end()
         else:
             workers.append(worker)
@@ -282,8 +282,9 @@ def figures(worker: Worker, first: Worker, case: Case, rates: dict[str, float]) 
     counts = {"gflops": facts.get("flops"), "dense_gflops": case.dense_flops() or None}
     for name, count in counts.items():
         found[name] = count and count / median(seconds) / 1e9
-    if found["gflops"] and rates.get(contender.precision):
-        found["of_gemm"] = found["gflops"] / rates[contender.precision]
+    rate = rates.get(contender.precision.replace("reference", "float32"))
+    if found["gflops"] and rate:
+        found["of_gemm"] = found["gflops"] / rate
     ids, wanted = worker.turns[-1].get("ids"), first.turns[-1].get("ids")
     if ids and wanted and contender.package == first.contender.package and worker is not first:
         same = sum(a == b for a, b in zip(ids, wanted, strict=True))
@@ -377,7 +378,7 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="the cases and sweeps, and no more")
     parser.add_argument("--pairs", type=int, default=3, help="rounds that count")
     parser.add_argument("--quick", action="store_true", help="tiny models, to see that it runs")
-    parser.add_argument("--precision", nargs="+", choices=("float32", "bfloat16", "int8"))
+    parser.add_argument("--precision", nargs="+", choices=COMMON + OURS)
     parser.add_argument("--against", nargs="+", default=[], help="src of older checkouts of ours")
     parser.add_argument("--release-python", help="of the environment of the 0.3.5 release")
     parser.add_argument("--skip", nargs="+", default=[], help="contenders to do without")
@@ -396,6 +397,8 @@ def main() -> None:
     names = args.case or ([] if args.sweep else ["generate"])
     report: dict[str, Any] = {"processor": processor(), "cases": {}, "sweeps": {}}
     report |= {"arguments": {k: str(v) for k, v in vars(args).items()}}
+    if not args.release_python and "release" not in args.skip:
+        print(f"left out: release: {INSTALL}")
     print(f"{report['processor']}; {args.threads} thread(s), {args.pairs} round(s)")
     for name in names:
         case = quick(CASES[name]) if args.quick else CASES[name]
