@@ -5,7 +5,7 @@
     python benchmarks/speed.py --case generate --against ../before/src   # an older checkout
     python benchmarks/speed.py --sweep tokens                 # how cost grows
     python benchmarks/speed.py --device cuda --case gpu-100m  # bfloat16, CUDA events
-    python benchmarks/speed.py --list
+    python benchmarks/speed.py --list                         # what else there is
 
 Every contender is a process of its own (`speed_worker.py`), for the release's package has our
 name, and so has an older checkout's. They work in turns, one at a time, so that whatever slows the
@@ -333,6 +333,25 @@ def table(found: dict[str, Any]) -> str:
     return markdown(["", "precision", *columns], rows)
 
 
+def summary(cases: dict[str, dict[str, Any]]) -> str:
+    """A case a line: the first contender's seconds and share of the ceiling, factors to others."""
+    firsts = {name: found["rows"][0] for name, found in cases.items()}
+    others = {
+        (row["contender"], row["precision"]): None
+        for found in cases.values()
+        for row in found["rows"][1:]
+    }
+    rows = []
+    for name, found in cases.items():
+        first = firsts[name]
+        factors = {(row["contender"], row["precision"]): row["ratio"] for row in found["rows"][1:]}
+        cells = [f"`{name}`", f"{first['seconds']:.4g} s", shown(first.get("of_gemm"), ".0%")]
+        rows.append(cells + [shown(factors.get(key), ".2f") for key in others])
+    first = next(iter(firsts.values()))
+    head = ["case", f"{first['contender']}, {first['precision']}", "of GEMM"]
+    return markdown([*head, *(f"× {name}, {precision}" for name, precision in others)], rows)
+
+
 def growth(name: str, found: dict[str, dict[str, Any]]) -> str:
     """A sweep: seconds of each contender; in brackets the power of the value that they grew by."""
     who = {(row["contender"], row["precision"]): [] for f in found.values() for row in f["rows"]}
@@ -376,6 +395,7 @@ def main() -> None:
     parser.add_argument("--case", nargs="+", choices=CASES, default=[], metavar="NAME")
     parser.add_argument("--sweep", nargs="+", choices=SWEEPS, default=[], metavar="NAME")
     parser.add_argument("--list", action="store_true", help="the cases and sweeps, and no more")
+    parser.add_argument("--show", nargs="+", type=Path, help="JSON files: their cases as one table")
     parser.add_argument("--pairs", type=int, default=3, help="rounds that count")
     parser.add_argument("--quick", action="store_true", help="tiny models, to see that it runs")
     parser.add_argument("--precision", nargs="+", choices=COMMON + OURS)
@@ -393,6 +413,9 @@ def main() -> None:
         for name, (field, values) in SWEEPS.items():
             print(f"--sweep {name:12}{field} {values}")
         return
+    if args.show:
+        reports = [json.loads(path.read_text()) for path in args.show]
+        return print(summary({n: c for report in reports for n, c in report["cases"].items()}))
     args.precision = args.precision or ["bfloat16" if args.device == "cuda" else "float32"]
     names = args.case or ([] if args.sweep else ["generate"])
     report: dict[str, Any] = {"processor": processor(), "cases": {}, "sweeps": {}}
@@ -411,6 +434,8 @@ def main() -> None:
         print(
             f"\n**{name}**, seconds (growth), share of GEMM\n\n{growth(name, points)}", flush=True
         )
+    if len(names) > 1:
+        print(f"\n{summary(report['cases'])}")
     if args.out:
         args.out.write_text(json.dumps(report, indent=2) + "\n")
 
