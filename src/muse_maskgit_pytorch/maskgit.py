@@ -18,6 +18,7 @@ from torch import Tensor
 from .arguments import as_tensor, one_of, real
 from .checkpoint import Saveable
 from .conditioning import Conditioner, check_pixels, one_each
+from .cross_entropy import cross_entropy
 from .geometry import Geometry, ImageSize
 from .masking import ScheduleFunction, check_schedule, draw_mask, mask_tokens
 from .precision import Precision, prepared, resolved
@@ -278,15 +279,17 @@ class MaskGit(Saveable):
                 # before torch 2.11 the weights cast in there would stay without a gradient
                 torch.clear_autocast_cache()
             [hidden] = self.transformer(masked.input_ids, context, self_cond)
-            logits = self.transformer.to_logits(hidden[mask]).float()
-            ce = F.cross_entropy(logits, ids[mask], label_smoothing=self.label_smoothing)
-            ce = mask_weight * ce
+            hidden, head = hidden[mask], self.transformer.to_logits
+            ce = mask_weight * cross_entropy(head, hidden, ids[mask], self.label_smoothing)
 
         if self.critic is None or part == "transformer":
             return LossTerms(ce, ce)
         with torch.no_grad():
-            ones, noise = torch.ones(1, device=ids.device), torch.rand_like(logits[None, :, 0])
-            sampled, _ = choose_tokens(logits[None], ones, noise)
+            ones, noise = (
+                torch.ones(1, device=ids.device),
+                torch.rand_like(hidden[None, :, 0].float()),
+            )
+            sampled, _ = choose_tokens(head(hidden)[None].float(), ones, noise)
         filled = ids.masked_scatter(mask, sampled)
         genuine = ~mask if self.critic_target == "sampled" else filled == ids
         if isinstance(self.critic, TokenCritic):  # a self-critic reads the transformer's context

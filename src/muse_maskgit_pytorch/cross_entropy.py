@@ -1,0 +1,83 @@
+"""The cross-entropy of a linear head, in chunks: logits of some rows at a time, never of all.
+
+At 262,144 codes the logits of a thousand masked tokens take a gigabyte, their softmax and gradient
+two more, and a batch has many thousand. Here each chunk's logits are turned into its share of the
+loss and of the gradients at once, and then given up.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+ROWS = 512  # at a time on a CPU; the gradient of the weight is gone through once for each chunk
+
+
+def cross_entropy(
+    head: nn.Module,
+    hidden: Float[Tensor, "R D"],
+    labels: Int[Tensor, " R"],
+    label_smoothing: float = 0.0,
+) -> Float[Tensor, ""]:
+    """The mean of ``F.cross_entropy(head(hidden), labels)``, computed in float32.
+
+    Args:
+        head: in chunks if it is an ``nn.Linear`` without bias; anything else (an adapter, say)
+            gives all its logits.
+        hidden: states of the rows.
+        labels: codes in [0, V).
+        label_smoothing: share of the target that is spread over all codes.
+    """
+    if type(head) is not nn.Linear or head.bias is not None or not len(labels):
+        return F.cross_entropy(head(hidden).float(), labels, label_smoothing=label_smoothing)
+    return _Chunked.apply(hidden, head.weight, labels, label_smoothing)  # type: ignore[return-value]
+
+
+class _Chunked(torch.autograd.Function):
+    """Gradients are computed on the way forward, where the logits are at hand."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, smoothing: float
+    ) -> Tensor:
+        codes = len(weight)
+        size = ROWS if hidden.device.type == "cpu" else 8 * ROWS
+        wants = [given.requires_grad for given in (hidden, weight)]
+        by_hidden = torch.empty_like(hidden) if wants[0] else None
+        by_weight = torch.zeros_like(weight) if wants[1] else None
+        total = torch.zeros((), device=hidden.device)
+        for start in range(0, len(labels), size):
+            rows = slice(start, start + size)
+            logits = F.linear(hidden[rows], weight)  # in autocast's type, where there is any
+            dtype, log_probs = logits.dtype, logits.float().log_softmax(dim=-1)
+            here = labels[rows, None]
+            total -= (1 - smoothing) * log_probs.gather(1, here).sum()
+            if smoothing:
+                total -= smoothing / codes * log_probs.sum()
+            if not any(wants):
+                continue
+            # softmax minus target, of the mean over all rows
+            slope = log_probs.exp_().sub_(smoothing / codes)
+            slope.scatter_add_(1, here, slope.new_full(here.shape, smoothing - 1))
+            slope = slope.div_(len(labels)).to(dtype)
+            if by_hidden is not None:
+                by_hidden[rows] = (slope @ weight.to(dtype)).to(hidden.dtype)
+            if by_weight is not None:
+                by_weight += slope.T @ hidden[rows].to(dtype)
+        ctx.save_for_backward(by_hidden, by_weight)
+        return total / len(labels)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        [grad] = grads
+        by_hidden, by_weight = ctx.saved_tensors
+        return (
+            None if by_hidden is None else by_hidden * grad.to(by_hidden.dtype),
+            None if by_weight is None else by_weight * grad.to(by_weight.dtype),
+            None,
+            None,
+        )
