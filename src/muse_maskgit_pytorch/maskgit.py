@@ -21,7 +21,7 @@ from .conditioning import Conditioner, check_pixels, one_each
 from .cross_entropy import cross_entropy
 from .geometry import Geometry, ImageSize
 from .masking import ScheduleFunction, check_schedule, draw_mask, mask_tokens
-from .precision import Precision, prepared, resolved
+from .precision import Precision, prepared, resolved, rows_at_once
 from .presets import find_preset, make_presets
 from .sampling import Callback, Denoiser, SampleOptions, Step, choose_tokens, sample_tokens, step
 from .structures import LossTerms, Schedule, TextEmbeds
@@ -352,6 +352,7 @@ class MaskGit(Saveable):
             network.encode_context(*branches),
             critic,
             critic and critic.encode_context(*branches),
+            at_once=rows_at_once(network, len(branches), math.prod(self.geometry.grid(image_size))),
         )
 
     @torch.no_grad()

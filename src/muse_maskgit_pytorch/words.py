@@ -174,7 +174,8 @@ class Emphasis:
     ) -> SampleState:
         context = self.changed(denoiser.context, state)
         critic = denoiser.critic and self.changed(denoiser.critic_context, state)
-        denoiser = replace(denoiser, context=context, critic_context=critic)
+        # all rows at once: some may look where others do
+        denoiser = replace(denoiser, context=context, critic_context=critic, at_once=None)
         return step(state, plan, denoiser, **how)
 
     def changed(self, context: Context, state: SampleState) -> Context:

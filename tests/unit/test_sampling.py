@@ -1,6 +1,7 @@
 """The sampler against theory and against a plain, slow one."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -569,3 +570,44 @@ def test_another_default_device_changes_nothing():
         with torch.device("meta"):
             assert torch.equal(model.generate_ids(**arguments), expected)
             assert model(ids, text_embeds=text).device.type == "cpu"
+
+
+# Savings
+
+
+@pytest.mark.parametrize("model", [MODEL, SELF_COND], ids=["plain", "self_cond"])
+@pytest.mark.parametrize("critic", [None, CRITIC], ids=["alone", "critic"])
+def test_rows_in_parts_are_the_rows_together(model, critic):
+    options = SampleOptions(timesteps=4, cond_scale=2.0, seeds=[1, 2, 3, 4, 5], top_k=20)
+    whole = denoiser(tiny.text(5), model=model, critic=critic)
+    together = sample_tokens(whole, blank(5), options)
+    for size in (1, 2, 5, 9):
+        parts = sample_tokens(replace(whole, at_once=size), blank(5), options)
+        assert torch.equal(parts, together)
+
+
+@pytest.mark.parametrize("critic", [None, CRITIC], ids=["alone", "critic"])
+def test_rows_that_are_done_leave_the_batch(monkeypatch, critic):
+    """They cost nothing more, and all rows are what they are alone."""
+    text, steps = tiny.text(4), [2, 5, 3, 5]
+    canvas = blank(4)
+    canvas[3, :13] = 7  # three tokens are open: done after three steps
+    options = SampleOptions(timesteps=steps, cond_scale=2.0, seeds=[1, 2, 3, 4])
+    counts, forward = [], type(MODEL).forward
+
+    def counted(self, ids, *arguments, **named):
+        counts.append((self is MODEL, len(ids)))
+        return forward(self, ids, *arguments, **named)
+
+    monkeypatch.setattr(type(MODEL), "forward", counted)
+    seen = []
+    drawn = sample_tokens(
+        denoiser(text, critic=critic), canvas, options, lambda step: seen.append(step.ids.clone())
+    )
+    assert [rows for ours, rows in counts if ours] == [4, 4, 3, 1, 1]
+    assert all(ids.shape == drawn.shape for ids in seen)
+    for row in range(4):
+        alone = sample_tokens(
+            denoiser(rows_of(text, [row]), critic=critic), canvas[[row]], options.take([row])
+        )
+        assert torch.equal(drawn[[row]], alone)

@@ -69,12 +69,40 @@ class Denoiser:
     """A network with its context, and a critic with its own, if any.
 
     A critic is a network whose ``to_logits`` gives one score, high where a token looks real.
+
+    Attributes:
+        at_once: rows of one pass; all by default. A CPU takes a quarter longer for each row of
+            more than its caches hold.
     """
 
     network: Any  # a Network; nn.Module's attributes cannot be typed
     context: Any
     critic: Any = None
     critic_context: Any = None
+    at_once: int | None = None
+
+    def hidden(
+        self,
+        ids: Int[Tensor, "B N"],
+        scale: Float[Tensor, " B"] | None,
+        *self_cond: Any,
+        at: Int[Tensor, "B K"] | None = None,
+    ) -> tuple[Float[Tensor, "B K D"], Float[Tensor, "G B K D"]]:
+        """`guided_hidden` of the network."""
+        batch, size = len(ids), self.at_once or len(ids)
+        if size >= batch:
+            return guided_hidden(self.network, self.context, ids, scale, *self_cond, at=at)
+        parts = []
+        for start in range(0, batch, size):
+            rows = slice(start, start + size)
+            past = [None if hidden is None else hidden[:, rows] for hidden in self_cond]
+            some = [None if given is None else given[rows] for given in (scale, at)]
+            context = self.context.rows(rows)
+            parts.append(
+                guided_hidden(self.network, context, ids[rows], some[0], *past, at=some[1])
+            )
+        guided, branches = zip(*parts, strict=True)
+        return torch.cat(guided), torch.cat(branches, dim=1)
 
     def rows(self, rows: slice | Tensor) -> Denoiser:
         critic_context = self.critic and self.critic_context.rows(rows)

@@ -56,6 +56,14 @@ class SampleState:
         hidden = None if self.hidden is None else self.hidden[:, rows]
         return replace(self, **by_row, hidden=hidden)
 
+    def put(self, rows: Tensor, other: SampleState) -> SampleState:
+        """With another's rows in the place of some; without ``hidden``."""
+        names = vars(self).keys() - {"hidden"}
+        return replace(
+            self,
+            **{n: getattr(self, n).index_copy(0, rows, getattr(other, n)) for n in names},
+        )
+
     def cat(self, other: SampleState) -> SampleState:
         """Another batch's rows after these."""
         names = vars(self).keys() - {"hidden"}
@@ -113,10 +121,10 @@ def step(
     order = state.mask.int().argsort(dim=1, descending=True, stable=True)
     at = order[:, : num_logits or num_tokens]
     if network.self_cond:  # the next pass reads the hidden states of all positions
-        hidden, branches = guided_hidden(network, denoiser.context, state.ids, scale, state.hidden)
+        hidden, branches = denoiser.hidden(state.ids, scale, state.hidden)
         hidden = hidden[rows[:, None], at]
     else:
-        hidden, branches = guided_hidden(network, denoiser.context, state.ids, scale, at=at)
+        hidden, branches = denoiser.hidden(state.ids, scale, at=at)
     logits = network.to_logits(hidden).float()
     uniform = plan.uniform[rows, now].gather(1, at)
     limits = (plan.top_k, plan.top_p, plan.min_p)
@@ -154,6 +162,9 @@ def step(
         log_probs=torch.where(running, log_probs, state.log_probs),
         hidden=branches if network.self_cond else None,
     )
+
+
+plain_step = step  # under a name that no argument hides
 
 
 def _lowest(scores: Float[Tensor, "B N"], count: Int[Tensor, " B"]) -> Bool[Tensor, "B N"]:
@@ -212,13 +223,26 @@ def sample_tokens(
     if network.self_cond:
         # each branch is conditioned on its own past, so it must be computed in every step
         guided = [any(guided)] * plan.num_steps
-    most = torch.cat([(~host_plan.known).sum(1, keepdim=True), host_plan.num_masked], 1)
+    left = torch.cat([(~host_plan.known).sum(1, keepdim=True), host_plan.num_masked], 1)
+    running, part = (
+        len(canvas),
+        denoiser,
+    )  # how many rows are not done, and the model's view of them
+    rows = torch.arange(len(canvas), device=canvas.device)
     for i, (is_guided, num_logits) in enumerate(
-        zip(guided, most.amax(0).tolist()[:-1], strict=True)
+        zip(guided, left.amax(0).tolist()[:-1], strict=True)
     ):
         if num_logits == 0:
             break
-        state = step(state, plan, denoiser, guided=is_guided, num_logits=num_logits)
+        how: dict[str, Any] = dict(guided=is_guided, num_logits=num_logits)
+        [open_rows] = left[:, i].nonzero(as_tuple=True)
+        if len(open_rows) == len(canvas) or network.self_cond or step is not plain_step:
+            state = step(state, plan, denoiser, **how)
+        else:  # those that are done leave the batch
+            if len(open_rows) < running:
+                running, rows = len(open_rows), open_rows.to(canvas.device)
+                part = denoiser.rows(rows)
+            state = state.put(rows, step(state.rows(rows), plan.rows(rows), part, **how))
         seen = SampleStep(i + 1, state.ids, state.mask, state.scores, state.log_probs)
         if callback and callback(seen):
             break
