@@ -774,8 +774,9 @@ def test_a_terminal_without_the_letters_and_a_reader_that_leaves(tmp_path: Path)
     source = str(Path(__file__).parents[2] / "src")
     plain = {**os.environ, "PYTHONPATH": source, "PYTHONIOENCODING": "ascii:strict"}
     code = (
-        "import os, sys; from muse_maskgit_pytorch.cli.main import main\n"
+        "import gc, os, sys; from muse_maskgit_pytorch.cli.main import main\n"
         "words = sys.argv[1:]; code = main(words); code += main([*words, '--json', 'true'])\n"
+        "assert gc.isenabled()\n"
         "read, write = os.pipe(); os.dup2(write, 1); os.close(read)\n"
         "code = code * 1000 + main(words); os._exit(0 if code == 141 else 1)"
     )
