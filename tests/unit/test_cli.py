@@ -744,6 +744,17 @@ def test_the_model_that_draws_is_named(muse_file: Path, tmp_path: Path, capsys):
     assert "the shipped model emoji (--model FILE draws with" in capsys.readouterr().err
 
 
+def test_the_precision_is_chosen_and_recorded(muse_file: Path, tmp_path: Path, capsys):
+    out = tmp_path / "a.png"
+    assert main(["generate", "a", f"--model={muse_file}", f"--out={out}", "--precision=auto"]) == 0
+    [record] = read_records(out)
+    assert record.made_by["precision"] in ("float32", "bfloat16")
+    capsys.readouterr()
+    said = fails(["generate", "a", f"--model={muse_file}", "--precision=fp8"], capsys)
+    assert "precision" in said
+    assert "'float32', 'bfloat16', 'int8'" in said
+
+
 def test_a_negative_prompt_in_brackets_is_a_text():
     def given(value: str) -> Any:
         return options.generate_parser().read(["a", "--negative", value]).negative

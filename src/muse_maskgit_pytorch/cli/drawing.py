@@ -46,9 +46,11 @@ def open_drawing_model(config: Namespace) -> Muse:
 
     Raises:
         CheckpointError: as `open_model`.
-        ValueError: a device that cannot be used, options of a stage that the model does not have.
+        ValueError: a device or precision that cannot be used, options of a stage that the model
+            does not have.
     """
     model = open_model(config.model, config.device)
+    model.precision = config.precision
     if model.superres is None and stated(config.superres):
         raise ValueError(f"--superres options given, but {config.model!r} has no such stage")
     return model

@@ -58,6 +58,13 @@ def add_options(parser: Parser, base: Collection[str] | None = None) -> None:
         help="allow more pixels, steps and pictures in a batch than is sensible (true)",
     )
     parser.add_argument("--device", type=str | None, help="by default a GPU where there is one")
+    parser.add_argument(
+        "--precision",
+        type=declared("precision.Precision"),
+        default="float32",
+        help="float32 repeats bits; bfloat16 and int8 are faster where the machine has them; auto: "
+        "the faster of float32 and bfloat16, as measured here",
+    )
     sampling = declared("sampling.SampleOptions")
     parser.add_optional(sampling, "base", skip={"seeds"}, only=base)
     parser.add_optional(sampling, "superres", skip={"seeds"})
