@@ -78,6 +78,12 @@ class Case:
     top_k: bool = False
     size: int = 256
 
+    def __str__(self) -> str:
+        """What differs from one guided step of 256 tokens and 8,192 codes."""
+        usual = asdict(Case())
+        changed = {name: value for name, value in asdict(self).items() if value != usual[name]}
+        return ", ".join(f"{name} {value}" for name, value in changed.items()) or "as by default"
+
     def dense_flops(self) -> int:
         """Of the plain way with our architecture: every token's logits, in both branches.
 
@@ -128,8 +134,8 @@ SWEEPS: dict[str, tuple[str, list[int]]] = {
     "batch": ("batch", [1, 2, 4, 8, 16]),
     "width": ("dim", [128, 256, 512, 1024]),
     "vocabulary": ("codes", [512, 4096, 32768, 262144]),
-    "steps": ("steps", [1, 2, 4, 8, 16]),
-    "text": ("text_len", [0, 16, 64, 256]),
+    "steps": ("steps", [2, 4, 8, 16]),
+    "text": ("text_len", [1, 16, 64, 256]),
 }
 COMMON = ("float32", "bfloat16")  # precisions that every contender knows
 OURS = ("int8", "auto", "reference")
@@ -146,7 +152,7 @@ def series(name: str, small: bool) -> dict[str, Case]:
     """The cases of a sweep by the value that changes."""
     field, values = SWEEPS[name]
     if small:
-        values = dict(tokens=[16, 64], dim=[64, 128], codes=[64, 128]).get(field, [1, 2])
+        values = dict(tokens=[16, 64], dim=[64, 128], codes=[64, 128]).get(field, [2, 4])
     cases = {}
     for value in values:
         change: dict[str, Any] = {field: value}
@@ -408,6 +414,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON of every figure")
     args = parser.parse_args()
     if args.list:
+        print(f"unless said otherwise: {Case()!r}")
         for name, case in CASES.items():
             print(f"{name:20}{case}")
         for name, (field, values) in SWEEPS.items():

@@ -63,7 +63,7 @@ def our_transformer(muse: Any, spec: Spec) -> Any:
         dim_head=spec.dim // spec.heads,
         t5_name="none",
         text_embed_dim=spec.text_dim,
-        max_text_len=max(1, spec.text_len),
+        max_text_len=spec.text_len,
         cond_depth=0,  # as in the release, which has no encoder of low-resolution tokens
     )
 
