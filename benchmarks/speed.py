@@ -54,7 +54,7 @@ class Case:
 
     Attributes:
         kind: "generate", "train", "encode", "decode", "shipped" (the model that comes with the
-            package), "cold" (`muse generate` as a process) or "help" (`muse --help`).
+            package), "cold" (`muse generate` as a process) or "help" (`muse generate --help`).
         tokens: N of the image; a perfect square.
         cond_tokens: M of the low-resolution image; 0: no super-resolution.
         codes: V.

@@ -441,7 +441,7 @@ def products(spec: Spec) -> dict[str, float]:
 def command(spec: Spec) -> Callable[[], float]:
     """A `muse` command from a cold shell: processor time of the process and its children."""
     code = f"from {PACKAGE}.cli.main import main; main()"
-    words = {"cold": ["generate", "red apple"], "help": ["--help"]}[spec.kind]
+    words = {"cold": ["generate", "red apple"], "help": ["generate", "--help"]}[spec.kind]
 
     def run() -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
