@@ -8,6 +8,8 @@ paper, which names only self-attention, cross-attention and MLP, 2.3).
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -68,14 +70,99 @@ class SelfAttention(nn.Module):
         self.to_out = _zero_linear(heads * dim_head, dim)
 
     def forward(
-        self, x: Float[Tensor, "B N D"], at: Int[Tensor, "B K"] | None = None
+        self,
+        x: Float[Tensor, "B N D"],
+        at: Int[Tensor, "B K"] | None = None,
+        grid: tuple[int, int] | None = None,
     ) -> Float[Tensor, "B K D"]:
-        """All attend to all; with ``at``, only these positions' outputs are computed."""
+        """All attend to all, whatever the ``grid``.
+
+        Args:
+            x: hidden states.
+            at: positions whose outputs are computed; all by default.
+            grid: height and width in tokens, where they matter (`MultiAxisAttention`).
+        """
         q, k, v = self.to_qkv(self.norm(x)).chunk(3, -1)
         q = q if at is None else taken(q, at)
         q, k, v = (_split_heads(t, self.dim_head) for t in (q, k, v))
         out = attend(self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v)
         return self.to_out(out.transpose(1, 2).flatten(2))
+
+
+@dataclass(frozen=True)
+class Windows:
+    """An image's grid of tokens in windows, for half of the heads each in another way.
+
+    A side of H tokens makes n = ceil(H / size) windows of p = ceil(H / n) tokens. For the first
+    half of the heads, these are blocks of neighbours; for the second half, the tokens of a window
+    lie over the whole side, at distance n. What a side lacks to n * p is padded.
+    """
+
+    grid: tuple[int, int]
+    size: int
+
+    @property
+    def sides(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(n, p) of the height and of the width."""
+        (height, width), size = self.grid, self.size
+        n, m = -(-height // size), -(-width // size)  # rounded up
+        return (n, -(-height // n)), (m, -(-width // m))
+
+    def cut(self, x: Float[Tensor, "B N H d"]) -> Float[Tensor, "W h M d"]:
+        """The heads of an image's tokens -> W = 2 * B * n * m windows of M tokens, h = H / 2."""
+        (n, p), (m, q) = self.sides
+        x = x.unflatten(1, self.grid)
+        missing = m * q - x.shape[2], n * p - x.shape[1]
+        if any(missing):
+            x = F.pad(x, (0, 0, 0, 0, 0, missing[0], 0, missing[1]))
+        near, far = x.chunk(2, dim=3)
+        near = near.unflatten(2, (m, q)).unflatten(1, (n, p)).permute(0, 1, 3, 5, 2, 4, 6)
+        far = far.unflatten(2, (q, m)).unflatten(1, (p, n)).permute(0, 2, 4, 5, 1, 3, 6)
+        return torch.stack([near, far]).flatten(5, 6).flatten(0, 3)  # 2 b n m h (p q) d
+
+    def seen(self, like: Float[Tensor, "B N D"]) -> Bool[Tensor, "W M"] | None:
+        """Which tokens of the windows are the image's; None if all are."""
+        if all(n * p == side for (n, p), side in zip(self.sides, self.grid, strict=True)):
+            return None
+        return self.cut(like.new_ones(*like.shape[:2], 2, 1))[:, 0, :, 0] > 0
+
+    def join(self, x: Float[Tensor, "W h M d"]) -> Float[Tensor, "B N D"]:
+        """The way back, with the heads side by side."""
+        (n, p), (m, q) = self.sides
+        near, far = x.unflatten(2, (p, q)).unflatten(0, (2, -1, n, m))  # b n m h p q d
+        near, far = near.permute(0, 1, 4, 2, 5, 3, 6), far.permute(0, 4, 1, 5, 2, 3, 6)
+        x = torch.cat([half.flatten(3, 4).flatten(1, 2) for half in (near, far)], dim=3)
+        return x[:, : self.grid[0], : self.grid[1]].flatten(1, 2).flatten(2)
+
+
+class MultiAxisAttention(SelfAttention):
+    """Half of the heads attend within blocks of the image, half on a grid spread over all of it.
+
+    The halves are HiT's (Zhao et al. 2021), the windows of a fixed size MaxViT's (Tu et al. 2022;
+    there, blocks and grid take turns). Memory and time grow with the number of tokens, not with its
+    square. Two layers join all tokens of sides up to ``size ** 2`` that need no padding.
+
+    Args:
+        size: of the windows; at most so many tokens a side, see `Windows`.
+    """
+
+    def __init__(self, dim: int, heads: int, dim_head: int, size: int):
+        super().__init__(dim, heads, dim_head)
+        self.size = size
+
+    def forward(
+        self,
+        x: Float[Tensor, "B N D"],
+        at: Int[Tensor, "B K"] | None = None,
+        grid: tuple[int, int] | None = None,
+    ) -> Float[Tensor, "B K D"]:
+        """All attend in their windows of the grid, a square by default, whichever are wanted."""
+        windows = Windows(grid or (math.isqrt(x.shape[1]),) * 2, self.size)
+        qkv = self.to_qkv(self.norm(x)).unflatten(-1, (3, -1, self.dim_head))
+        q, k, v = map(windows.cut, qkv.unbind(2))
+        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        out = windows.join(attend(q, k, v, windows.seen(x)))
+        return self.to_out(out if at is None else taken(out, at))
 
 
 class CrossAttention(nn.Module):
@@ -132,11 +219,21 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention (unless ``cross`` is off) and MLP, each around a skip."""
+    """Self-attention, cross-attention (unless ``cross`` is off) and MLP, each around a skip.
 
-    def __init__(self, dim: int, heads: int, dim_head: int, ff_dim: int, cross: bool = True):
+    With ``multi_axis``, the self-attention is `MultiAxisAttention` of this size.
+    """
+
+    def __init__(
+        self, dim: int, heads: int, dim_head: int, ff_dim: int, cross: bool = True,
+        multi_axis: int | None = None,
+    ):  # fmt: skip
         super().__init__()
-        self.attn = SelfAttention(dim, heads, dim_head)
+        self.attn = (
+            SelfAttention(dim, heads, dim_head)
+            if multi_axis is None
+            else MultiAxisAttention(dim, heads, dim_head, multi_axis)
+        )
         self.cross = CrossAttention(dim, heads, dim_head) if cross else None
         self.ff = FeedForward(dim, ff_dim)
 
@@ -160,7 +257,8 @@ class Block(nn.Module):
             layer: the number of this layer in it.
             at: positions whose outputs are wanted; all by default.
         """
-        x = (x if at is None else taken(x, at)) + self.attn(x, at)
+        grid = None if context is None else context.grid
+        x = (x if at is None else taken(x, at)) + self.attn(x, at, grid)
         if self.cross is not None:
             x = context.branched(x)
             x = x + context.attend(layer, self.cross, x)

@@ -220,6 +220,10 @@ class MaskGitTransformer(Saveable):
             the place of captions everywhere. 0: unconditional.
         max_text_len: captions are cut off after this many text tokens.
         self_cond: feed the previous pass's hidden states back in (Analog Bits, Chen et al. 2022).
+        multi_axis: lets half of the heads of the image tokens' self-attention see blocks of up to
+            this many tokens a side, and the other half as many spread over the image (2.4; the
+            paper gives no size, 8 joins all tokens of 64 x 64 in two layers). By default, every
+            token sees all. The low-resolution encoder attends in full either way.
         cond_depth: layers of the low-resolution encoder, used by super-resolution only; half of
             ``depth`` by default, the paper's 16 to 32 (table 6).
         cond_num_tokens: codebook size of the low-resolution tokenizer. `MaskGit` fills in this
@@ -227,8 +231,9 @@ class MaskGitTransformer(Saveable):
         cond_seq_len: M, the number of low-resolution tokens.
 
     Raises:
-        ValueError: a count below 1, a ``seq_len`` that is not a perfect square, a text encoder
-            that is not available while ``text_embed_dim`` is not given.
+        ValueError: a count below 1, a ``seq_len`` that is not a perfect square, ``multi_axis`` with
+            an odd number of heads, a text encoder that is not available while ``text_embed_dim``
+            is not given.
     """
 
     _stated_always = ("text_embed_dim",)
@@ -250,6 +255,7 @@ class MaskGitTransformer(Saveable):
         classes: int | Sequence[str] | None = None,
         max_text_len: int = 256,
         self_cond: bool = False,
+        multi_axis: int | None = None,
         cond_depth: int | None = None,
         cond_num_tokens: int | None = None,
         cond_seq_len: int | None = None,
@@ -267,6 +273,12 @@ class MaskGitTransformer(Saveable):
         whole("depth", depth, 1, MAX_LAYERS)
         whole("cond_depth", cond_depth or 0, 0, MAX_LAYERS)
         real("ff_mult", ff_mult, 2 / dim, MAX_LAYERS)
+        if multi_axis is None:
+            self._init_args.pop("multi_axis", None)  # files and fingerprints of before know none
+        elif whole("multi_axis", multi_axis, 2, MAX_WIDTH) and heads % 2:
+            raise ValueError(
+                f"heads {heads} is odd: multi_axis halves the heads, so make it {heads + 1}"
+            )
         if (cond_num_tokens is None) != (cond_seq_len is None):
             raise ValueError("cond_num_tokens and cond_seq_len belong together: give both")
         self.num_tokens, self.seq_len, self.dim = num_tokens, seq_len, dim
@@ -292,7 +304,7 @@ class MaskGitTransformer(Saveable):
         self.text_proj = nn.Linear(self.text_embed_dim, dim, bias=False)
         self.text_norm = norm(dim)
         self.self_cond_proj = nn.Linear(dim, dim, bias=False) if self_cond else None
-        blocks = [Block(dim, *self._block_args) for _ in range(depth)]
+        blocks = [Block(dim, *self._block_args, multi_axis=multi_axis) for _ in range(depth)]
         self.blocks: Any = nn.ModuleList(blocks)
         self.norm = norm(dim)
         self.to_logits = self.make_head()
