@@ -47,14 +47,20 @@ class ResBlock(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour enlargement by two, then a 3x3 convolution."""
+    """Nearest-neighbour enlargement by two, then a 3x3 convolution, as one transposed convolution.
+
+    A pixel of the result sees only 2x2 different pixels, so the weights that meet the same one are
+    added up first: 4 products instead of 9. Only rounding differs.
+    """
 
     def __init__(self, channels_in: int, channels_out: int):
         super().__init__()
         self.conv = nn.Conv2d(channels_in, channels_out, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        spread = F.pad(self.conv.weight.flip(2, 3).transpose(0, 1), (1, 1, 1, 1))
+        weight = F.avg_pool2d(spread, 2, stride=1, divisor_override=1)  # sums of 2x2: a 4x4 kernel
+        return F.conv_transpose2d(x, weight, self.conv.bias, stride=2, padding=1)
 
 
 class ImageTokenizer(Saveable):

@@ -155,14 +155,16 @@ def test_gradient_penalty_reaches_the_discriminators_weights():
 
 def test_balance_is_the_ratio_of_the_gradients_norms():
     weight = nn.Parameter(torch.randn(4))
-    recon = (3 * weight).sum()  # gradient (3, 3, 3, 3), norm 6
-    adversarial = 0.5 * weight[0] - 1.2 * weight[1]  # norm 1.3
-    ratio = balance(recon, adversarial, weight)
+    images = 2 * weight
+    recon = torch.full((4,), 1.5)  # (3, 3, 3, 3) with respect to the weight, norm 6
+    adversarial = torch.tensor([0.25, -0.6, 0, 0])  # norm 1.3
+    ratio = balance(images, recon, adversarial, weight)
     assert ratio == pytest.approx(6 / (1.3 + 1e-4))
     assert not ratio.requires_grad
     assert weight.grad is None
-    doubled = balance(recon, adversarial, weight, mean=lambda gradient: 2 * gradient)
+    doubled = balance(images, recon, adversarial, weight, mean=lambda gradient: 2 * gradient)
     assert doubled == pytest.approx(12 / (2.6 + 1e-4))  # the mean comes before the norm
-    (recon + adversarial).backward()  # the graph is still there
-    assert balance(weight.sum(), 0 * weight.sum(), weight) == 1e4
-    assert balance(0 * weight.sum(), weight.sum(), weight) == 0
+    assert balance(images, recon, adversarial, weight, scale=2.0**16) == pytest.approx(ratio)
+    images.sum().backward()  # the graph is still there
+    assert balance(2 * weight, recon, 0 * recon, weight) == 1e4
+    assert balance(2 * weight, 0 * recon, recon, weight) == 0

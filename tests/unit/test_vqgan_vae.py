@@ -4,11 +4,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from muse_maskgit_pytorch import VQGanVAE
 from muse_maskgit_pytorch import testing as tiny
-from muse_maskgit_pytorch.vqgan_vae import ResBlock
+from muse_maskgit_pytorch.vqgan_vae import ResBlock, Upsample
 from tests.shapes import unchecked
 
 KINDS = {"vq": 48, "simvq": 48, "lfq": 64, "bsq": 64, "fsq": 60}
@@ -368,3 +369,15 @@ def test_learns_an_image(kind):
         (error + out.loss).backward()
         optimizer.step()
     assert error < 0.01  # the image's variance is 0.08
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 5, 7), (1, 6, 1, 1)])
+def test_enlargement_is_nearest_neighbour_and_a_convolution(shape):
+    """Values and gradients; the weights in a file are those of the convolution."""
+    layer, x = Upsample(6, 4), torch.randn(*shape, requires_grad=True)
+    long_way = layer.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    torch.testing.assert_close(layer(x), long_way, atol=1e-5, rtol=1e-5)
+    given, weights = [x, *layer.parameters()], torch.randn_like(long_way)
+    slopes = [torch.autograd.grad((out * weights).sum(), given) for out in (layer(x), long_way)]
+    torch.testing.assert_close(*slopes, atol=1e-4, rtol=1e-4)
+    assert {name for name, _ in layer.named_parameters()} == {"conv.weight", "conv.bias"}

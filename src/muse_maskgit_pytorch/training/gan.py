@@ -108,6 +108,7 @@ def gradient_penalty(real_images: Tensor, real_scores: Tensor) -> Float[Tensor, 
 
 
 def balance(
+    images: Tensor,
     recon: Tensor,
     adversarial: Tensor,
     last: nn.Parameter,
@@ -120,14 +121,16 @@ def balance(
     decoder's last layer: with it both pull equally hard, whatever their scales.
 
     Args:
-        recon: the reconstruction loss.
-        adversarial: the adversarial loss.
+        images: what the decoder made.
+        recon: the gradient of the reconstruction loss with respect to them.
+        adversarial: that of the adversarial loss.
         last: weight of the decoder's last layer.
         mean: averages a gradient over the processes, so that all their images decide.
-        scale: of the losses while the gradients are taken, which half precision would lose.
+        scale: of the gradients on their way back, where half precision would lose them.
     """
     norms = [
-        mean(torch.autograd.grad(loss * scale, last, retain_graph=True)[0].float()).norm() / scale
-        for loss in (recon, adversarial)
+        mean(torch.autograd.grad(images, last, pull * scale, retain_graph=True)[0].float()).norm()
+        / scale
+        for pull in (recon, adversarial)
     ]
     return (norms[0] / (norms[1] + 1e-4)).clamp(0, 1e4).detach()

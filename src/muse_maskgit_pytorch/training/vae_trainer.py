@@ -305,9 +305,17 @@ class VQGanVAETrainer(Trainer):
                 mean = partial(self.parallel.reduce, how="mean")
                 scaler = self.parallel.scaler
                 scale = 1.0 if scaler is None else scaler.get_scale()
-                weight = weight * balance(loss, terms["generator"], last, mean, scale)
+                # through the networks that judge once: what comes out of them is used twice
+                pulls = [
+                    torch.autograd.grad(term * scale, recon)[0] / scale
+                    for term in (loss, terms["generator"])
+                ]
+                weight = weight * balance(recon, *pulls, last, mean, scale)
+                pull = (recon * (pulls[0] + weight * pulls[1])).sum()
+                loss = (loss + weight * terms["generator"]).detach() + (pull - pull.detach())
+            else:
+                loss = loss + weight * terms["generator"]
             terms["gan_weight"] = weight
-            loss = loss + weight * terms["generator"]
         loss = loss + quantized.loss
         self._ids.append(quantized.ids)
         error = (recon.detach().clamp(0, 1) - images).square().mean(dim=(1, 2, 3))

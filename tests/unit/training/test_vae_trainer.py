@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from muse_maskgit_pytorch import (
@@ -15,6 +16,7 @@ from muse_maskgit_pytorch import (
 from muse_maskgit_pytorch.checkpoint import load_tree
 from muse_maskgit_pytorch.training import gan
 from muse_maskgit_pytorch.training import vae_trainer as vae_training
+from muse_maskgit_pytorch.training.gan import generator_loss
 from muse_maskgit_pytorch.training.perceptual import PerceptualLoss
 from tests.runs import (
     GAN,
@@ -201,11 +203,18 @@ def test_adaptive_weight_makes_both_gradients_equal(images: Path, tmp_path: Path
     )
     trainer._prepare()
     batch = torch.stack([trainer.dataset[i]["image"] for i in range(4)])
-    recon, terms = trainer._generator_terms(batch, trainer.discriminator)
+    judge = trainer.discriminator
+    assert judge is not None
+    recon, terms = trainer._generator_terms(batch, judge)
     last = trainer.vae.decoder[-1].get_parameter("weight")
-    parts = (terms["recon"], terms["gan_weight"] * terms["generator"])
-    norms = [torch.autograd.grad(x, last, retain_graph=True)[0].norm().item() for x in parts]
-    assert norms[0] == pytest.approx(norms[1], rel=0.01)
+    [together] = torch.autograd.grad(terms["loss"], last)
+    again, _ = trainer.vae(batch)  # the long way
+    adversarial = terms["gan_weight"] * generator_loss(judge(again), trainer.gan_loss)
+    parts = (trainer.recon_weight * F.mse_loss(again, batch), adversarial)
+    pulls = [torch.autograd.grad(x, last, retain_graph=True)[0] for x in parts]
+    assert pulls[0].norm().item() == pytest.approx(pulls[1].norm().item(), rel=0.01)
+    torch.testing.assert_close(together, pulls[0] + pulls[1], atol=1e-6, rtol=1e-4)
+    assert terms["loss"].item() == pytest.approx(float(parts[0] + parts[1]), rel=1e-4)
     assert not terms["gan_weight"].requires_grad
     assert recon.shape == batch.shape
 
