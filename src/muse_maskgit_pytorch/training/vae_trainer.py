@@ -306,12 +306,12 @@ class VQGanVAETrainer(Trainer):
                 scaler = self.parallel.scaler
                 scale = 1.0 if scaler is None else scaler.get_scale()
                 # through the networks that judge once: what comes out of them is used twice
-                pulls = [
+                ours, theirs = (
                     torch.autograd.grad(term * scale, recon)[0] / scale
                     for term in (loss, terms["generator"])
-                ]
-                weight = weight * balance(recon, *pulls, last, mean, scale)
-                pull = (recon * (pulls[0] + weight * pulls[1])).sum()
+                )
+                weight = weight * balance(recon, ours, theirs, last, mean, scale)
+                pull = (recon * (ours + weight * theirs)).sum()
                 loss = (loss + weight * terms["generator"]).detach() + (pull - pull.detach())
             else:
                 loss = loss + weight * terms["generator"]

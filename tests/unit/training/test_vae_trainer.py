@@ -198,9 +198,8 @@ def test_adaptive_weight_is_logged(images: Path, tmp_path: Path, monkeypatch: py
 
 
 def test_adaptive_weight_makes_both_gradients_equal(images: Path, tmp_path: Path):
-    trainer = vae_trainer(
-        images, tmp_path / "r", gan_weight=1.0, gan_start=0, gan_adaptive=True, gan_ramp=0
-    )
+    settings: dict[str, Any] = dict(gan_weight=1.0, gan_start=0, gan_adaptive=True, gan_ramp=0)
+    trainer = vae_trainer(images, tmp_path / "r", make_vae(quantizer="fsq"), **settings)
     trainer._prepare()
     batch = torch.stack([trainer.dataset[i]["image"] for i in range(4)])
     judge = trainer.discriminator
