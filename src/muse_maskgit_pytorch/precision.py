@@ -5,7 +5,7 @@ but the linear layers of its blocks and its head, and follows the same code, so 
 with one works with the other:
 
 - *float32*: weights laid out once as oneDNN's kernels read them, where that is faster here. Exact:
-  only the order of sums differs.
+  only the order of sums differs. The copy takes as much memory as the network.
 - *bfloat16*: weights held in bfloat16. The residual stream, norms, softmax and sampling stay
   float32, and so does the head on a CPU.
 - *int8*: products of 8-bit integers in the blocks, one scale for each row of the activations and
@@ -48,6 +48,7 @@ from .transformer import MaskGitTransformer, SelfCritic
 Precision = Literal["float32", "bfloat16", "int8", "auto", "reference"]
 
 LEAST_WIDTH = 128  # of a network whose products are large enough to be prepared
+MOST_WEIGHTS = 10**9  # beyond which a second copy in float32 may not fit in memory
 CACHED = 2**21  # numbers of a layer's input that a CPU is given at once
 WORTH_IT = 1.05  # how much faster something must be measured to be chosen
 
@@ -150,8 +151,10 @@ def prepared(network: Any, precision: Precision) -> Any:
             stacklevel=2,
         )
         chosen = "float32"
-    if chosen == "float32" and (device.type != "cpu" or network.dim < LEAST_WIDTH):
-        return network
+    if chosen == "float32":
+        size = sum(weight.numel() for weight in network.parameters())
+        if device.type != "cpu" or network.dim < LEAST_WIDTH or size > MOST_WEIGHTS:
+            return network
     key = weights_key(network)
     kept = _copies.setdefault(network, {})
     if chosen not in kept or kept[chosen][0] != key:

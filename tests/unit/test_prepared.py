@@ -151,7 +151,7 @@ def test_a_copy_lasts_as_long_as_its_weights():
     )
 
 
-def test_what_is_left_as_it_is():
+def test_what_is_left_as_it_is(monkeypatch):
     network = wide()
     compiled = torch.compile(network, backend="eager")
     assert prepared(compiled, "float32") is compiled
@@ -159,6 +159,8 @@ def test_what_is_left_as_it_is():
     assert prepared(half, "int8") is half
     small = tiny.transformer()
     assert prepared(small, "float32") is small
+    monkeypatch.setattr(module, "MOST_WEIGHTS", 1000)  # it might not fit in memory twice
+    assert prepared(network, "float32") is network
     with pytest.warns(UserWarning, match="does not pay for a network of width 16"):
         assert prepared(small, "int8") is small
 
