@@ -46,6 +46,13 @@ class Block(nn.Module):
         return x + h
 
 
+class Enlarge(Upsample):
+    """As the other projects compute it, with their rounding: their pixels are what is promised."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
 class Attention(nn.Module):
     """Self-attention over all positions, one head, around a skip."""
 
@@ -200,7 +207,7 @@ class ForeignVQGAN(ImageTokenizer):
             down[i].downsample = nn.AvgPool2d(2) if pool else Downsample(channels[i])
             width = channels[i + 1]
             repeat = nn.Upsample(scale_factor=2.0)
-            up[i + 1].upsample = Upsample(width, width) if resample_conv else repeat
+            up[i + 1].upsample = Enlarge(width, width) if resample_conv else repeat
         conv = partial(nn.Conv2d, kernel_size=3, padding=1)
         conv_in = conv(3, stem, bias=not maskgit)
         conv_out = nn.Conv2d(top, latent_channels, 1) if maskgit else conv(top, latent_channels)
