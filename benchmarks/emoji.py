@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--heldout-captions", type=int, default=None, help="default: all")
     parser.add_argument("--batch-size", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--precision", default="float32", help="see precision.py")
+    parser.add_argument("--precision", default="float32", help="see inference/precision.py")
     parser.add_argument("--base", type=json.loads, default={}, help="JSON of SampleOptions")
     parser.add_argument("--superres", type=json.loads, default={}, help="JSON of SampleOptions")
     args = parser.parse_args()

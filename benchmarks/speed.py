@@ -62,6 +62,7 @@ class Case:
         text_len, text_dim: L and E.
         top_k: draw from the best tenth of the codes, as the release always does.
         size: side of the picture in pixels ("encode" and "decode").
+        multi_axis: of ours, where it has it; the others attend in full.
     """
 
     kind: str = "generate"
@@ -77,6 +78,7 @@ class Case:
     text_dim: int = 768
     top_k: bool = False
     size: int = 256
+    multi_axis: int | None = None
 
     def __str__(self) -> str:
         """What differs from one guided step of 256 tokens and 8,192 codes."""
@@ -114,7 +116,9 @@ CASES = {
     "codes": Case(codes=65536),
     "codes-top-k": Case(codes=65536, top_k=True),
     "superres": Case(tokens=1024, cond_tokens=256),
+    "superres-multi-axis": Case(tokens=1024, cond_tokens=256, multi_axis=8),
     "superres-4096": Case(tokens=4096, cond_tokens=1024),
+    "superres-4096-multi-axis": Case(tokens=4096, cond_tokens=1024, multi_axis=8),
     "train": Case("train", batch=4),
     "encode": Case("encode", dim=64),
     "decode": Case("decode", dim=64),

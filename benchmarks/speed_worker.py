@@ -54,7 +54,11 @@ class LeftOut(Exception):
 
 
 def our_transformer(muse: Any, spec: Spec) -> Any:
+    windows = {}
+    if "multi_axis" in inspect.signature(muse.MaskGitTransformer).parameters:
+        windows["multi_axis"] = spec.multi_axis
     return muse.MaskGitTransformer(
+        **windows,
         num_tokens=spec.codes,
         seq_len=spec.tokens,
         dim=spec.dim,

@@ -20,8 +20,8 @@ from .checkpoint import Saveable
 from .conditioning import Conditioner, check_pixels, one_each
 from .cross_entropy import cross_entropy
 from .geometry import Geometry, ImageSize
+from .inference.precision import Precision, prepared, resolved, rows_at_once
 from .masking import ScheduleFunction, check_schedule, draw_mask, mask_tokens
-from .precision import Precision, prepared, resolved, rows_at_once
 from .presets import find_preset, make_presets
 from .sampling import Callback, Denoiser, SampleOptions, Step, choose_tokens, sample_tokens, step
 from .structures import LossTerms, Schedule, TextEmbeds
@@ -136,7 +136,7 @@ class MaskGit(Saveable):
 
     @property
     def precision(self) -> Precision:
-        """In which precision it generates (`precision.Precision`); not saved with it.
+        """In which precision it generates (`inference.precision.Precision`); not saved with it.
 
         "float32" (the default) repeats bits; "bfloat16" and "int8" are faster where the machine
         has them; "auto" takes the faster of float32 and bfloat16, by measurement; "reference"

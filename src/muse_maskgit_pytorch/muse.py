@@ -19,8 +19,8 @@ from .checkpoint import Saveable
 from .conditioning import check_texts
 from .geometry import ImageSize, Size
 from .images import to_pil
+from .inference.precision import Precision
 from .maskgit import MaskGit
-from .precision import Precision
 from .provenance import Record, attach, fingerprint, read_records, warn_of_other_bits
 from .request import Drawn, Request
 from .sampling import Callback, SampleOptions, Step, known_fields, step

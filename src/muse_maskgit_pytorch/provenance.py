@@ -36,7 +36,7 @@ from .arguments import Missing, as_path, printable, with_names, without_function
 from .checkpoint import Saveable, weights_key
 from .files import digest_state
 from .images import read_record, record_of, set_record
-from .precision import Precision, resolved
+from .inference.precision import Precision, resolved
 from .request import MAX_ROWS, Drawn, Request
 from .sampling import SampleOptions, upgraded
 

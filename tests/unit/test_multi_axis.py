@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from muse_maskgit_pytorch import Muse, TokenCritic, layers, precision
+from muse_maskgit_pytorch import Muse, TokenCritic, layers
 from muse_maskgit_pytorch import testing as tiny
+from muse_maskgit_pytorch.inference import precision
+from muse_maskgit_pytorch.inference.precision import PLACES
 from muse_maskgit_pytorch.layers import MultiAxisAttention, SelfAttention
-from muse_maskgit_pytorch.precision import PLACES
 from muse_maskgit_pytorch.structures import Conditioning
 from muse_maskgit_pytorch.transformer import MaskGitTransformer
 

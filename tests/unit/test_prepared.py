@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from muse_maskgit_pytorch import Muse, save_png
-from muse_maskgit_pytorch import precision as module
 from muse_maskgit_pytorch import testing as tiny
-from muse_maskgit_pytorch.precision import (
+from muse_maskgit_pytorch.inference import precision as module
+from muse_maskgit_pytorch.inference.precision import (
     Bfloat16Linear,
     Int8Linear,
     PackedLinear,

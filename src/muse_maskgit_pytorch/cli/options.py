@@ -60,7 +60,7 @@ def add_options(parser: Parser, base: Collection[str] | None = None) -> None:
     parser.add_argument("--device", type=str | None, help="by default a GPU where there is one")
     parser.add_argument(
         "--precision",
-        type=declared("precision.Precision"),
+        type=declared("inference.precision.Precision"),
         default="float32",
         help="float32 repeats bits; bfloat16 and int8 are faster where the machine has them; auto: "
         "the faster of float32 and bfloat16, as measured here",

@@ -224,11 +224,8 @@ def sample_tokens(
         # each branch is conditioned on its own past, so it must be computed in every step
         guided = [any(guided)] * plan.num_steps
     left = torch.cat([(~host_plan.known).sum(1, keepdim=True), host_plan.num_masked], 1)
-    running, part = (
-        len(canvas),
-        denoiser,
-    )  # how many rows are not done, and the model's view of them
-    rows = torch.arange(len(canvas), device=canvas.device)
+    # those that are not done, and the model's view of them
+    rows, part = torch.arange(len(canvas), device=canvas.device), denoiser
     for i, (is_guided, num_logits) in enumerate(
         zip(guided, left.amax(0).tolist()[:-1], strict=True)
     ):
@@ -239,8 +236,8 @@ def sample_tokens(
         if len(open_rows) == len(canvas) or network.self_cond or step is not plain_step:
             state = step(state, plan, denoiser, **how)
         else:  # those that are done leave the batch
-            if len(open_rows) < running:
-                running, rows = len(open_rows), open_rows.to(canvas.device)
+            if len(open_rows) < len(rows):
+                rows = open_rows.to(canvas.device)
                 part = denoiser.rows(rows)
             state = state.put(rows, step(state.rows(rows), plan.rows(rows), part, **how))
         seen = SampleStep(i + 1, state.ids, state.mask, state.scores, state.log_probs)

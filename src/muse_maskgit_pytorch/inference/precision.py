@@ -38,12 +38,12 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .arguments import one_of
-from .checkpoint import SPREADING, weights_key
-from .devices import exact, fast_precisions
-from .files import replacing
-from .layers import Block, CrossAttention, SelfAttention
-from .transformer import MaskGitTransformer, SelfCritic
+from ..arguments import one_of
+from ..checkpoint import SPREADING, weights_key
+from ..devices import exact, fast_precisions
+from ..files import replacing
+from ..layers import Block, CrossAttention, SelfAttention
+from ..transformer import MaskGitTransformer, SelfCritic
 
 Precision = Literal["float32", "bfloat16", "int8", "auto", "reference"]
 
