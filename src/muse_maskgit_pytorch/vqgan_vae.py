@@ -22,9 +22,11 @@ from .arguments import MAX_LAYERS, MAX_WIDTH, as_tensor, whole
 from .checkpoint import Saveable, weights_key
 from .devices import exact
 from .quantizer import Quantizer, QuantizerName
+from .strips import in_strips, norm_silu_conv
 from .structures import QuantizerOutput
 
 DEFAULT_CODEBOOK_SIZE = 8192  # paper, table 5
+CPU_PIXELS, PIXELS = 2**18, 2**22  # of pictures that are decoded together
 
 
 def _norm(channels: int) -> nn.GroupNorm:
@@ -42,8 +44,8 @@ class ResBlock(nn.Module):
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        return x + self.conv2(F.silu(self.norm2(h)))
+        h = norm_silu_conv(self.norm1, self.conv1, x)
+        return norm_silu_conv(self.norm2, self.conv2, h, skip=x, spare=True)
 
 
 class Upsample(nn.Module):
@@ -60,7 +62,21 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         spread = F.pad(self.conv.weight.flip(2, 3).transpose(0, 1), (1, 1, 1, 1))
         weight = F.avg_pool2d(spread, 2, stride=1, divisor_override=1)  # sums of 2x2: a 4x4 kernel
-        return F.conv_transpose2d(x, weight, self.conv.bias, stride=2, padding=1)
+
+        def enlarge(rows: Tensor) -> Tensor:
+            return F.conv_transpose2d(rows, weight, self.conv.bias, stride=2, padding=1)
+
+        return in_strips(enlarge, x, self.conv.out_channels, enlarged=2)
+
+
+class Decoder(nn.Sequential):
+    """Layers one after the other, the last three (norm, SiLU, convolution) as one."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        *layers, norm, _, conv = list[Any](self)
+        for layer in layers:
+            input = layer(input)
+        return norm_silu_conv(norm, conv, input)
 
 
 class ImageTokenizer(Saveable):
@@ -124,8 +140,23 @@ class ImageTokenizer(Saveable):
         """Pixels in [0, 1] -> token ids in [0, V)."""
         raise NotImplementedError
 
+    @torch.no_grad()
     def decode_from_ids(self, ids: Int[Tensor, "B h w"]) -> Float[Tensor, "B 3 H W"]:
-        """Token ids -> pixels, clamped to [0, 1]."""
+        """Token ids -> pixels, clamped to [0, 1].
+
+        Within bounded memory: a large batch some pictures at a time, a large picture in `strips`.
+
+        Raises:
+            ValueError: see `check_ids`.
+        """
+        ids = self.check_ids(ids, grid=True)
+        together = CPU_PIXELS if ids.device.type == "cpu" else PIXELS
+        size = max(1, together // (ids[0].numel() * self.factor**2))
+        pixels = torch.cat([self.pixels_of(part) for part in ids.split(size)]).clamp_(0, 1)
+        return pixels.to(torch.promote_types(pixels.dtype, torch.float32))
+
+    def pixels_of(self, ids: Int[Tensor, "B h w"]) -> Float[Tensor, "B 3 H W"]:
+        """Token ids -> pixels, unclamped, all at once."""
         raise NotImplementedError
 
     def id_state(self) -> dict[str, Tensor]:
@@ -253,7 +284,7 @@ class VQGanVAE(ImageTokenizer):
             if i > 0:
                 decoder += [Upsample(width, back[i - 1])]
         decoder += [_norm(back[0]), nn.SiLU(), nn.Conv2d(back[0], pixels, 3, padding=1)]
-        self.decoder = nn.Sequential(*decoder)
+        self.decoder = Decoder(*decoder)
 
         self.quantizer = Quantizer(
             widths[-1],
@@ -359,11 +390,8 @@ class VQGanVAE(ImageTokenizer):
         with exact(images.device):
             return self.encode(images).ids
 
-    @torch.no_grad()
-    def decode_from_ids(self, ids: Int[Tensor, "B h w"]) -> Float[Tensor, "B 3 H W"]:
-        """Token ids -> pixels, clamped to [0, 1]."""
-        ids = self.check_ids(ids, grid=True)
-        return self.decode(self.quantizer.decode(ids)).clamp(0, 1).float()
+    def pixels_of(self, ids: Int[Tensor, "B h w"]) -> Float[Tensor, "B 3 H W"]:
+        return self.decode(self.quantizer.decode(ids))
 
 
 def _layers(factor: int | None, layers: int | None, patch_size: int) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..arguments import MAX_LAYERS, whole
 from ..devices import exact
+from ..strips import in_strips, norm_silu_conv
 from ..vqgan_vae import ImageTokenizer, Upsample
 
 Family = Literal["diffusers", "taming", "maskgit"]
@@ -39,18 +40,22 @@ class Block(nn.Module):
         self.maskgit = maskgit
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        if self.nin_shortcut is not None:
-            x = self.nin_shortcut(h if self.maskgit else x)
-        return x + h
+        h = norm_silu_conv(self.norm1, self.conv1, x)
+        if self.nin_shortcut is None:
+            return norm_silu_conv(self.norm2, self.conv2, h, skip=x, spare=True)
+        h = norm_silu_conv(self.norm2, self.conv2, h, spare=True)
+        x = h if self.maskgit else x
+        return in_strips(self.nin_shortcut, x, self.nin_shortcut.out_channels, sees=0) + h
 
 
 class Enlarge(Upsample):
     """As the other projects compute it, with their rounding: their pixels are what is promised."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        def enlarge(rows: Tensor) -> Tensor:
+            return self.conv(F.interpolate(rows, scale_factor=2.0, mode="nearest"))
+
+        return in_strips(enlarge, x, self.conv.out_channels, enlarged=2)
 
 
 class Attention(nn.Module):
@@ -107,8 +112,8 @@ class Half(nn.Module):
         direction: Literal["down", "up"],
         levels: list[Level],
         mid: list[tuple[str, nn.Module]],
-        norm_out: nn.Module,
-        conv_out: nn.Module,
+        norm_out: nn.GroupNorm,
+        conv_out: nn.Conv2d,
     ):
         super().__init__()
         self.conv_in, self.norm_out, self.conv_out = conv_in, norm_out, conv_out
@@ -121,7 +126,7 @@ class Half(nn.Module):
         x = self.conv_in(x)
         for layer in [*levels, *mid] if self.direction == "down" else [*mid, *reversed(levels)]:
             x = layer(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return norm_silu_conv(self.norm_out, self.conv_out, x)
 
 
 class ForeignVQGAN(ImageTokenizer):
@@ -242,13 +247,10 @@ class ForeignVQGAN(ImageTokenizer):
                 distance = (rows**2).sum(1, keepdim=True) + (codes**2).sum(1) - 2 * rows @ codes.T
             return distance.argmin(1).view(len(z), *z.shape[-2:])
 
-    @torch.no_grad()
-    def decode_from_ids(self, ids: Int[Tensor, "B h w"]) -> Float[Tensor, "B 3 H W"]:
-        """Token ids -> pixels, clamped to [0, 1]."""
-        codes = F.embedding(self.check_ids(ids, grid=True), self._codes)
+    def pixels_of(self, ids: Int[Tensor, "B h w"]) -> Float[Tensor, "B 3 H W"]:
+        codes = F.embedding(ids, self._codes)
         pixels = self.decoder(self.post_quant_conv(codes.permute(0, 3, 1, 2).contiguous()))
-        pixels = (pixels / 2 + 0.5 if self.signed else pixels).clamp(0, 1)
-        return pixels.to(torch.promote_types(pixels.dtype, torch.float32))
+        return pixels / 2 + 0.5 if self.signed else pixels
 
     @property
     def _codes(self) -> Tensor:
