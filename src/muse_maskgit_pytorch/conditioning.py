@@ -69,9 +69,14 @@ class Conditioner:
             return TextEmbeds(text.embeds.float(), text.mask)
         texts = check_texts(texts, allow_empty or classes == (), classes)
         encoder = get_text_encoder(self.text_encoder, self.max_text_len)
-        text = encoder.encode(texts, self.device, long)
-        seen = torch.tensor([bool(text.strip()) for text in texts], device=self.device)
-        return TextEmbeds(text.embeds, text.mask & seen[:, None])
+        distinct = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+        text = encoder.encode([*distinct], self.device, long)
+        seen = torch.tensor([bool(text.strip()) for text in distinct], device=self.device)
+        text = TextEmbeds(text.embeds, text.mask & seen[:, None])
+        if len(distinct) == len(texts):
+            return text
+        rows = torch.tensor([distinct[text] for text in texts], device=self.device)
+        return TextEmbeds(text.embeds[rows], text.mask[rows])
 
     def encode_cond(
         self,
@@ -146,11 +151,26 @@ class Conditioner:
         seen = torch.ones(len(text.mask), dtype=torch.bool, device=self.device)
         made = [Conditioning(text, cond, seen, grid, cond_grid)]
         if guided:
-            other = None if negatives is None else self.embed_texts(negatives, allow_empty=True)
+            other = self._negative(negatives)
             if other is None and written_out:
                 other, seen = text, ~seen
             made.append(Conditioning(other, cond, seen, grid, cond_grid))
         return made
+
+    def _negative(self, negatives: Sequence[str] | None) -> TextEmbeds | None:
+        """The negative prompts; None where all are empty, which is no text at all."""
+        if negatives is None or not any(text.strip() for text in negatives):
+            return None
+        return self.embed_texts(negatives, allow_empty=True)
+
+    def guides(self, text: TextEmbeds, negatives: Sequence[str] | None) -> bool:
+        """Whether the branches of guidance differ: not for a text that is the negative one, or
+        without any text.
+        """
+        other = self._negative(negatives)
+        if other is None:
+            return bool(text.mask.any())
+        return not (torch.equal(text.mask, other.mask) and torch.equal(text.embeds, other.embeds))
 
 
 def check_texts(

@@ -24,6 +24,8 @@ from .inference.precision import Precision, prepared, resolved, rows_at_once
 from .masking import ScheduleFunction, check_schedule, draw_mask, mask_tokens
 from .presets import find_preset, make_presets
 from .sampling import Callback, Denoiser, SampleOptions, Step, choose_tokens, sample_tokens, step
+from .sampling.contract import same_as_before
+from .sampling.loop import plain_step
 from .structures import LossTerms, Schedule, TextEmbeds
 from .text import LongTexts
 from .transformer import MaskGitTransformer, SelfCritic, TokenCritic
@@ -344,6 +346,7 @@ class MaskGit(Saveable):
         branches = self.conditioner.branches(
             text, cond, negatives, image_size, options.guided, written_out=plain
         )
+        given = [tensor for b in branches if b.text for tensor in (b.text.embeds, b.text.mask)]
         network = prepared(self.transformer, self.precision)
         critic = self.critic if options.policy in (None, "critic") else None
         critic = critic and prepared(critic, self.precision)
@@ -353,6 +356,7 @@ class MaskGit(Saveable):
             critic,
             critic and critic.encode_context(*branches),
             at_once=rows_at_once(network, len(branches), math.prod(self.geometry.grid(image_size))),
+            repeats=None if plain or batch == 1 else same_as_before(*given, cond),
         )
 
     @torch.no_grad()
@@ -389,6 +393,12 @@ class MaskGit(Saveable):
             raise ValueError(
                 f"canvas ranges from {low} to {high}: ids reach from 0 to {mask_id}, the mask"
             )
+        if high < mask_id:  # nothing to draw
+            return canvas.to(self.device)
+        # what changes the context on its way may make the branches differ
+        plain = step is plain_step and self.precision != "reference"
+        if plain and options.guided and not self.conditioner.guides(text, negatives):
+            options = options.replace(cond_scale=1.0)
         denoiser = self.denoiser(text, options, negatives, cond, image_size)
         stream = "" if self.cond_vae is None else "superres"
         canvas = canvas.to(self.device)

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self
 
 import torch
-from jaxtyping import Float, Int
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -73,6 +74,9 @@ class Denoiser:
     Attributes:
         at_once: rows of one pass; all by default. A CPU takes a quarter longer for each row of
             more than its caches hold.
+        repeats: which rows have the context of the row before them.
+        distinct: where only some rows are computed, and the others equal one of them: which ones,
+            and for every row its place among them (`once`).
     """
 
     network: Any  # a Network; nn.Module's attributes cannot be typed
@@ -80,6 +84,26 @@ class Denoiser:
     critic: Any = None
     critic_context: Any = None
     at_once: int | None = None
+    repeats: Bool[Tensor, " B"] | None = None
+    distinct: tuple[Tensor, Tensor] | None = None
+
+    def once(self, *inputs: Tensor) -> Denoiser:
+        """The same, for a pass that computes rows that equal the one before only once.
+
+        Args:
+            *inputs: all that the pass depends on besides the context, one row each.
+        """
+        if self.repeats is None:
+            return self
+        repeats = self.repeats & same_as_before(*inputs)
+        if not bool(repeats.any()):
+            return self
+        [rows] = (~repeats).nonzero(as_tuple=True)
+        return replace(self, distinct=(rows, (~repeats).cumsum(0) - 1))
+
+    def spread(self, x: Tensor) -> Tensor:
+        """What `hidden` was computed for, or came of it, for all rows again."""
+        return x if self.distinct is None else x[self.distinct[1]]
 
     def hidden(
         self,
@@ -87,8 +111,12 @@ class Denoiser:
         scale: Float[Tensor, " B"] | None,
         *self_cond: Any,
         at: Int[Tensor, "B K"] | None = None,
-    ) -> tuple[Float[Tensor, "B K D"], Float[Tensor, "G B K D"]]:
-        """`guided_hidden` of the network."""
+    ) -> tuple[Float[Tensor, "r K D"], Float[Tensor, "G r K D"]]:
+        """`guided_hidden` of the network; of the r distinct rows alone (`spread`)."""
+        if self.distinct is not None:
+            rows, _ = self.distinct
+            some = [None if given is None else given[rows] for given in (scale, at)]
+            return self.rows(rows).hidden(ids[rows], some[0], *self_cond, at=some[1])
         batch, size = len(ids), self.at_once or len(ids)
         if size >= batch:
             return guided_hidden(self.network, self.context, ids, scale, *self_cond, at=at)
@@ -106,13 +134,25 @@ class Denoiser:
 
     def rows(self, rows: slice | Tensor) -> Denoiser:
         critic_context = self.critic and self.critic_context.rows(rows)
-        return replace(self, context=self.context.rows(rows), critic_context=critic_context)
+        return self._of(self.context.rows(rows), critic_context)
 
     def cat(self, other: Denoiser) -> Denoiser:
         assert self.network is other.network
         assert self.critic is other.critic
         critic_context = self.critic and self.critic_context.cat(other.critic_context)
-        return replace(self, context=self.context.cat(other.context), critic_context=critic_context)
+        return self._of(self.context.cat(other.context), critic_context)
+
+    def _of(self, context: Any, critic_context: Any) -> Denoiser:
+        """The same for other rows."""
+        return replace(
+            self, context=context, critic_context=critic_context, repeats=None, distinct=None
+        )
+
+
+def same_as_before(*tensors: Tensor | None) -> Bool[Tensor, " B"]:
+    """Which rows equal the one before, in all of the tensors."""
+    equal = [(x[1:] == x[:-1]).reshape(len(x) - 1, -1).all(dim=1) for x in tensors if x is not None]
+    return F.pad(torch.stack(equal).all(dim=0), (1, 0))
 
 
 def guided_hidden(

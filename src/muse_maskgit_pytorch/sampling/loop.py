@@ -125,7 +125,7 @@ def step(
         hidden = hidden[rows[:, None], at]
     else:
         hidden, branches = denoiser.hidden(state.ids, scale, at=at)
-    logits = network.to_logits(hidden).float()
+    logits = denoiser.spread(network.to_logits(hidden).float())
     uniform = plan.uniform[rows, now].gather(1, at)
     limits = (plan.top_k, plan.top_p, plan.min_p)
     drawn, log_prob = choose_tokens(logits, plan.temperature[rows, now], uniform, *limits)
@@ -234,7 +234,11 @@ def sample_tokens(
         how: dict[str, Any] = dict(guided=is_guided, num_logits=num_logits)
         [open_rows] = left[:, i].nonzero(as_tuple=True)
         if len(open_rows) == len(canvas) or network.self_cond or step is not plain_step:
-            state = step(state, plan, denoiser, **how)
+            model = denoiser
+            if i == 0 and step is plain_step and not network.self_cond:
+                # at first, pictures of one prompt differ in nothing but their noise
+                model = denoiser.once(canvas, plan.cond_scale[:, 0])
+            state = step(state, plan, model, **how)
         else:  # those that are done leave the batch
             if len(open_rows) < len(rows):
                 rows = open_rows.to(canvas.device)
