@@ -23,8 +23,8 @@ LEAST_ROWS = 16  # of a strip: what two share is computed twice
 
 def _rows(x: Tensor, per_row: int) -> int:
     """How many of a map's rows make a strip, of so many numbers a row; 0: it is not cut."""
-    mixed = torch.is_autocast_enabled(x.device.type)
-    if torch.is_grad_enabled() or mixed or x.dtype not in (torch.float32, torch.float64):
+    fine = x.dtype in (torch.float32, torch.float64)
+    if torch.is_grad_enabled() or x.is_meta or not fine or torch.is_autocast_enabled(x.device.type):
         return 0
     rows = max(LEAST_ROWS, (CPU_STRIP if x.device.type == "cpu" else STRIP) // per_row)
     return rows if rows < x.shape[2] else 0

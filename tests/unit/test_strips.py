@@ -31,7 +31,7 @@ MAKERS = {
 }
 
 
-@pytest.mark.parametrize("rows", [1, 5, 16])
+@pytest.mark.parametrize("rows", [1, 5])
 @pytest.mark.parametrize("name", MAKERS)
 def test_strips_change_nothing(monkeypatch: pytest.MonkeyPatch, name: str, rows: int):
     """Pixels and ids, on pictures that the strips do not divide evenly; in double precision."""
@@ -82,13 +82,16 @@ def test_no_gradient_is_lost_and_nothing_given_is_overwritten(monkeypatch: pytes
     assert all(p.grad is not None for p in [x, *block.parameters()])
 
 
-@pytest.mark.parametrize("way", ["bfloat16", "autocast"])
-def test_coarse_statistics_are_avoided(monkeypatch: pytest.MonkeyPatch, way: str):
+@pytest.mark.parametrize("way", ["bfloat16", "autocast", "meta"])
+@torch.no_grad()
+def test_where_there_are_no_strips(monkeypatch: pytest.MonkeyPatch, way: str):
     vae, ids = tiny.vae(), tiny.ids().view(2, 4, 4)
     monkeypatch.setattr(strips, "CPU_STRIP", 1)
     monkeypatch.setattr(strips, "LEAST_ROWS", 1)
     monkeypatch.setattr(strips, "_affine", None)
-    if way == "bfloat16":
+    if way == "meta":  # shapes alone, which autocast does not know
+        assert vae.to("meta").decode(torch.zeros(1, 32, 8, 8, device="meta")).shape[-1] == 32
+    elif way == "bfloat16":
         assert vae.bfloat16().decode_from_ids(ids).dtype == torch.float32
     else:
         with torch.autocast("cpu", torch.bfloat16):
