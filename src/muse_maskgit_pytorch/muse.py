@@ -14,12 +14,13 @@ from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
 
-from .arguments import plain, shown, whole
-from .checkpoint import Saveable
+from .arguments import plain, real, shown, whole
+from .checkpoint import CheckpointError, Saveable
 from .conditioning import check_texts
 from .geometry import ImageSize, Size
 from .images import to_pil
 from .inference.precision import Precision
+from .lora import Lora
 from .maskgit import MaskGit
 from .provenance import Record, attach, fingerprint, read_records, warn_of_other_bits
 from .request import Drawn, Request
@@ -49,6 +50,8 @@ class Muse(Saveable):
                 f"{superres.cond_image_size}: they must be equal"
             )
         self.base, self.superres = base, superres
+        self._loras: list[str] = []  # the adapters in the weights
+        self._without: dict[str, dict[str, Tensor]] = {}  # the weights before them, by stage
 
     @property
     def stages(self) -> dict[str, MaskGit]:
@@ -88,6 +91,51 @@ class Muse(Saveable):
     def precision(self, precision: Precision) -> None:
         for stage in self.stages.values():
             stage.precision = precision
+
+    # Adapters --------------------------------------------------------------------------------
+
+    @property
+    def loras(self) -> list[str]:
+        """The adapters that are in the weights: name, stage, weight and digest of each."""
+        return list(self._loras)
+
+    @torch.no_grad()
+    def load_lora(self, folder: str | PathLike[str], weight: float = 1.0) -> Self:
+        """Add a low-rank adapter (`lora`) to the weights of the stage that it fits.
+
+        Several add up. Drawing costs no more than without; records name the adapters, and the
+        model's fingerprint is that of the sum.
+
+        Args:
+            folder: in peft's format, such as training writes.
+            weight: of the adapter; 1 is as trained, 0 nothing.
+
+        Raises:
+            CheckpointError: missing, damaged, or of another model.
+        """
+        weight, adapter = real("weight", weight), Lora.read(folder)
+        misfits = {name: adapter.misfit(stage.transformer) for name, stage in self.stages.items()}
+        fits = [name for name, why in misfits.items() if why is None]
+        if not fits:
+            raise CheckpointError(
+                f"{adapter.path} is an adapter of another model: "
+                + "; ".join(f"{name}: {why}" for name, why in misfits.items())
+            )
+        stage = adapter.stage if adapter.stage in fits else fits[0]
+        before = adapter.merge(self.stages[stage].transformer, weight)
+        self._without[stage] = before | self._without.get(stage, {})
+        self._loras.append(f"{adapter.path.name} ({stage}) x {weight:g}, {adapter.digest}")
+        return self
+
+    @torch.no_grad()
+    def unload_lora(self) -> Self:
+        """Take all adapters out: the weights are those of before, bit for bit."""
+        for stage, weights in self._without.items():
+            transformer = self.stages[stage].transformer
+            for name, value in weights.items():
+                transformer.get_parameter(name).copy_(value)
+        self._without, self._loras = {}, []
+        return self
 
     # Drawing ---------------------------------------------------------------------------------
 
@@ -274,7 +322,7 @@ class Muse(Saveable):
         """PIL images; they carry the record of how they were drawn if that is known."""
         pictures = to_pil(drawn.images)
         if drawn.has_record:
-            attach(pictures, drawn, self.fingerprint, self.device, self.precision)
+            attach(pictures, drawn, self.fingerprint, self.device, self.precision, self.loras)
         return pictures
 
     @property

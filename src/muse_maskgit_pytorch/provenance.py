@@ -76,8 +76,9 @@ class Record:
         request: the call, with its whole batch.
         rows: which pictures of the batch are shown, 0-based.
         model: `fingerprint` of the model.
-        made_by: "package" and "torch", the versions, "device", its type, "precision", and on a CPU
-            "threads", their number: it decides the order of sums, and so single pixels.
+        made_by: "package" and "torch", the versions, "device", its type, "precision", on a CPU
+            "threads", their number: it decides the order of sums, and so single pixels; and "lora",
+            the adapters, where there were any.
         version: of the format in which it was written.
     """
 
@@ -128,9 +129,12 @@ class Record:
                 "shows the other settings"
             )
         if self.model != model.fingerprint:
+            adapter = self.made_by.get("lora")
+            drew = f" with the adapter {printable(adapter, 200)}" if adapter else ""
             raise ValueError(
-                f"{source} was drawn by the model {self.model}, this one is {model.fingerprint}: "
-                "load the model that drew it"
+                f"{source} was drawn by the model {self.model}{drew}, this one is "
+                f"{model.fingerprint}: load the model that drew it"
+                + (" and its adapters (muse ... --lora, Muse.load_lora)" if adapter else "")
             )
         if (there := {*self.request.options}) != (here := {*model.stages}):
             raise ValueError(
@@ -181,9 +185,10 @@ def attach(
     model: str,
     device: torch.device,
     precision: Precision = "float32",
+    loras: Sequence[str] = (),
 ) -> None:
     """Give the pictures of a whole batch their records, for `save_png` to write."""
-    made_by = made_on(device, precision)
+    made_by = made_on(device, precision) | ({"lora": "; ".join(loras)} if loras else {})
     for row, picture in enumerate(pictures):
         set_record(picture, to_json([Record(drawn.request, (row,), model, made_by)]))
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from jsonargparse import Namespace
 from tqdm.auto import tqdm
 
-from ..arguments import printable
+from ..arguments import as_path, printable
 from ..files import check_output
 from ..loading import open_model
 from ..muse import Muse
@@ -50,10 +50,30 @@ def open_drawing_model(config: Namespace) -> Muse:
             does not have.
     """
     model = open_model(config.model, config.device)
+    load_loras(model, config.lora)
     model.precision = config.precision
     if model.superres is None and stated(config.superres):
         raise ValueError(f"--superres options given, but {config.model!r} has no such stage")
     return model
+
+
+def load_loras(model: Muse, names: Sequence[str]) -> None:
+    """Put the adapters of ``--lora`` into a model.
+
+    Args:
+        model: as loaded.
+        names: FOLDER or FOLDER:WEIGHT each.
+
+    Raises:
+        CheckpointError: as `Muse.load_lora`.
+    """
+    for name in names:
+        folder, weight = name, 1.0
+        stem, _, last = name.rpartition(":")
+        if stem and not as_path(name).exists():
+            with suppress(ValueError):
+                folder, weight = stem, float(last)
+        model.load_lora(folder, weight)
 
 
 def new_requests(prompts: Sequence[str], config: Namespace, model: Muse) -> list[Request]:

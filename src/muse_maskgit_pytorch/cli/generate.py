@@ -40,6 +40,7 @@ from .drawing import (
     announce,
     check_options,
     each_files,
+    load_loras,
     new_requests,
     note,
     num_steps,
@@ -232,6 +233,7 @@ def bundle(parser: Parser, argv: list[str]) -> None:
     model = open_model(config.base)
     if config.superres:
         model = Muse(model.base, MaskGit.from_pretrained(config.superres))
+    load_loras(model, config.lora)
     for name in config.vae:
         vae = load_tokenizer(name)
         swapped = [stage.swap_vae(vae) for stage in model.stages.values()]

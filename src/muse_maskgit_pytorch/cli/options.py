@@ -13,6 +13,7 @@ from .parser import Parser
 # What `muse generate` and `muse edit` share -----------------------------------------------------
 
 SHIPPED_MODEL = "emoji"
+LORA = "adapter to draw with, and its weight (1): FOLDER or FOLDER:0.8; may stand several times"
 
 
 def add_options(parser: Parser, base: Collection[str] | None = None) -> None:
@@ -28,6 +29,7 @@ def add_options(parser: Parser, base: Collection[str] | None = None) -> None:
         default=SHIPPED_MODEL,
         help="name of a shipped model, file of a whole model or of a base stage, or hub repository",
     )
+    parser.add_argument("--lora", type=str, action="append", default=[], help=LORA)
     parser.add_argument(
         "--negative",
         type=_texts,
@@ -122,6 +124,9 @@ def bundle_parser() -> Parser:
         "--base", type=str, required=True, help="saved base stage, or a model to take apart"
     )
     parser.add_argument("--superres", type=str | None, help="saved super-resolution stage")
+    parser.add_argument(
+        "--lora", type=str, action="append", default=[], help=LORA.replace("draw with", "merge")
+    )
     parser.add_argument(
         "--vae",
         nargs="*",

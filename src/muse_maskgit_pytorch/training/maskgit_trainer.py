@@ -17,8 +17,10 @@ from ..data.dataset import ImageDataset, split
 from ..data.folder import open_source
 from ..data.source import Source, few
 from ..images import image_grid
+from ..lora import add_lora, save_lora
 from ..maskgit import MaskGit, Part
 from ..structures import Batch
+from ..watching.log import writing
 from ..watching.run_file import settings_of
 from .loop import Trainer
 from .losses import NamedTerms, frozen
@@ -46,6 +48,11 @@ class MaskGitTrainer(Trainer):
         cache_tokens: encode the whole set once and train from ids and text embeddings in memory
             (see `TokenCache` for its size); the loss is the same, a step far cheaper.
         num_samples: images in the pictures of ``results_folder/samples``.
+        lora_rank: train low-rank adapters of this rank beside the transformer's linear layers, and
+            nothing else (`lora.add_lora`); 0: none. What is saved, as ``NAME-lora``,
+            ``NAME-lora-ema`` and ``NAME-lora-best``, are folders for `Muse.load_lora`.
+        lora_alpha: their weight; ``lora_rank`` by default.
+        lora_targets: names of the layers, or their last parts; all of the blocks by default.
         **common: see `Trainer`.
     """
 
@@ -61,6 +68,9 @@ class MaskGitTrainer(Trainer):
         part: Part = "all",
         cache_tokens: bool = True,
         num_samples: int = 8,
+        lora_rank: int = 0,
+        lora_alpha: float | None = None,
+        lora_targets: list[str] | None = None,
         **common: Any,
     ):
         settings = settings_of(locals())
@@ -90,6 +100,15 @@ class MaskGitTrainer(Trainer):
             )
         size, cond_size = maskgit.image_size, maskgit.cond_image_size
         self.dataset = ImageDataset(source, size, captions, cond_size)
+        self.lora = whole("lora_rank", lora_rank, 0) > 0
+        if self.lora:
+            if part == "critic":
+                raise ValueError("part='critic' trains no adapter: leave out lora_rank")
+            if maskgit.critic is not None:
+                self.part = part = "transformer"
+            with torch.random.fork_rng():
+                torch.manual_seed(self.seed)
+                add_lora(maskgit.transformer, lora_rank, lora_alpha, lora_targets)
         with frozen(self._left_out()):
             if not any(p.requires_grad for p in maskgit.parameters()):
                 raise ValueError(
@@ -119,6 +138,13 @@ class MaskGitTrainer(Trainer):
 
     def ready(self, dataset: ImageDataset, say: Callable[[str], None] | None) -> Dataset:
         return TokenCache(self.maskgit, dataset, say=say) if self.cache_tokens else dataset
+
+    def _write_model(self, which: str) -> None:
+        if not self.lora:
+            return super()._write_model(which)
+        folder = self.results_folder / f"{self.name}-lora{which}"
+        with writing(folder):
+            save_lora(self.maskgit.transformer, folder, self.name)
 
     def collate(self, items: Any) -> Batch:
         if isinstance(items, Batch):  # from a TokenCache

@@ -1,0 +1,217 @@
+"""Low-rank adapters: training, files in peft's format, drawing with them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from muse_maskgit_pytorch import CheckpointError, Muse
+from muse_maskgit_pytorch import testing as tiny
+from muse_maskgit_pytorch.cli.main import main
+from muse_maskgit_pytorch.images import record_of
+from muse_maskgit_pytorch.lora import Lora, add_lora, save_lora
+from muse_maskgit_pytorch.provenance import from_json
+from tests.runs import (
+    assert_same,
+    interrupt,
+    last_state,
+    make_maskgit,
+    maskgit_trainer,
+)
+
+
+def network(**changes: Any):
+    """Always the same weights."""
+    torch.manual_seed(5)
+    return tiny.transformer(**changes)
+
+
+def hidden(transformer) -> torch.Tensor:
+    return transformer(tiny.ids(), transformer.encode_context(tiny.conditioning(tiny.text())))
+
+
+def adapted(transformer, targets=None):
+    """With an adapter whose B is not zero."""
+    add_lora(transformer, 3, 6.0, targets)
+    with torch.no_grad():
+        for name, weight in transformer.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(weight, std=0.1)
+    return transformer
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """An adapter of the base of `model`."""
+    return save_lora(adapted(network()), tmp_path / "cats", "base")
+
+
+def test_a_new_adapter_changes_nothing_and_trains_alone():
+    plain, made = network(), network()
+    add_lora(made, 4)
+    assert torch.equal(hidden(plain), hidden(made))
+    trained = {name for name, weight in made.named_parameters() if weight.requires_grad}
+    assert trained
+    assert all("lora_" in name for name in trained)
+    # every linear layer of every block
+    layers = {name.partition(".lora_")[0] for name in trained}
+    assert layers == {n for n, m in plain.named_modules() if type(m) is torch.nn.Linear} - {
+        "text_proj",
+        "to_logits",
+    }
+
+
+def test_targets_choose_the_layers():
+    made = network()
+    add_lora(made, 2, targets=["attn.to_qkv", "to_logits"])
+    layers = {n.partition(".lora_")[0] for n, _ in made.named_parameters() if ".lora_" in n}
+    assert layers == {"blocks.0.attn.to_qkv", "blocks.1.attn.to_qkv", "to_logits"}
+    with pytest.raises(ValueError, match=r"'to_qvk' is no linear layer.*did you mean 'to_qkv'"):
+        add_lora(network(), 2, targets=["to_qvk"])
+    with pytest.raises(ValueError, match="has an adapter already"):
+        add_lora(made, 2)
+
+
+def test_merged_is_what_was_trained_and_what_peft_reads(tmp_path):
+    plain, made = network(), adapted(network())
+    folder = save_lora(made, tmp_path / "lora", "base")
+    wanted = hidden(made)
+    assert not torch.allclose(wanted, hidden(plain), atol=1e-2)
+    theirs = network()
+    peft.PeftModel.from_pretrained(theirs, str(folder))
+    assert torch.equal(hidden(theirs), wanted)
+    ours = network()
+    Lora.read(folder).merge(ours)
+    torch.testing.assert_close(hidden(ours), wanted, atol=1e-5, rtol=1e-5)
+    assert ours.state_dict().keys() == plain.state_dict().keys()
+    assert all(weight.requires_grad for weight in ours.parameters())
+    assert vars(ours).keys() == vars(plain).keys()
+
+
+def test_adapters_add_up_and_come_out_again(tmp_path, folder):
+    other = save_lora(adapted(network(), targets=["to_qkv"]), tmp_path / "dogs", "base")
+    model = Muse(tiny.maskgit(network()))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    fingerprint, layer = model.fingerprint, "base.transformer.blocks.0.attn.to_qkv.weight"
+
+    def change() -> torch.Tensor:
+        return model.state_dict()[layer] - before[layer]
+
+    model.load_lora(folder)
+    first = change()
+    assert model.fingerprint != fingerprint
+    model.unload_lora().load_lora(folder, 0.5)
+    torch.testing.assert_close(change(), first / 2)
+    half = change()
+    model.load_lora(other, -2)
+    fresh = network()
+    Lora.read(other).merge(fresh)
+    delta = fresh.blocks[0].attn.to_qkv.weight - before[layer]
+    torch.testing.assert_close(change() - half, -2 * delta, atol=1e-5, rtol=1e-4)
+    assert [name.split()[0] for name in model.loras] == ["cats", "dogs"]
+    model.unload_lora()
+    assert model.loras == []
+    assert_same(dict(model.state_dict()), before)
+    assert model.fingerprint == fingerprint
+
+
+def test_a_picture_names_its_adapters_and_is_drawn_again(folder):
+    embeds = dict(seeds=1, timesteps=2)
+    classes = dict(classes=["cat", "dog"], text_embed_dim=None)
+    model = Muse(tiny.maskgit(network(**classes)))
+    plain = model("cat", **embeds)[0]
+    save_lora(adapted(network(**classes)), folder, "base")
+    drawn = model.load_lora(folder)("cat", **embeds)[0]
+    assert drawn.tobytes() != plain.tobytes()
+    record = json.loads(record_of(drawn) or "")["drawings"][0]
+    assert record["made_by"]["lora"].startswith("cats (base) x 1, ")
+    [again] = from_json(record_of(drawn) or "", "it")
+    model.unload_lora()
+    with pytest.raises(ValueError, match=r"with the adapter cats \(base\) x 1.*its adapters"):
+        model.like(again)
+    assert model.load_lora(folder).like(again)[0].tobytes() == drawn.tobytes()
+
+
+def test_on_the_command_line(tmp_path, folder):
+    classes = dict(classes=["cat", "dog"], text_embed_dim=None)
+    model = Muse(tiny.maskgit(network(**classes)))
+    save_lora(adapted(network(**classes)), folder, "base")
+    file, out = str(model.save(tmp_path / "model.safetensors")), str(tmp_path / "out.png")
+    common = ["--seed", "1", "--base.timesteps", "2"]
+    lora = ["--lora", f"{folder}:0.5", "--lora", str(folder)]
+    assert main(["generate", "cat", "--model", file, "--out", out, *lora, *common]) == 0
+    with Image.open(out) as picture:
+        drawn = picture.tobytes()
+    model.load_lora(folder, 0.5).load_lora(folder)
+    assert model("cat", seeds=1, timesteps=2)[0].tobytes() == drawn
+    merged = str(tmp_path / "merged.safetensors")
+    assert main(["bundle", "--base", file, "--out", merged, *lora]) == 0
+    assert Muse.from_pretrained(merged)("cat", seeds=1, timesteps=2)[0].tobytes() == drawn
+    assert main(["generate", "cat", "--model", file, "--lora", "nowhere:0.5"]) == 2
+
+
+def test_the_stage_is_found(tmp_path):
+    superres = tiny.superres()
+    low = save_lora(adapted(network()), tmp_path / "low", "base")
+    high = save_lora(adapted(superres.transformer), tmp_path / "high", "superres")
+    model = Muse(tiny.maskgit(network()), tiny.superres())
+    assert model.load_lora(low).load_lora(high).loras[0].startswith("low (base)")
+    assert model.loras[1].startswith("high (superres)")
+
+
+def test_what_is_no_adapter_of_this_model(tmp_path, folder):
+    model = Muse(tiny.maskgit(network()))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match=r"has no adapter_config\.json"):
+        model.load_lora(tmp_path)
+    other = save_lora(adapted(network(dim=24)), tmp_path / "other", "base")
+    with pytest.raises(CheckpointError, match=r"of another model: base: .* for a layer 16 -> 16"):
+        model.load_lora(other)
+    weights = load_file(folder / "adapter_model.safetensors")
+    damaged = {name: value * float("nan") for name, value in weights.items()}
+    save_file(damaged, folder / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match="finite"):
+        model.load_lora(folder)
+    for change in ({"peft_type": "LOHA"}, {"use_dora": True}, {"lora_alpha": "much"}):
+        config = json.loads((other / "adapter_config.json").read_text()) | change
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        with pytest.raises(CheckpointError, match=r"adapter_config\.json"):
+            model.load_lora(folder)
+    with pytest.raises(ValueError, match="weight"):
+        model.load_lora(folder, float("nan"))
+    assert_same(dict(model.state_dict()), before)
+
+
+def test_a_run_trains_an_adapter_and_resumes(images, t5, tmp_path):
+    settings = dict(lora_rank=2, num_train_steps=4, save_every=2, lr=1e-2)
+    quick = dict(sample_options={"timesteps": 2})
+    model = make_maskgit(t5, **quick)
+    before = {n: v.clone() for n, v in model.state_dict().items()}
+    maskgit_trainer(images, tmp_path / "whole", model, **settings).train()
+    kept = {n.replace(".base_layer", ""): v for n, v in model.state_dict().items()}
+    assert_same({n: kept[n] for n in before}, before)
+    halted = maskgit_trainer(images, tmp_path / "halted", make_maskgit(t5, **quick), **settings)
+    interrupt(halted, 2)
+    more = {**settings, "resume": True}
+    maskgit_trainer(images, tmp_path / "halted", make_maskgit(t5, **quick), **more).train()
+    assert_same(last_state(tmp_path / "halted"), last_state(tmp_path / "whole"))
+    # what is written draws as the trained model does
+    muse = Muse(make_maskgit(t5)).load_lora(tmp_path / "whole" / "base-lora")
+    drawn = muse.base.generate_ids(["one"], seeds=1, timesteps=4)
+    assert torch.equal(drawn, model.eval().generate_ids(["one"], seeds=1, timesteps=4))
+    assert (tmp_path / "whole" / "base-lora-ema" / "adapter_model.safetensors").is_file()
+    assert not (tmp_path / "whole" / "base.safetensors").exists()
+
+
+def test_settings_of_a_run_are_checked(images, t5, tmp_path):
+    with pytest.raises(ValueError, match="trains no adapter"):
+        maskgit_trainer(
+            images, tmp_path / "run", make_maskgit(t5, critic=True), part="critic", lora_rank=2
+        )
+    with pytest.raises(ValueError, match="lora_rank"):
+        maskgit_trainer(images, tmp_path / "run", make_maskgit(t5), lora_rank=-1)
