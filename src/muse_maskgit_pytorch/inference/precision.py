@@ -120,7 +120,8 @@ _copies: WeakKeyDictionary[nn.Module, dict[str, tuple[Any, Any]]] = WeakKeyDicti
 def prepared(network: Any, precision: Precision) -> Any:
     """The network, or the copy of it that computes in a precision; made once for its weights.
 
-    A network that is compiled, spread over devices or not ours stays as it is.
+    A network that is compiled, spread over devices, being trained with adapters or not ours stays
+    as it is.
 
     Args:
         network: a transformer or a critic, in eval mode.
@@ -137,6 +138,8 @@ def prepared(network: Any, precision: Precision) -> Any:
     device = network.device
     chosen = resolved(precision, device)
     if SPREADING & {cls.__name__ for cls in type(network).__mro__}:
+        return network
+    if any("base_layer" in module._modules for module in network.modules()):  # peft's adapters
         return network
     if network.dtype != torch.float32:  # cast as a whole, which decides its precision
         return network

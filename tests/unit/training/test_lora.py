@@ -66,6 +66,16 @@ def test_a_new_adapter_changes_nothing_and_trains_alone():
     }
 
 
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_it_draws_while_it_is_trained(precision):
+    model = tiny.maskgit(adapted(network(dim=256, depth=1)))
+    model.precision = precision
+    given = dict(text_embeds=tiny.text(), seeds=1, timesteps=2)
+    drawn = model.generate_ids(**given)
+    model.precision = "reference"
+    assert torch.equal(drawn, model.generate_ids(**given))
+
+
 def test_targets_choose_the_layers():
     made = network()
     add_lora(made, 2, targets=["attn.to_qkv", "to_logits"])
