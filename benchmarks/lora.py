@@ -21,6 +21,7 @@ import argparse
 import json
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -33,7 +34,7 @@ from muse_maskgit_pytorch.images import image_grid, read_image, to_tensor
 
 # in the place of this folder, in which emoji.py stands before the library of that name
 sys.path[0] = str(Path(__file__).parents[1] / "examples" / "emoji")
-from make_dataset import emoji_names  # noqa: E402
+emoji_names = import_module("make_dataset").emoji_names
 
 SIZE = 64
 
