@@ -17,6 +17,7 @@ from muse_maskgit_pytorch.sampling import (
     Denoiser,
     SampleState,
     choose_tokens,
+    loop,
     make_plan,
     masked_counts,
     sample_tokens,
@@ -381,6 +382,30 @@ def test_logits_of_masked_positions_are_enough():
         assert torch.equal(fast.ids, slow.ids)
         assert torch.equal(fast.mask, slow.mask)
     assert not fast.mask.any()
+
+
+@pytest.mark.parametrize("policy", ["confidence", "margin", "random", None])
+def test_logits_of_some_positions_at_a_time(monkeypatch, policy):
+    """Drawn with the same noise; a function of one's own sees all positions."""
+    seen = []
+
+    def own(logits: Tensor, log_prob: Tensor) -> Tensor:
+        seen.append(log_prob.shape[1])
+        return log_prob
+
+    options = SampleOptions(
+        timesteps=4, cond_scale=3.0, seeds=[1, 2], policy=policy or own, top_k=9, temperature=0.7
+    )
+    whole = sample_tokens(denoiser(tiny.text()), blank(), options)
+    widths = seen.copy()
+    monkeypatch.setattr(loop, "LOGITS", 5 * 2 * MODEL.num_tokens)
+    counts, head = [], MODEL.to_logits
+    with head.register_forward_pre_hook(lambda _, given: counts.append(given[0].shape[1])):
+        assert torch.equal(sample_tokens(denoiser(tiny.text()), blank(), options), whole)
+    if policy is None:
+        assert seen == 2 * widths
+    else:
+        assert max(counts) == 5
 
 
 @pytest.mark.parametrize("model", [MODEL, SELF_COND], ids=["plain", "self_cond"])

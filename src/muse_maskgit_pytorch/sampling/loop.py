@@ -20,9 +20,10 @@ from .choose import choose_tokens
 from .contract import Denoiser, guided_hidden
 from .options import SampleOptions, per_row
 from .plan import SamplePlan, make_plan
-from .policies import ORDERS, score_of
+from .policies import ORDERS, Policy, Score, score_of
 
 Callback = Callable[[SampleStep], Any]
+LOGITS = 2**26  # numbers, 256 MB: what a step holds at once of the logits of all its positions
 
 
 @dataclass(frozen=True)
@@ -125,26 +126,31 @@ def step(
         hidden = hidden[rows[:, None], at]
     else:
         hidden, branches = denoiser.hidden(state.ids, scale, at=at)
-    logits = denoiser.spread(network.to_logits(hidden).float())
-    uniform = plan.uniform[rows, now].gather(1, at)
-    limits = (plan.top_k, plan.top_p, plan.min_p)
-    drawn, log_prob = choose_tokens(logits, plan.temperature[rows, now], uniform, *limits)
+    policy = plan.policy or ("confidence" if denoiser.critic is None else "critic")
+    scored = policy != "critic" and (callable(policy) or policy not in ORDERS)
+    drawn, log_prob, score = _draw(
+        denoiser,
+        hidden,
+        policy if scored else None,
+        plan.uniform[rows, now].gather(1, at),
+        plan.temperature[rows, now],
+        *(plan.top_k, plan.top_p, plan.min_p),
+    )
 
     def put(old: Tensor, new: Tensor) -> Tensor:
         return old.scatter(1, at, torch.where(state.mask.gather(1, at), new, old.gather(1, at)))
 
     ids, log_probs = put(state.ids, drawn), put(state.log_probs, log_prob)
 
-    policy = plan.policy or ("confidence" if denoiser.critic is None else "critic")
     fixed = ~state.mask  # what was once decided stays
     if policy == "critic":
         judged, _ = guided_hidden(denoiser.critic, denoiser.critic_context, ids, scale)
         scores = denoiser.critic.to_logits(judged).squeeze(-1).float()
         fixed = plan.known  # a critic may take back its earlier decisions
-    elif not callable(policy) and policy in ORDERS:
-        scores = -plan.order
+    elif scored:
+        scores = torch.zeros_like(log_probs).scatter(1, at, score)
     else:
-        scores = torch.zeros_like(log_probs).scatter(1, at, score_of(policy, logits, log_prob))
+        scores = -plan.order
     scores = scores + plan.choice_temperature[rows, now][:, None] * gumbel
     # ReMDM with exact counts: drawn without replacement, by exp(-probability when decided);
     # the noise of decided positions is free for it
@@ -165,6 +171,30 @@ def step(
 
 
 plain_step = step  # under a name that no argument hides
+
+
+def _draw(
+    denoiser: Denoiser,
+    hidden: Float[Tensor, "r K D"],
+    policy: Policy | Score | None,
+    uniform: Float[Tensor, "B K"],
+    temperature: Float[Tensor, " B"],
+    *limits: Tensor | None,
+) -> tuple[Int[Tensor, "B K"], Float[Tensor, "B K"], Float[Tensor, "B K"]]:
+    """Tokens, their log-probabilities and the policy's scores, if it has any; from some positions'
+    logits at a time. A policy that is a function of one's own sees all of them.
+    """
+    network = denoiser.network
+    size = max(1, LOGITS // (len(uniform) * network.num_tokens))
+    size = uniform.shape[1] if callable(policy) else size
+    parts: list[tuple[Tensor, ...]] = []
+    for some, points in zip(hidden.split(size, dim=1), uniform.split(size, dim=1), strict=True):
+        logits = denoiser.spread(network.to_logits(some).float())
+        ids, log_prob = choose_tokens(logits, temperature, points, *limits)
+        score = log_prob if policy is None else score_of(policy, logits, log_prob)
+        parts.append((ids, log_prob, score))
+    ids, log_prob, score = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
+    return ids, log_prob, score
 
 
 def _lowest(scores: Float[Tensor, "B N"], count: Int[Tensor, " B"]) -> Bool[Tensor, "B N"]:
