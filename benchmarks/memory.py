@@ -29,18 +29,21 @@ CASES = {
         dim=128, decoder_dim=256, decoder_res_blocks=4
     ),  # its enlarged decoder (2.5)
     "pictures": dict(dim=64),  # 64 of 512 px
-    "superres": dict(dim=128, factor=8),  # 64 x 64 tokens, 8 steps, multi-axis
+    "superres": dict(dim=128, factor=8),  # 64 x 64 tokens, two steps, multi-axis
 }
 
 
-def work(case: str, size: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
+def work(case: str, size: int, blocks: int | None) -> tuple[Callable[[], Any], Callable[[], Any]]:
     """What warms a case up, and what is measured."""
     import torch
 
     from muse_maskgit_pytorch import MaskGit, MaskGitTransformer, Muse, VQGanVAE
 
     torch.manual_seed(0)
-    vae: Any = VQGanVAE(codebook_size=8192, quantizer="lfq", **CASES[case]).eval()  # type: ignore[arg-type]
+    settings: dict[str, Any] = CASES[case] | (
+        {} if blocks is None else {"decoder_res_blocks": blocks}
+    )
+    vae: Any = VQGanVAE(codebook_size=8192, quantizer="lfq", **settings).eval()
     if case != "superres":
         side, batch = size // vae.factor, 64 if case == "pictures" else 1
         ids = torch.randint(8192, (batch, side, side))
@@ -57,7 +60,7 @@ def work(case: str, size: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
     muse = Muse(base, superres).eval()
     arguments: dict[str, Any] = dict(text_embeds=torch.randn(1, 32, 768), base_timesteps=1, seeds=0)
     return lambda: vae.decode_from_ids(torch.zeros(1, 2, 2).long()), lambda: muse(
-        **arguments, superres_timesteps=8, cond_scale=3.0, return_pil_images=False
+        **arguments, superres_timesteps=2, cond_scale=3.0, return_pil_images=False
     )
 
 
@@ -67,7 +70,7 @@ def resident() -> float:
     return most / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def measure(case: str, size: int, way: str) -> dict[str, float]:
+def measure(case: str, size: int, way: str, blocks: int | None) -> dict[str, float]:
     import torch
 
     from muse_maskgit_pytorch import strips, vqgan_vae
@@ -75,7 +78,7 @@ def measure(case: str, size: int, way: str) -> dict[str, float]:
     torch.set_num_threads(1)
     if way == "whole":
         strips.CPU_STRIP = vqgan_vae.CPU_PIXELS = 2**62
-    warm, run = work(case, size)
+    warm, run = work(case, size, blocks)
     with torch.no_grad():
         warm()
         before, start = resident(), time.process_time()
@@ -109,6 +112,7 @@ def main() -> None:
     parser.add_argument("--case", nargs="+", choices=CASES, default=decoders, metavar="NAME")
     parser.add_argument("--size", nargs="+", type=int, help="pixels a side")
     parser.add_argument("--way", nargs="+", choices=("strips", "whole"), default=("strips",))
+    parser.add_argument("--blocks", type=int, help="residual blocks per resolution; they cost time")
     parser.add_argument("--picture", type=Path, help="write a decoded picture, to be looked at")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -117,7 +121,7 @@ def main() -> None:
     if args.picture:
         return picture(args.picture, sizes[-1])
     if args.child:
-        return print(json.dumps(measure(args.case[0], sizes[0], args.way[0])))
+        return print(json.dumps(measure(args.case[0], sizes[0], args.way[0], args.blocks)))
     print("| case | px | way | peak, MB | of it the model, torch | CPU seconds |")
     print("| --- | --- | --- | --- | --- | --- |")
     for case in args.case:
@@ -125,6 +129,7 @@ def main() -> None:
             for way in args.way:
                 command = [sys.executable, __file__, "--child", "--case", case]
                 command += ["--size", str(size), "--way", way]
+                command += [] if args.blocks is None else ["--blocks", str(args.blocks)]
                 done = subprocess.run(command, capture_output=True, text=True)
                 if done.returncode:
                     reason = (done.stderr.strip().splitlines() or ["killed"])[-1]
