@@ -2,10 +2,12 @@
 
     python benchmarks/overhead.py
     python benchmarks/overhead.py --dim 1024 --codes 65536
+    python benchmarks/overhead.py --once  # what computing equal rows and branches once brings
 
 One guided step of 256 tokens, of which 64 % are masked, the mean over the steps of the cosine
 schedule. Processor time of one thread: of the whole step, within the network and within its head;
-medians. "plan" is making the plan and its noise, once for all steps.
+medians. "plan" is making the plan and its noise, once for all steps. ``--once`` draws with the
+base stage of the shipped model, both ways in turns.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from typing import Any
 
 import torch
 
-from muse_maskgit_pytorch import MaskGit, MaskGitTransformer, VQGanVAE
+from muse_maskgit_pytorch import MaskGit, MaskGitTransformer, Muse, VQGanVAE, maskgit
+from muse_maskgit_pytorch.conditioning import Conditioner
 from muse_maskgit_pytorch.sampling import SampleState, make_plan, step
 from muse_maskgit_pytorch.structures import TextEmbeds
 
@@ -73,14 +76,50 @@ def shares(model: MaskGit, batch: int, rounds: int) -> dict[str, float]:
     return {name: median(seconds[1:]) for name, seconds in found.items()}
 
 
+def once(rounds: int) -> None:
+    """Print seconds with equal rows and branches computed once, and each for itself."""
+    base = Muse.from_pretrained("emoji").base
+    options = base.default_options.replace(cond_scale=3.0, guidance_schedule="constant", seeds=0)
+    eight, one = (base.embed_texts(["a red apple"] * number) for number in (8, 1))
+    calls: dict[str, Any] = {
+        "eight of one prompt, one step": lambda: base.sample(eight, options.replace(timesteps=1)),
+        "eight of one prompt, 12 steps": lambda: base.sample(eight, options.replace(timesteps=12)),
+        "a negative prompt that is the prompt": lambda: base.sample(
+            one, options.replace(timesteps=12), negatives=["a red apple"]
+        ),
+    }
+    plain = maskgit.same_as_before, Conditioner.guides
+    each: Any = (lambda *rows: torch.zeros(len(rows[0])).bool()), (lambda *_: True)
+    print("| call | once, s | each, s | each / once | same ids |")
+    print("| --- | --- | --- | --- | --- |")
+    for name, call in calls.items():
+        spent: list[tuple[float, float]] = []
+        ids = []
+        for _ in range(rounds + 1):
+            turn = []
+            for way in (plain, each):
+                maskgit.same_as_before, Conditioner.guides = way
+                start = time.process_time()
+                ids.append(call())
+                turn.append(time.process_time() - start)
+            spent.append((turn[0], turn[1]))
+        first, second = zip(*spent[1:], strict=True)
+        ratio = median(b / a for a, b in spent[1:])
+        same = f"{float((ids[-1] == ids[-2]).float().mean()):.1%}"
+        print(f"| {name} | {median(first):.3f} | {median(second):.3f} | {ratio:.2f} | {same} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--codes", type=int, default=8192)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--once", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.once:
+        return once(args.rounds)
     torch.manual_seed(0)
     transformer = MaskGitTransformer(
         num_tokens=args.codes, seq_len=256, dim=args.dim, depth=8, t5_name="none",
