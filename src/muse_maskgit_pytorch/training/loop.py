@@ -52,11 +52,18 @@ from .checkpoints import Checkpoints
 from .ema import EMA
 from .guard import MAX_RESTARTS, Diverged, Guard
 from .lock import locked
-from .optimizers import adamw, load_named_state, named_state, trained_state
+from .optimizers import (
+    OptimizerName,
+    check_optimizer,
+    load_named_state,
+    make_optimizer,
+    named_state,
+    trained_state,
+)
 from .parallel import Parallel, Precision
 from .stop import Stop, leave_signals_to_the_run, starting_processes
 
-LrSchedule = Literal["cosine", "constant"]
+LrSchedule = Literal["cosine", "constant", "linear", "cooldown"]
 SAMPLING = ("sample_options", "presets")  # parts of a model's arguments that training ignores
 
 
@@ -85,11 +92,15 @@ class Trainer:
         grad_accum_every: forward passes per optimizer step.
         num_train_steps: optimizer steps in all.
         lr: peak learning rate.
-        betas: of AdamW.
-        weight_decay: of AdamW, on matrices and convolutions (not on norms, biases, embeddings,
-            position tables and null keys).
+        optimizer: "adamw"; "adafactor", the paper's, which remembers half as much; or "muon" for
+            the matrices of transformer blocks, with AdamW for the rest.
+        betas: of AdamW and Adafactor.
+        weight_decay: on matrices and convolutions (not on norms, biases, embeddings, position
+            tables and null keys).
         warmup_steps: linear rise of the learning rate.
-        lr_schedule: "cosine" (to 1 % of the peak) or "constant", after the warm-up.
+        lr_schedule: after the warm-up "cosine" (to 1 % of the peak), "linear" (to 0), "constant",
+            or "cooldown": constant, then linear to 0.
+        cooldown_share: share of the steps after the warm-up in which a "cooldown" falls.
         max_grad_norm: gradient clipping; 0 switches it off.
         max_spike: the guard: a step is skipped, and counted, if its gradient is not finite or its
             norm more than this many times the moving average. 0 switches the guard off: then a
@@ -131,10 +142,12 @@ class Trainer:
         grad_accum_every: int = 1,
         num_train_steps: int = 100_000,
         lr: float = 1e-4,
+        optimizer: OptimizerName = "adamw",
         betas: tuple[float, float] = (0.9, 0.96),
         weight_decay: float = 0.045,
         warmup_steps: int = 1000,
         lr_schedule: LrSchedule = "cosine",
+        cooldown_share: float = 0.2,
         max_grad_norm: float = 1.0,
         max_spike: float = 10.0,
         max_skips: int = 5,
@@ -165,11 +178,14 @@ class Trainer:
         self.grad_accum_every = whole("grad_accum_every", grad_accum_every, 1)
         self.num_train_steps = whole("num_train_steps", num_train_steps, 1)
         self.lr = real("lr", lr, 0)
+        self.optimizer = one_of("optimizer", optimizer, OptimizerName)
+        check_optimizer(self.optimizer)
         first, second = (_share("betas", beta) for beta in _pair("betas", betas))
         self.betas = first, second
         self.weight_decay = real("weight_decay", weight_decay, 0)
         self.warmup_steps = whole("warmup_steps", warmup_steps, 0)
         self.lr_schedule = one_of("lr_schedule", lr_schedule, LrSchedule)
+        self.cooldown_share = real("cooldown_share", cooldown_share, 0, 1)
         self.max_grad_norm = real("max_grad_norm", max_grad_norm, 0)
         self.guard = Guard(real("max_spike", max_spike, 0), whole("max_skips", max_skips, 1))
         self.ema_decay = _share("ema_decay", ema_decay)
@@ -558,7 +574,8 @@ class Trainer:
         self.optimizers: dict[str, Any] = {}
         for name, module in self.modules().items():
             module.to(self.device)
-            optimizer = adamw(module, self.lr, self.betas, self.weight_decay)
+            settings = self.lr, self.betas, self.weight_decay
+            optimizer = make_optimizer(self.optimizer, module, *settings)
             self.wrapped[name], self.optimizers[name] = self.parallel.prepare(module, optimizer)
         first = next(iter(self.modules().values()))
         names = [name for name, _ in first.named_parameters(remove_duplicate=False)]
@@ -576,12 +593,14 @@ class Trainer:
     def _lr_factor(self) -> float:
         if self.step < self.warmup_steps:
             return (self.step + 1) / self.warmup_steps
-        if self.lr_schedule == "constant":
-            return 1.0
         done = (self.step - self.warmup_steps) / max(1, self.num_train_steps - self.warmup_steps)
         if self.max_minutes:
             done = max(done, min(1.0, self._minutes / self.max_minutes))
-        return 0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2
+        if self.lr_schedule == "cosine":
+            return 0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2
+        falling = {"constant": 0.0, "linear": 1.0, "cooldown": self.cooldown_share}
+        share = falling[self.lr_schedule]
+        return min(1.0, (1 - done) / share) if share else 1.0
 
     def _out_of_time(self) -> bool:
         if self.max_minutes is None:

@@ -1,15 +1,17 @@
-"""AdamW of a module: what weight decay leaves alone, and states stored by parameter name."""
+"""Optimizers of a module: what weight decay leaves alone, and states stored by parameter name."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..checkpoint import plain_names, plain_state, unwrapped
+from ..layers import Block
 from ..weights import is_finite
 
+OptimizerName = Literal["adamw", "adafactor", "muon"]
 TABLES = ("row", "column", "null_kv")  # learned positions and null keys
 
 
@@ -48,33 +50,188 @@ def decayed(module: nn.Module) -> set[str]:
     }
 
 
-def adamw(
-    module: nn.Module, lr: float, betas: tuple[float, float], weight_decay: float
-) -> torch.optim.AdamW:
-    """The optimizer of a module's trained parameters."""
-    with_decay, parameters = decayed(module), trained(module)
-    groups = [
-        {"params": [p for n, p in parameters.items() if n in with_decay]},
-        {"params": [p for n, p in parameters.items() if n not in with_decay], "weight_decay": 0.0},
+def block_matrices(module: nn.Module) -> set[str]:
+    """Names of the matrices of a transformer's blocks, which Muon trains."""
+    blocks = (block for block in module.modules() if isinstance(block, Block))
+    inside = {id(p) for block in blocks for p in block.parameters()}
+    parameters = trained(module)
+    return {n for n in decayed(module) if parameters[n].ndim == 2 and id(parameters[n]) in inside}
+
+
+class Adafactor(torch.optim.Optimizer):
+    """Adafactor (Shazeer and Stern 2018) with a first moment, as the paper has it (table 4).
+
+    The squares of a matrix's gradient are remembered by their means over rows and over columns.
+    torch's own has no first moment, and a rate relative to the size of each weight, with which
+    weights that start at zero would stay there; here ``lr`` is absolute, as AdamW's is. The second
+    moment's decay rises as 1 - t^-0.8 to ``betas[1]`` (as in Zhai et al. 2022, 3.6).
+
+    Args:
+        params: parameters or groups.
+        lr: learning rate.
+        betas: decay of the first moment, and the highest of the second.
+        weight_decay: decoupled, as AdamW's.
+    """
+
+    def __init__(
+        self, params: Any, lr: float, betas: tuple[float, float], weight_decay: float = 0.0
+    ):
+        super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._move(parameter, group)
+
+    def _move(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        gradient, state = parameter.grad, self.state[parameter]
+        assert gradient is not None
+        if not state:
+            state["step"] = torch.zeros(())
+            state["exp_avg"] = torch.zeros_like(parameter)
+            for name, shape in factors(parameter).items():
+                state[name] = parameter.new_zeros(shape)
+        state["step"] += 1
+        (first, most), lr = group["betas"], group["lr"]
+        second = min(most, 1 - float(state["step"]) ** -0.8)
+        squares = gradient.square() + 1e-30
+        if parameter.ndim > 1:
+            squares = squares.flatten(1)
+            row, column = state["row"], state["column"]
+            row.lerp_(squares.mean(1), 1 - second)
+            column.lerp_(squares.mean(0), 1 - second)
+            scale = (row / row.mean()).rsqrt()[:, None] * column.rsqrt()
+            update = gradient * scale.view_as(gradient)
+        else:
+            update = gradient * state["exp_avg_sq"].lerp_(squares, 1 - second).rsqrt()
+        update /= update.square().mean().sqrt().clamp(min=1)  # a leap is cut, as in the paper of it
+        state["exp_avg"].lerp_(update, 1 - first)
+        parameter.mul_(1 - lr * group["weight_decay"]).sub_(state["exp_avg"], alpha=lr)
+
+
+def factors(parameter: Tensor) -> dict[str, tuple[int, ...]]:
+    """Shapes of what Adafactor remembers of a gradient's squares."""
+    if parameter.ndim < 2:
+        return {"exp_avg_sq": tuple(parameter.shape)}
+    return {"row": (len(parameter),), "column": tuple(parameter[0].flatten().shape)}
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """torch's Muon for the matrices of blocks, its AdamW for all others, as one optimizer.
+
+    Muon's steps have the size of AdamW's (`adjust_lr_fn`), so that one learning rate and one weight
+    decay serve both.
+
+    Args:
+        matrices: what Muon trains.
+        groups: parameter groups of AdamW.
+        lr: learning rate.
+        betas: of AdamW.
+        weight_decay: of all but the groups that say otherwise.
+    """
+
+    def __init__(
+        self,
+        matrices: list[Tensor],
+        groups: list[dict[str, Any]],
+        lr: float,
+        betas: tuple[float, float],
+        weight_decay: float,
+    ):
+        muon: Any = torch.optim.Muon  # type: ignore[attr-defined]
+        self._parts = [
+            muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(groups, lr=lr, betas=betas, weight_decay=weight_decay, fused=True),
+        ]
+        super().__init__([group for part in self._parts for group in part.param_groups], {})
+        self._share()
+
+    def _share(self) -> None:
+        """Both have their groups and their state in this one's."""
+        self._parts[0].param_groups = self.param_groups[:1]
+        self._parts[1].param_groups = self.param_groups[1:]
+        for part in self._parts:
+            part.state = self.state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._share()
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step of both."""
+        for part in self._parts:
+            part.step()
+
+
+def check_optimizer(name: OptimizerName) -> None:
+    """Refuse an optimizer that this installation lacks.
+
+    Raises:
+        ValueError: says what to install.
+    """
+    if name == "muon" and not hasattr(torch.optim, "Muon"):
+        raise ValueError(
+            f"optimizer 'muon' needs torch 2.9, this is {torch.__version__}: "
+            "pip install 'torch>=2.9', or use 'adamw'"
+        )
+
+
+def make_optimizer(
+    name: OptimizerName,
+    module: nn.Module,
+    lr: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+) -> torch.optim.Optimizer:
+    """The optimizer of a module's trained parameters; arguments as in `Trainer`.
+
+    Raises:
+        ValueError: "muon" for a module without transformer blocks, or without torch 2.9.
+    """
+    check_optimizer(name)
+    parameters, with_decay = trained(module), decayed(module)
+    matrices = block_matrices(module) if name == "muon" else set()
+    if name == "muon" and not matrices:
+        raise ValueError(
+            f"optimizer 'muon' is for the matrices of transformer blocks, and this "
+            f"{type(unwrapped(module)).__name__} trains none: use 'adamw'"
+        )
+    left = {n: p for n, p in parameters.items() if n not in matrices}
+    groups: list[dict[str, Any]] = [
+        {"params": [p for n, p in left.items() if n in with_decay]},
+        {"params": [p for n, p in left.items() if n not in with_decay], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=lr,
-        betas=betas,
-        weight_decay=weight_decay,
-        fused=True,
-    )
+    groups = [group for group in groups if group["params"]]
+    settings: dict[str, Any] = dict(lr=lr, betas=betas, weight_decay=weight_decay)
+    if name == "muon":
+        return MuonAdamW([parameters[n] for n in parameters if n in matrices], groups, **settings)
+    if name == "adafactor":
+        return Adafactor(groups, **settings)
+    return torch.optim.AdamW(groups, **settings, fused=True)
 
 
-def _order(module: nn.Module) -> list[str]:
+def _names(module: nn.Module, optimizer: Any) -> list[str]:
     """Parameter names in the order in which the optimizer numbers them."""
-    with_decay = decayed(module)
-    return sorted(trained(module), key=lambda name: name not in with_decay)
+    names = {id(parameter): name for name, parameter in trained(module).items()}
+    return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+
+
+def _layout(optimizer: Any, parameter: Tensor, of_muon: bool) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of what the optimizer remembers of a parameter."""
+    shape = tuple(parameter.shape)
+    if of_muon:
+        return {"momentum_buffer": shape}
+    if isinstance(optimizer, Adafactor):
+        return {"step": (), "exp_avg": shape, **factors(parameter)}
+    return {"step": (), "exp_avg": shape, "exp_avg_sq": shape}
 
 
 def named_state(module: nn.Module, optimizer: Any) -> dict[str, Any]:
     """What the optimizer remembers of each parameter, by the parameter's name."""
-    names = _order(module)
+    names = _names(module, optimizer)
     return {names[i]: state for i, state in optimizer.state_dict()["state"].items()}
 
 
@@ -85,18 +242,26 @@ def load_named_state(module: nn.Module, optimizer: Any, saved: dict[str, Any]) -
     first.
 
     Raises:
-        ValueError: a state of another parameter, or without finite numbers.
+        ValueError: a state of another optimizer or parameter, or without finite numbers.
     """
+    parameters = trained(module)
     if saved.keys() == {"state", "param_groups"}:
-        parameters = trained(module)
         old = sorted(parameters, key=lambda name: parameters[name].ndim <= 1)
         saved = {old[int(i)]: state for i, state in saved["state"].items()}
-    order, parameters = _order(module), trained(module)
+    inner = getattr(optimizer, "optimizer", optimizer)  # within accelerate's
+    matrices = block_matrices(module) if isinstance(inner, MuonAdamW) else set()
     for name, own in saved.items():
-        shape = parameters[name].shape
-        for key, wanted in {"step": (), "exp_avg": shape, "exp_avg_sq": shape}.items():
+        layout = _layout(inner, parameters[name], name in matrices)
+        if own.keys() != layout.keys():
+            raise ValueError(
+                f"it was trained with another optimizer, which remembers {', '.join(sorted(own))} "
+                f"of {name}, while {type(inner).__name__} remembers {', '.join(sorted(layout))}: "
+                "resume with the optimizer that the run was begun with"
+            )
+        for key, wanted in layout.items():
             if own[key].shape != wanted or not is_finite(own[key]):
                 raise ValueError(f"the optimizer's {key} of {name} is of another parameter")
-    state = {i: saved[name] for i, name in enumerate(order) if name in saved}
+    names = _names(module, optimizer)
+    state = {i: saved[name] for i, name in enumerate(names) if name in saved}
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})

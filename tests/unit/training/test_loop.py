@@ -31,7 +31,7 @@ from tests.runs import (
 )
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+@pytest.mark.parametrize("schedule", ["cosine", "constant", "linear", "cooldown"])
 def test_learning_rate(images: Path, tmp_path: Path, schedule: str):
     trainer = vae_trainer(
         images, tmp_path / "r", num_train_steps=110, warmup_steps=10, lr_schedule=schedule
@@ -43,6 +43,13 @@ def test_learning_rate(images: Path, tmp_path: Path, schedule: str):
     assert factors[10] == 1
     if schedule == "constant":
         assert set(factors[10:]) == {1.0}
+    elif schedule == "linear":
+        assert factors[10:] == pytest.approx([1 - i / 100 for i in range(101)])
+    elif schedule == "cooldown":  # over the last fifth
+        assert set(factors[10:90]) == {1.0}
+        assert factors[90:] == pytest.approx([1 - i / 20 for i in range(21)])
+        trainer.step, trainer.max_minutes, trainer._minutes = 30, 10.0, 9.0
+        assert trainer._lr_factor() == pytest.approx(0.5)  # by the clock, which is ahead
     else:
         assert factors[60] == pytest.approx(0.505)
         assert factors[35] == pytest.approx(0.01 + 0.99 * (1 + math.cos(math.pi / 4)) / 2)

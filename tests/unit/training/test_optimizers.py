@@ -1,21 +1,38 @@
-"""Optimizers: what decays, state by name."""
+"""Optimizers: what decays, what each does, state by name."""
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+from pathlib import Path
+from typing import Any, get_args
 
+import pytest
+import torch
+from torch import Tensor, nn
+
+from muse_maskgit_pytorch import testing
+from muse_maskgit_pytorch.checkpoint import CheckpointError
 from muse_maskgit_pytorch.training.optimizers import (
-    adamw,
+    Adafactor,
+    OptimizerName,
+    block_matrices,
     decayed,
     load_named_state,
+    make_optimizer,
     named_state,
     trained,
 )
 from tests.runs import (
     assert_same,
+    interrupt,
+    last_state,
     make_maskgit,
+    maskgit_trainer,
+    vae_trainer,
 )
+
+NAMES = get_args(OptimizerName)
+OTHERS = [name for name in NAMES if name != "adamw"]
+SETTINGS: Any = (1e-2, (0.9, 0.96), 0.1)
 
 
 def test_what_weight_decay_leaves_alone(t5: str):
@@ -51,8 +68,130 @@ def test_optimizer_state_of_older_checkpoints_is_mapped(t5: str):
     }
     old = {"state": dict(enumerate(state.values())), "param_groups": []}
     for saved in (old, state):
-        optimizer = adamw(model, 1e-3, (0.9, 0.99), 0.1)
+        optimizer = make_optimizer("adamw", model, *SETTINGS)
         load_named_state(model, optimizer, saved)
         assert_same(
             dict(sorted(named_state(model, optimizer).items())), dict(sorted(state.items()))
         )
+
+
+def stepped(name: OptimizerName, steps: int = 3) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A tiny transformer after some steps of an optimizer on one batch."""
+    torch.manual_seed(0)
+    model = testing.maskgit()
+    model.vae.requires_grad_(False)
+    optimizer = make_optimizer(name, model, *SETTINGS)
+    for step in range(steps):
+        torch.manual_seed(step)
+        model(testing.ids(4), text_embeds=testing.text(4)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer
+
+
+def test_muon_has_the_matrices_of_blocks_and_adamw_the_rest():
+    """Each moves its own exactly as torch's own optimizer does alone."""
+    model, optimizer = stepped("muon", steps=0)
+    names, before = block_matrices(model), trained(model)
+    assert names
+    assert all(".blocks." in f".{n}" and before[n].ndim == 2 for n in names)
+    assert not any(word in n for n in names for word in ("embed", "to_logits", "text_proj", "null"))
+    model(testing.ids(4), text_embeds=testing.text(4)).backward()
+    copies = {n: nn.Parameter(p.detach().clone()) for n, p in before.items()}
+    for name, copy in copies.items():
+        copy.grad = before[name].grad
+    lr, betas, decay = SETTINGS
+    muon = torch.optim.Muon(
+        [copies[n] for n in names], lr=lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw"
+    )
+    rest = {n: p for n, p in copies.items() if n not in names}
+    adamw = torch.optim.AdamW(
+        [
+            {"params": [p for n, p in rest.items() if n in decayed(model)]},
+            {"params": [p for n, p in rest.items() if n not in decayed(model)], "weight_decay": 0},
+        ],
+        lr=lr,
+        betas=betas,
+        weight_decay=decay,
+        fused=True,
+    )
+    for each in (optimizer, muon, adamw):
+        each.step()
+    assert_same(
+        {n: p.detach() for n, p in before.items()}, {n: p.detach() for n, p in copies.items()}
+    )
+
+
+def adafactor_by_hand(weight: Tensor, gradients: list[Tensor], lr: float) -> Tensor:
+    """The algorithm in the paper of Adafactor, with its outer product written out."""
+    row, column, moment = torch.zeros(3, 1), torch.zeros(1, 4), torch.zeros(3, 4)
+    for step, gradient in enumerate(gradients, 1):
+        second = min(0.96, 1 - step**-0.8)
+        squares = gradient**2 + 1e-30
+        row = second * row + (1 - second) * squares.sum(1, keepdim=True)
+        column = second * column + (1 - second) * squares.sum(0, keepdim=True)
+        update = gradient / (row @ column / row.sum()).sqrt()
+        update = update / max(1.0, float(update.square().mean().sqrt()))
+        moment = 0.9 * moment + 0.1 * update
+        weight = weight - lr * 0.1 * weight - lr * moment
+    return weight
+
+
+def test_adafactor_follows_its_algorithm():
+    generator = torch.Generator().manual_seed(0)
+    weight = nn.Parameter(torch.randn(3, 4, generator=generator))
+    gradients = [torch.randn(3, 4, generator=generator) * 10**i for i in range(-2, 3)]
+    expected = adafactor_by_hand(weight.detach().clone(), gradients, 0.05)
+    optimizer = Adafactor([weight], 0.05, (0.9, 0.96), 0.1)
+    for gradient in gradients:
+        weight.grad = gradient
+        optimizer.step()
+    assert torch.allclose(weight, expected, atol=1e-6)
+
+
+def test_adafactor_remembers_half_as_much():
+    remembered = {}
+    for name in ("adamw", "adafactor"):
+        model, optimizer = stepped(name)  # type: ignore[arg-type]
+        states = named_state(model, optimizer)
+        remembered[name] = sum(v.numel() for n in decayed(model) for v in states[n].values())
+    assert remembered["adafactor"] < 0.62 * remembered["adamw"]  # of tiny matrices
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_stopped_run_goes_on_bit_for_bit(images: Path, tmp_path: Path, t5: str, name: str):
+    settings = dict(num_train_steps=4, optimizer=name)
+    maskgit_trainer(images, tmp_path / "whole", make_maskgit(t5), **settings).train()
+    stopped = maskgit_trainer(images, tmp_path / "parts", make_maskgit(t5), **settings)
+    interrupt(stopped, step=2)
+    again = make_maskgit(t5, seed=1)
+    maskgit_trainer(images, tmp_path / "parts", again, resume=True, **settings).train()
+    assert_same(last_state(tmp_path / "parts"), last_state(tmp_path / "whole"))
+    other = "adamw" if name == "muon" else "muon"
+    with pytest.raises(CheckpointError, match="another optimizer"):
+        maskgit_trainer(
+            images, tmp_path / "parts", again, resume=True, num_train_steps=5, optimizer=other
+        ).train()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_states_of_other_shapes_or_without_numbers_are_refused(name: OptimizerName):
+    model, optimizer = stepped(name)
+    good = named_state(model, optimizer)
+    for parameter, state in list(good.items())[:3]:
+        for key, value in state.items():
+            for bad in (value.new_zeros(value.numel() + 1), torch.full_like(value, torch.nan)):
+                changed = good | {parameter: state | {key: bad}}
+                with pytest.raises(ValueError, match=f"{key} of {parameter}"):
+                    load_named_state(model, optimizer, changed)
+    load_named_state(model, optimizer, good)
+
+
+def test_muon_is_refused_where_it_has_nothing_to_do(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    with pytest.raises(ValueError, match=r"muon.*VQGanVAE trains none: use 'adamw'"):
+        vae_trainer(images, tmp_path / "r", optimizer="muon").train()
+    monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(ValueError, match=r"muon.*pip install 'torch>=2.9'"):
+        vae_trainer(images, tmp_path / "r", optimizer="muon")

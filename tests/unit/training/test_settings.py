@@ -36,6 +36,8 @@ from tests.runs import (
         ("max_minutes", 0.0),
         ("num_workers", -1),
         ("lr_schedule", "cosin"),
+        ("cooldown_share", 1.5),
+        ("optimizer", "adam"),
         ("recon_loss", "huber"),
         ("recon_weight", -1.0),
         ("perceptual_weight", -1.0),
