@@ -15,9 +15,8 @@ from functools import cached_property
 from itertools import takewhile, zip_longest
 from typing import TYPE_CHECKING, Any, Optional, get_type_hints
 
-import docstring_parser
-
 from ..strings import as_path
+from .help import parameter_docs, text
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -40,7 +39,7 @@ class Parser:
     """A parser with ``--config`` that names the nearest key where one is mistyped.
 
     It collects the options; jsonargparse, whose import alone takes longer than to find a mistyped
-    one, is made of them when they are to be shown or read.
+    one or to print the help, is made of them when they are to be read.
 
     Args:
         prog: words of the command.
@@ -74,8 +73,7 @@ class Parser:
 
         Their default is None, which `stated` drops.
         """
-        hints = get_type_hints(cls.__init__)
-        docs = {p.arg_name: p.description for p in docstring_parser.parse(cls.__doc__ or "").params}
+        hints, docs = get_type_hints(cls.__init__), parameter_docs(cls)
         for key in inspect.signature(cls).parameters:
             if key not in skip and (only is None or key in only):
                 # Optional and not `| None`: a hint may be a string or a special form
@@ -128,7 +126,8 @@ class Parser:
             if flag.removesuffix("+") not in flags:
                 refuse(f"unknown option --{flag}", "--", flag, flags)
         if {"-h", "--help"} & set(takewhile(lambda word: word != "--", argv)):
-            self._parser.parse_args(["--help"])
+            print(text(**self._about, options=self._options), end="")
+            raise SystemExit(0)
 
     def said(self, argv: list[str], key: str) -> str | None:
         """What a command line or its YAML files say for one key, before the rest is parsed."""
