@@ -24,6 +24,7 @@ from .devices import exact
 from .quantizer import Quantizer, QuantizerName
 from .strips import in_strips, norm_silu_conv
 from .structures import QuantizerOutput
+from .winograd import Conv3x3
 
 DEFAULT_CODEBOOK_SIZE = 8192  # paper, table 5
 CPU_PIXELS, PIXELS = 2**18, 2**22  # of pictures that are decoded together
@@ -40,12 +41,16 @@ class ResBlock(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         self.norm1, self.norm2 = _norm(channels), _norm(channels)
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv1, self.conv2 = Conv3x3(channels, channels), Conv3x3(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         h = norm_silu_conv(self.norm1, self.conv1, x)
         return norm_silu_conv(self.norm2, self.conv2, h, skip=x, spare=True)
+
+
+# Of each side of a 3x3 kernel, turned round: which weights meet in each place of a 4x4 one.
+_SIDE = torch.tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], device="cpu")
+SUMS = torch.kron(_SIDE, _SIDE).T  # (9, 16)
 
 
 class Upsample(nn.Module):
@@ -60,8 +65,10 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels_in, channels_out, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        spread = F.pad(self.conv.weight.flip(2, 3).transpose(0, 1), (1, 1, 1, 1))
-        weight = F.avg_pool2d(spread, 2, stride=1, divisor_override=1)  # sums of 2x2: a 4x4 kernel
+        plain = self.conv.weight
+        with torch.autocast(plain.device.type, enabled=False):  # sums before rounding
+            sums = plain.flatten(2) @ SUMS.to(plain)
+        weight = sums.unflatten(2, (4, 4)).transpose(0, 1)
 
         def enlarge(rows: Tensor) -> Tensor:
             return F.conv_transpose2d(rows, weight, self.conv.bias, stride=2, padding=1)
