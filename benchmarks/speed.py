@@ -4,6 +4,7 @@
     python benchmarks/speed.py --case train decode --pairs 5
     python benchmarks/speed.py --case generate --against ../before/src   # an older checkout
     python benchmarks/speed.py --sweep tokens                 # how cost grows
+    python benchmarks/speed.py --case generate train --profile
     python benchmarks/speed.py --device cuda --case gpu-100m  # bfloat16, CUDA events
     python benchmarks/speed.py --list                         # what else there is
 
@@ -53,15 +54,16 @@ class Case:
     """What is measured.
 
     Attributes:
-        kind: "generate", "train", "encode", "decode", "shipped" (the model that comes with the
-            package), "cold" (`muse generate` as a process) or "help" (`muse generate --help`).
+        kind: "generate", "train", "encode", "decode", "tokenizer" (a training step of it),
+            "shipped" (the model that comes with the package), "cold" (`muse generate` as a process)
+            or "help" (`muse generate --help`).
         tokens: N of the image; a perfect square.
         cond_tokens: M of the low-resolution image; 0: no super-resolution.
         codes: V.
         steps: with one, a canvas is given that is filled as it is in the mean step.
         text_len, text_dim: L and E.
         top_k: draw from the best tenth of the codes, as the release always does.
-        size: side of the picture in pixels ("encode" and "decode").
+        size: side of the picture in pixels ("encode", "decode" and "tokenizer").
         multi_axis: of ours, where it has it; the others attend in full.
     """
 
@@ -122,6 +124,8 @@ CASES = {
     "train": Case("train", batch=4),
     "encode": Case("encode", dim=64),
     "decode": Case("decode", dim=64),
+    # one of the 32 images of a step of the user's first example
+    "first-example": Case("tokenizer", dim=256, codes=512, size=128),
     "shipped": Case("shipped"),
     "shipped-8": Case("shipped", batch=8),
     "cold": Case("cold"),
@@ -143,7 +147,7 @@ SWEEPS: dict[str, tuple[str, list[int]]] = {
 }
 COMMON = ("float32", "bfloat16")  # precisions that every contender knows
 OURS = ("int8", "auto", "reference")
-QUICK = dict(tokens=16, codes=64, dim=32, depth=3, heads=2, text_len=4, text_dim=24, size=32)
+QUICK = dict(tokens=16, codes=64, dim=32, depth=3, heads=2, text_len=4, text_dim=24, size=64)
 
 
 def quick(case: Case) -> Case:
@@ -232,14 +236,15 @@ class Worker:
         said = self.process.communicate()[1] or ""
         return {"left_out": f"it has ended: {(said.strip().splitlines() or ['?'])[-1]}"}
 
-    def work(self) -> None:
+    def work(self, asked: str = "") -> dict[str, Any]:
+        """Take a turn, or do what else is asked."""
         assert self.process.stdin is not None
-        self.process.stdin.write("\n")
+        self.process.stdin.write(f"{asked}\n")
         self.process.stdin.flush()
         answer = self.listen()
         if "left_out" in answer:
             raise SystemExit(f"{self.contender.name}: {answer['left_out']}")
-        self.turns.append(answer)
+        return answer
 
     def end(self) -> None:
         self.process.communicate()
@@ -250,7 +255,8 @@ def measure(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     ceiling_case = replace(
         case, size=4096 if args.device == "cuda" else 256 if args.quick else 1024
     )
-    ceiling = Worker(Contender("products", "products"), ceiling_case, args)
+    asked = " ".join(args.precision)
+    ceiling = Worker(Contender("products", "products", precision=asked), ceiling_case, args)
     workers = []
     own = case.kind in ("shipped", "cold", "help")
     for contender in contenders(args):
@@ -264,7 +270,10 @@ def measure(case: Case, args: argparse.Namespace) -> dict[str, Any]:
             workers.append(worker)
     for _ in range(args.pairs):
         for worker in [ceiling, *workers]:
-            worker.work()
+            worker.turns.append(worker.work())
+    for worker in workers:
+        if args.profile and case.kind not in ("cold", "help"):
+            worker.facts |= worker.work("profile")
     for worker in [ceiling, *workers]:
         worker.end()
     rates = {
@@ -343,6 +352,17 @@ def table(found: dict[str, Any]) -> str:
     return markdown(["", "precision", *columns], rows)
 
 
+def profile(found: dict[str, Any]) -> str:
+    """Which part of the time goes where, one contender a row."""
+    profiled = [row for row in found["rows"] if "parts" in row]
+    rows = []
+    for row in profiled:
+        total = sum(row["parts"].values())
+        shares = [f"{seconds / total:.1%}" for seconds in row["parts"].values()]
+        rows.append([row["contender"], row["precision"], f"{total:.4g}", *shares])
+    return markdown(["", "precision", "seconds", *profiled[0]["parts"]], rows) if rows else ""
+
+
 def summary(cases: dict[str, dict[str, Any]]) -> str:
     """A case a line: the first contender's seconds and share of the ceiling, factors to others."""
     firsts = {name: found["rows"][0] for name, found in cases.items()}
@@ -414,6 +434,7 @@ def main() -> None:
     parser.add_argument("--skip", nargs="+", default=[], help="contenders to do without")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--profile", action="store_true", help="also which part takes how long")
     parser.add_argument("--verbose", action="store_true", help="show what the contenders print")
     parser.add_argument("--out", type=Path, help="JSON of every figure")
     args = parser.parse_args()
@@ -424,6 +445,8 @@ def main() -> None:
         for name, (field, values) in SWEEPS.items():
             print(f"--sweep {name:12}{field} {values}")
         return
+    if args.profile and args.device != "cpu":
+        parser.error("--profile tells the parts of a CPU's time: leave --device cuda out")
     if args.show:
         reports = [json.loads(path.read_text()) for path in args.show]
         return print(summary({n: c for report in reports for n, c in report["cases"].items()}))
@@ -439,6 +462,7 @@ def main() -> None:
         found = report["cases"][name] = measure(case, args)
         rates = ", ".join(f"{p} {rate:.0f}" for p, rate in found["gemm_gflops"].items())
         print(f"\n**{name}** ({case}); GEMM, GFLOP/s: {rates}\n\n{table(found)}", flush=True)
+        print(f"\n{profile(found)}", flush=True)
     for name in args.sweep:
         points = {value: measure(case, args) for value, case in series(name, args.quick).items()}
         report["sweeps"][name] = points

@@ -3,8 +3,9 @@
 `speed.py` starts this file with the Python and the ``PYTHONPATH`` of the package to be measured,
 so nothing of any of them is imported before it is asked for. The argument is the JSON of a
 `speed.Case` with the contender's ``package``, ``variant``, ``precision`` and ``device``. The first
-line answered describes the model; every line read is a turn, answered with its time. A contender
-that cannot take part answers with the reason. What else is printed goes to stderr.
+line answered describes the model; every line read is a turn, answered with its time, or by parts
+if it says "profile". A contender that cannot take part answers with the reason. What else is
+printed goes to stderr.
 
 Every weight is drawn from a generator seeded by its name: two versions of a package that name
 their weights alike have the same ones.
@@ -13,6 +14,7 @@ their weights alike have the same ones.
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 import math
 import os
@@ -32,7 +34,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
+from torch.profiler import record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
@@ -103,6 +107,8 @@ def ours(spec: Spec) -> tuple[Run, nn.Module]:
     generator = torch.Generator().manual_seed(0)
     if spec.kind == "shipped":
         return our_shipped(muse, spec)
+    if spec.kind == "tokenizer":
+        return our_tokenizer_training(muse, spec)
     if spec.kind in ("encode", "decode"):
         vae: Any = muse.VQGanVAE(dim=spec.dim, codebook_size=spec.codes, quantizer="lfq")
         fill(vae).eval()
@@ -153,6 +159,28 @@ def our_shipped(muse: Any, spec: Spec) -> tuple[Run, nn.Module]:
     return lambda: discard(model(prompts, seeds=seeds)), model
 
 
+def our_tokenizer_training(muse: Any, spec: Spec) -> tuple[Run, nn.Module]:
+    """A step of the user's first example: one of its micro batches, with the discriminator."""
+    images = some_images(spec)
+    vae = fill(muse.VQGanVAE(dim=spec.dim, vq_codebook_size=spec.codes))
+    with TemporaryDirectory() as folder:
+        save_images(images, folder)
+        trainer: Any = muse.VQGanVAETrainer(
+            vae,
+            folder=folder,
+            image_size=spec.size,
+            batch_size=spec.batch,
+            grad_accum_every=1,
+            num_train_steps=50_000,
+            results_folder=f"{folder}/results",
+            perceptual_model="efficientnet-lite0",  # the default's weights need a network
+            gan_start=0,
+        )
+    trainer._prepare()
+    batches = itertools.repeat({"image": images})
+    return lambda: discard(trainer.train_step(batches)), vae
+
+
 # The release ---------------------------------------------------------------------------------
 
 
@@ -173,6 +201,8 @@ def release(spec: Spec) -> tuple[Run, nn.Module]:
     if spec.variant == "best":
         import_module(f"{PACKAGE}.attend").Attend.flash_attn = fused_attention
     generator = torch.Generator().manual_seed(0)
+    if spec.kind == "tokenizer":
+        return release_tokenizer_training(old, spec)
     if spec.kind in ("encode", "decode"):
         vae = old.VQGanVAE(dim=spec.dim, codebook_size=spec.codes, use_vgg_and_gan=False)
         fill(vae).eval().to(spec.device)
@@ -226,6 +256,31 @@ def release(spec: Spec) -> tuple[Run, nn.Module]:
     return without_gradient(run, spec), transformer
 
 
+def release_tokenizer_training(old: Any, spec: Spec) -> tuple[Run, nn.Module]:
+    """As `our_tokenizer_training`; its perceptual network is a VGG16 at random weights."""
+    if spec.variant == "best":
+        raise LeftOut("its tokenizer has no attention")
+    vae = fill(old.VQGanVAE(dim=spec.dim, vq_codebook_size=spec.codes))
+    with TemporaryDirectory() as folder:
+        save_images(some_images(spec), folder)
+        trainer = old.VQGanVAETrainer(
+            vae,
+            folder=folder,
+            image_size=spec.size,
+            batch_size=spec.batch,
+            grad_accum_every=1,
+            num_train_steps=50_000,
+            valid_frac=0,
+            results_folder=f"{folder}/results",
+            save_results_every=10**9,
+            save_model_every=10**9,
+        )
+        images = next(trainer.dl_iter)
+    trainer.dl_iter = itertools.repeat(images)
+    trainer.steps += 1  # at 0 it saves pictures
+    return lambda: discard(trainer.train_step()), vae.enc_dec
+
+
 def fused_attention(self: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Any:
     return F.scaled_dot_product_attention(q, k, v.to(q.dtype), attn_mask=mask, scale=self.scale)
 
@@ -239,6 +294,8 @@ def amused(spec: Spec) -> tuple[Run, nn.Module]:
     Two of the ``depth`` blocks are its convolutional ones, so that a token meets about as many
     weights as in the others.
     """
+    if spec.kind == "tokenizer":
+        raise LeftOut("diffusers does not train VQModel")
     if not find_spec("diffusers"):
         raise LeftOut("pip install diffusers")
     diffusers: Any = import_module("diffusers")
@@ -357,6 +414,17 @@ def embeddings(spec: Spec, generator: torch.Generator) -> Tensor:
     return text.to(spec.device)
 
 
+def some_images(spec: Spec) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(spec.batch, 3, spec.size, spec.size, generator=generator)
+
+
+def save_images(images: Tensor, folder: str) -> None:
+    for i, image in enumerate(images):
+        pixels = (image.permute(1, 2, 0) * 255).byte().numpy()
+        Image.fromarray(pixels).save(f"{folder}/{i}.png")
+
+
 def discard(_: Any) -> None:
     """For work whose result is no ids."""
 
@@ -398,7 +466,9 @@ def training(model: nn.Module, loss: Callable[[], Tensor], spec: Spec) -> Run:
 
 
 def products(spec: Spec) -> dict[str, float]:
-    """GFLOP/s of the fastest square matrix product, by precision: the ceiling of this machine.
+    """GFLOP/s of the fastest square matrix product in float32 and the precisions asked for.
+
+    It is the ceiling of this machine.
 
     Of the ways to compute one, the best counts; a build that lacks one goes without.
     """
@@ -430,7 +500,8 @@ def products(spec: Spec) -> dict[str, float]:
         "int8": [dynamic, whole],
     }
     found = {}
-    for precision, ways in makers.items():
+    asked = {"float32", *spec.precision.split()}
+    for precision, ways in ((name, makers[name]) for name in makers if name in asked):
         rates = []
         for make in ways:
             with suppress(RuntimeError, AttributeError):
@@ -514,6 +585,47 @@ def measured(run: Run, device: str) -> dict[str, Any]:
     return {"seconds": time.process_time() - begin, "result": result}
 
 
+PARTS = {
+    # a part of the work: what the names of its kernels hold; the first that fits counts
+    "attention": ("scaled_dot_product", "flash_attention"),
+    "products": ("mm", "linear", "conv", "mkldnn", "dot"),
+    "norms": ("layer_norm", "group_norm", "batch_norm"),
+    "optimizer": ("adam",),
+}
+
+
+def profiled(run: Run, network: type[nn.Module], sampling: bool) -> dict[str, float]:
+    """Seconds of one run by part, from PyTorch's profiler (of the clock: it knows no other).
+
+    Args:
+        run: the work.
+        network: class whose work, with products and norms wherever they are, is the network's.
+        sampling: whether what else there is counts as the "sampler".
+
+    What the profiler does not see at all is "Python".
+    """
+    plain = {n: vars(network)[n] for n in ("forward", "encode_context") if n in vars(network)}
+    for name, method in plain.items():
+        setattr(network, name, record_function("network")(method))
+    begin = time.perf_counter()
+    with torch.profiler.profile() as profile:
+        run()
+        total = time.perf_counter() - begin
+    for name, method in plain.items():
+        setattr(network, name, method)
+    found = dict.fromkeys([*PARTS, "other", "sampler"], 0.0)
+    for event in profile.events():
+        if event.name == "network":
+            continue
+        fitting = [p for p, words in PARTS.items() if any(w in event.name.lower() for w in words)]
+        above, inside = event, not sampling
+        while above is not None and not inside:
+            inside, above = above.name == "network", above.cpu_parent
+        part = fitting[0] if fitting else "other" if inside else "sampler"
+        found[part] += event.self_cpu_time_total / 1e6
+    return found | {"Python": max(0.0, total - sum(found.values()))}
+
+
 def peak_mb(device: str) -> float:
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 1e6
@@ -554,7 +666,10 @@ def main() -> None:
         parameters=sum(p.numel() for p in model.parameters()),
         flops=counted.flops or None,
     )
-    for _ in sys.stdin:
+    for asked in sys.stdin:
+        if asked.strip() == "profile":
+            answer(parts=profiled(run, type(model), spec.kind == "generate"))
+            continue
         found = measured(run, spec.device)
         ids = found.pop("result")
         drawn = None if ids is None else ids.flatten().tolist()
