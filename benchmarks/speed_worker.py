@@ -614,7 +614,7 @@ def profiled(run: Run, network: type[nn.Module], sampling: bool) -> dict[str, fl
     for name, method in plain.items():
         setattr(network, name, method)
     found = dict.fromkeys([*PARTS, "other", "sampler"], 0.0)
-    for event in profile.events():
+    for event in profile.events() or []:
         if event.name == "network":
             continue
         fitting = [p for p, words in PARTS.items() if any(w in event.name.lower() for w in words)]

@@ -57,7 +57,7 @@ def test_can_be_differentiated_twice():
     def penalty(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
         x = x.clone().requires_grad_()
         [slope] = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
-        return torch.autograd.grad(slope.square().sum(), layer.weight)[0]
+        return torch.autograd.grad(slope.square().sum(), next(layer.parameters()))[0]
 
     layer, plain, x = both((1, 64, 32, 32), 64)
     ours, wanted = penalty(layer, x), penalty(plain, x.double())
