@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .checkpoint import CheckpointError
     from .data.cache import TokenCache
+    from .data.encoding import write_cache
     from .data.folder import ImageFolder
     from .evaluation.tokenizer import evaluate_tokenizer
     from .features import FeatureNet
@@ -59,6 +60,7 @@ _HOMES = {
     "load_tokenizer": "foreign",
     "open_model": "loading",
     "save_png": "images",
+    "write_cache": "data.encoding",
 }
 __all__ = sorted(_HOMES)
 

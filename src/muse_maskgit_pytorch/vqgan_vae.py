@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .arguments import MAX_LAYERS, MAX_WIDTH, as_tensor, whole
 from .checkpoint import Saveable, weights_key
 from .devices import exact
+from .files import digest_state
 from .quantizer import Quantizer, QuantizerName
 from .strips import in_strips, norm_silu_conv
 from .structures import QuantizerOutput
@@ -170,6 +171,17 @@ class ImageTokenizer(Saveable):
         """The weights that decide which ids an image gets."""
         return self.state_dict()
 
+    def id_settings(self) -> str:
+        """What else decides them, beside the weights."""
+        return ""
+
+    def id_name(self) -> str:
+        """A short name of the ids, the same for tokenizers whose `same_ids` holds: the class and 16
+        hexadecimal digits.
+        """
+        kind = type(self).__name__
+        return f"{kind} {digest_state(self.id_state(), f'{kind} {self.id_settings()}')[:16]}"
+
     def same_ids(self, other: ImageTokenizer) -> bool:
         """Whether the ids of one are the ids of the other: equal weights decide them.
 
@@ -182,6 +194,7 @@ class ImageTokenizer(Saveable):
             ours, theirs = self.id_state(), other.id_state()
             same = (
                 type(self) is type(other)
+                and self.id_settings() == other.id_settings()
                 and ours.keys() == theirs.keys()
                 and all(ours[k].shape == theirs[k].shape for k in ours)
                 and all(torch.equal(ours[k], theirs[k].to(ours[k].device)) for k in ours)
@@ -349,9 +362,8 @@ class VQGanVAE(ImageTokenizer):
     def id_state(self) -> dict[str, Tensor]:
         return {k: v for k, v in self.state_dict().items() if not k.startswith("decoder.")}
 
-    def same_ids(self, other: ImageTokenizer) -> bool:
-        same = isinstance(other, VQGanVAE) and self.quantizer.settings == other.quantizer.settings
-        return same and super().same_ids(other)
+    def id_settings(self) -> str:
+        return repr(self.quantizer.settings)
 
     def encode(self, images: Float[Tensor, "B 3 H W"]) -> QuantizerOutput:
         """Pixels in [0, 1] -> quantized feature map and ids.

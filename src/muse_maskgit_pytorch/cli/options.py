@@ -346,6 +346,42 @@ def maskgit_parser(superres: bool) -> Parser:
     return parser
 
 
+def cache_parser() -> Parser:
+    parser = Parser(
+        "muse cache",
+        "Encode images and captions once, for the training of all stages that read them alike. It "
+        "goes on where it was interrupted, and may run on many processes (accelerate launch).",
+    )
+    parser.add_argument(
+        "--model",
+        type=str,
+        nargs="+",
+        required=True,
+        help="stages to be trained from it: recipes of muse train base and superres (.yaml), or "
+        "saved stages, named as for init_from",
+    )
+    parser.add_argument("--folder", type=str, required=True, help="images with captions")
+    parser.add_argument(
+        "--cond_folder", type=str | None, help="low-resolution images, as of muse train superres"
+    )
+    parser.add_argument("--out", type=str, required=True, help="folder to write")
+    parser.add_argument(
+        "--crops", type=int, default=0, help="random crops to keep of each image; 0: the centre"
+    )
+    view: Any = inspect.signature(declared("data.pixels.View")).parameters
+    parser.add_argument(
+        "--crop_scale",
+        type=tuple[float, float],
+        default=view["crop_scale"].default,
+        help="smallest and largest side of a random crop, as a share of the picture's shorter side",
+    )
+    parser.add_argument("--flip", type=bool, default=False, help="mirror half of the crops")
+    parser.add_argument("--seed", type=int, default=0, help="of the crops")
+    parser.add_argument("--batch_size", type=int, default=64, help="images encoded at a time")
+    parser.add_argument("--num_workers", type=int, default=0, help="processes that read images")
+    return parser
+
+
 # muse eval, tune, report ------------------------------------------------------------------------
 
 

@@ -1,94 +1,407 @@
-"""Token ids and text embeddings of a whole data set, computed once.
+"""Token ids and text embeddings of a whole data set, computed once and kept on disk.
 
 Tokenizers and text encoder are frozen, so a masked transformer can train from their outputs: the
-loss is the same, and a step costs the transformer alone.
+loss is the same, and a step costs the transformer alone. `encoding` writes a cache, here it is
+read: a folder of shards, and a ``manifest.json`` that says what they hold and of what they were
+made.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+import copy
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
 
+import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
+from torch.utils.data import Dataset
 
+from ..arguments import as_path, plain, printable, shown, whole
+from ..files import digest_text, replacing
 from ..maskgit import MaskGit
 from ..structures import Batch, TextEmbeds
-from .dataset import ImageDataset
+from ..vqgan_vae import ImageTokenizer
+from .order import Sample, draws
+from .pixels import View
+from .shards import CacheError, Shard, open_shard
+from .source import BROKEN
+
+FORMAT, VERSION = "muse token cache", 1
+MANIFEST = "manifest.json"
+SPLIT_SEED = 0  # of the places in a split that are stored
 
 
-class TokenCache(Dataset):
-    """What `MaskGit.losses` needs of each image, in memory.
+@dataclass(frozen=True)
+class IdSet:
+    """The ids that one tokenizer gives the images at one size.
 
-    Indexing with a list of rows (as a DataLoader does) gives a `Batch`; texts are padded to the
-    longest of that batch.
-
-    Args:
-        maskgit: whose tokenizers and text encoder to use.
-        dataset: images with captions, of the model's image size; for super-resolution with their
-            low-resolution images (``cond_size``), which are else made from the images' tensors.
-        batch_size: images encoded at a time.
-        say: is told once, early, how much memory and time it takes; None also hides the progress.
-
-    Memory: 4 bytes a token and 2 bytes a text feature; 64 tokens and 12 words of a
-    384-wide encoder are about 10 KB an image.
+    Attributes:
+        tokenizer: `ImageTokenizer.id_name`.
+        image_size: side of the square in pixels.
+        tokens: ids of an image.
+        codes: size of the codebook.
     """
 
-    def __init__(
-        self,
-        maskgit: MaskGit,
-        dataset: ImageDataset,
-        batch_size: int = 64,
-        say: Callable[[str], None] | None = print,
-    ):
-        ids: list[Tensor] = []
-        cond_ids: list[Tensor] = []
-        self.embeds: list[Tensor] = []
-        loader = DataLoader(dataset, batch_size=batch_size)
-        bar = tqdm(total=len(dataset), desc="encoding", unit="image", disable=say is None)
-        began = time.monotonic()
-        for number, batch in enumerate(loader):
-            images = batch["image"].to(maskgit.device)
-            ids.append(maskgit.vae.encode_to_ids(images).flatten(1).int().cpu())
-            cond = maskgit.encode_cond(batch.get("cond_image"), None, images)
-            if cond is not None:
-                cond_ids.append(cond.int().cpu())
-            texts = batch.get("text") or maskgit.no_texts(len(images))
-            text = maskgit.embed_texts(texts, long="cut")
-            rows = zip(text.embeds.half().cpu(), text.mask.cpu(), strict=True)
-            self.embeds += [embeds[mask] for embeds, mask in rows]
-            bar.update(len(images))
-            # the first batch also loads the text encoder: it tells nothing of the others' time
-            if say is not None and number == min(1, len(loader) - 1):
-                size = sum(t.nbytes for t in (*ids, *cond_ids, *self.embeds))
-                share = len(dataset) / len(self.embeds)
-                left = (time.monotonic() - began) * (len(loader) - 1 - number)
-                wait = f", and {left:.0f} s more to encode" if left >= 1 else ""
-                say(
-                    f"token cache: {len(dataset):,} images take about {size * share / 1e6:.2g} MB "
-                    f"of memory in each process{wait}"
+    tokenizer: str
+    image_size: int
+    tokens: int
+    codes: int
+
+    @classmethod
+    def of(cls, vae: ImageTokenizer, image_size: int) -> IdSet:
+        tokens = vae.fmap_size(image_size) ** 2
+        return cls(vae.id_name(), image_size, tokens, vae.codebook_size)
+
+    @classmethod
+    def all_of(cls, maskgit: MaskGit) -> list[IdSet]:
+        """What a model learns from: the ids of its images, then those of the low resolution."""
+        found = [cls.of(maskgit.vae, maskgit.image_size)]
+        if maskgit.cond_vae is not None and maskgit.cond_image_size is not None:
+            found.append(cls.of(maskgit.cond_vae, maskgit.cond_image_size))
+        return found
+
+    def __str__(self) -> str:
+        return f"{self.tokenizer} at {self.image_size} px"
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What reads the captions.
+
+    Attributes:
+        encoder: its name, or the names of classes in its place.
+        max_text_len: tokens of a caption that are read.
+        width: E of its states.
+    """
+
+    encoder: str | list[str]
+    max_text_len: int
+    width: int
+
+    @classmethod
+    def of(cls, maskgit: MaskGit) -> Texts:
+        model = maskgit.transformer
+        return cls(plain(model.text_encoder), model.max_text_len, model.text_embed_dim)
+
+    def __str__(self) -> str:
+        name = f"{len(self.encoder)} classes" if isinstance(self.encoder, list) else self.encoder
+        return f"{printable(name, 200)} ({self.max_text_len} tokens, {self.width} wide)"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What decides the content of a cache. Two caches with the same plan hold the same.
+
+    Attributes:
+        images: their number.
+        crops: random crops of each image; 0: the centre alone.
+        view: of the crops, as `View`.
+        ids: the tokenizers and sizes.
+        texts: the text encoder.
+        source: fingerprint of keys and captions (`ImageDataset.summary`).
+        cond_source: what the low-resolution images come from; None: the images scaled down.
+        rows: images of each shard but the last.
+    """
+
+    images: int
+    crops: int
+    view: dict[str, Any]
+    ids: list[IdSet]
+    texts: Texts
+    source: str
+    cond_source: str | None
+    rows: int
+
+    @property
+    def views(self) -> int:
+        """Crops that are stored of each image."""
+        return max(1, self.crops)
+
+    @property
+    def shards(self) -> int:
+        return -(-self.images // self.rows)
+
+    @property
+    def digest(self) -> str:
+        return digest_text(json.dumps(asdict(self), sort_keys=True))
+
+    @classmethod
+    def read(cls, tree: dict[str, Any]) -> Plan:
+        """From what a manifest says; a type or value that is none of ours is a `ValueError`."""
+        for name, low in {"images": 1, "crops": 0, "rows": 1}.items():
+            whole(name, tree[name], low)
+        ids = [IdSet(**entry) for entry in tree["ids"]]
+        for entry in ids:
+            for name in ("image_size", "tokens", "codes"):
+                whole(name, getattr(entry, name), 1)
+        texts = Texts(**tree["texts"])
+        whole("width", texts.width, 1)
+        cls.view_of(tree["view"])
+        read: dict[str, Any] = {**tree, "ids": ids, "texts": texts}
+        return cls(**read)
+
+    @staticmethod
+    def view_of(tree: dict[str, Any]) -> View:
+        low, high = tree["crop_scale"]
+        return View(**tree | {"crop_scale": (low, high)})
+
+    def differences(self, other: Plan) -> str:
+        """What is other than in another plan, with both values."""
+        return "; ".join(
+            f"{name} was {_in_words(was)} and is {_in_words(now)}"
+            for (name, was), now in zip(vars(other).items(), vars(self).values(), strict=True)
+            if was != now
+        )
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, list):
+        return " and ".join(map(str, value))
+    return str(value) if isinstance(value, Texts) else shown(value, 200)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The ``manifest.json`` of a cache.
+
+    Attributes:
+        plan: what decides its content.
+        summary: of the images that it was made of (`ImageDataset.summary`).
+        sides: shorter sides of some of them as they were stored, in pixels.
+        shards: of each its images, how many of these are broken, and its bytes; None: it is not
+            finished.
+    """
+
+    plan: Plan
+    summary: dict[str, Any]
+    sides: list[int]
+    shards: list[list[int]] | None = None
+
+    def write(self, folder: Path) -> None:
+        tree = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        with replacing(folder / MANIFEST) as temporary:
+            temporary.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Read the manifest of a folder.
+
+        Raises:
+            CacheError: there is none, or it is damaged or of a newer version.
+        """
+        path = folder / MANIFEST
+        try:
+            tree = json.loads(path.read_text(encoding="utf-8"))
+            if tree["format"] != FORMAT:
+                raise CacheError(f"{path} is not of a token cache")
+            if whole("version", tree["version"], 1) > VERSION:
+                raise CacheError(
+                    f"{path} has format version {tree['version']}, this package reads up to "
+                    f"{VERSION}: upgrade muse-maskgit-pytorch"
                 )
-            began = time.monotonic()
-        bar.close()
-        self.ids = torch.cat(ids)
-        self.cond_ids = torch.cat(cond_ids) if cond_ids else None
+            plan = Plan.read(tree["plan"])
+            shards = tree["shards"]
+            if shards is not None:
+                shards = [[whole("shards", n, 0) for n in entry] for entry in shards]
+                if [count for count, _, _ in shards] != _counts(plan):
+                    raise ValueError("its shards do not hold its images")
+            return cls(plan, dict(tree["summary"]), list(tree["sides"]), shards)
+        except OSError as error:
+            raise CacheError(
+                f"{shown(str(folder), 400)} holds no token cache ({MANIFEST}: {error.strerror}): "
+                "make one with muse cache"
+            ) from error
+        except CacheError:
+            raise
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise CacheError(f"{path} is damaged ({type(error).__name__}: {error})") from error
+
+
+def _counts(plan: Plan) -> list[int]:
+    """Images of each shard."""
+    firsts = range(0, plan.images, plan.rows)
+    return [min(plan.rows, plan.images - first) for first in firsts]
+
+
+def shard_path(folder: Path, number: int) -> Path:
+    return folder / f"{number:06d}.safetensors"
+
+
+class TokenCache(Dataset[Batch]):
+    """What `MaskGit.losses` needs of each image, read from a cache on disk.
+
+    Indexing with a list of rows (as a DataLoader does) gives a `Batch`; texts are padded to the
+    longest of that batch. Of several crops and captions of an image, one each is drawn by the
+    sample's place in the training order; where it has none, the first are taken. A broken image
+    is answered with the next readable one, as in `ImageDataset`.
+
+    Args:
+        folder: of the cache.
+        maskgit: the model that is to learn from it: it must have the tokenizers, the sizes and the
+            text encoder that the cache was made with.
+        seed: of what is drawn.
+
+    Attributes:
+        view: how the images were cropped.
+
+    Raises:
+        CacheError: missing, unfinished, damaged, of a newer version, or made for another model; a
+            shard that is missing or cut off.
+    """
+
+    def __init__(self, folder: Any, maskgit: MaskGit, seed: int = 0):
+        self.folder, self.seed = as_path(folder, "cache"), seed
+        self.manifest = Manifest.read(self.folder)
+        self.plan = plan = self.manifest.plan
+        self._check_shards()
+        self._names = [self._name_of(each) for each in IdSet.all_of(maskgit)]
+        texts = Texts.of(maskgit)
+        if plan.texts != texts:
+            raise CacheError(
+                f"the cache {folder} was made with another text encoder, {plan.texts}, than this "
+                f"model has, {texts}: make it anew with muse cache"
+            )
+        self.view = Plan.view_of(plan.view)
+        self._digest = plan.digest
+        self._keep(np.arange(plan.images))
+
+    def _name_of(self, wanted: IdSet) -> str:
+        """The array of the ids that a model needs."""
+        for number, ids in enumerate(self.plan.ids):
+            if ids == wanted:
+                return f"ids{number}"
+        held = " and ".join(map(str, self.plan.ids))
+        raise CacheError(
+            f"the cache {self.folder} has ids of {held}, but this model needs those of {wanted}: "
+            "make it anew with muse cache"
+        )
+
+    def _check_shards(self) -> None:
+        shards = self.manifest.shards
+        if shards is None:
+            there = sum(shard_path(self.folder, n).exists() for n in range(self.plan.shards))
+            raise CacheError(
+                f"the cache {self.folder} is not finished, {there} of {self.plan.shards} shards "
+                "are there: call muse cache again as before, it goes on"
+            )
+        for number, (*_, size) in enumerate(shards):
+            path = shard_path(self.folder, number)
+            found = path.stat().st_size if path.is_file() else None
+            if found != size:
+                problem = "is missing" if found is None else f"has {found:,} of {size:,} bytes"
+                raise CacheError(
+                    f"{path} {problem}: call muse cache again as before, it makes what is missing"
+                )
+
+    # The set ---------------------------------------------------------------------------------
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self._wanted)
+
+    def select(self, rows: Sequence[int] | np.ndarray) -> Self:
+        """The same cache with only these rows, which stand in for one another if broken."""
+        part = copy.copy(self)
+        part._keep(self._wanted[np.asarray(rows, dtype=int)])
+        return part
+
+    def _keep(self, rows: np.ndarray) -> None:
+        self._wanted = self._rows = rows
+        if len(rows) and self._broken():
+            good = np.flatnonzero(self._gathered("readable")[rows])
+            if not len(good):
+                raise CacheError(f"the cache {self.folder} has no readable image in a part of it")
+            after = np.searchsorted(good, np.arange(len(rows)))
+            self._rows = rows[good[after % len(good)]]
+
+    def _broken(self) -> int:
+        return sum(count for _, count, _ in self.manifest.shards or ())
+
+    def places(self, seed: int) -> np.ndarray:
+        """Where each item stands in a split, see `ImageDataset.places`.
+
+        Raises:
+            ValueError: another seed than that of the places that are stored.
+        """
+        if seed != SPLIT_SEED:
+            raise ValueError(f"a token cache knows the split of seed {SPLIT_SEED} alone")
+        return self._gathered("places")[self._wanted]
+
+    def summary(self) -> dict[str, Any]:
+        """See `ImageDataset.summary`: of the images that the cache was made of."""
+        summary = self.manifest.summary
+        left_out = dict(summary["left_out"])
+        if broken := self._broken():
+            left_out[BROKEN] = left_out.get(BROKEN, 0) + broken
+        return {**summary, "left_out": left_out}
+
+    def sides(self) -> list[int]:
+        """Shorter sides in pixels of some of the pictures, as they were stored."""
+        return self.manifest.sides
+
+    def nbytes(self) -> int:
+        """Of all shards."""
+        return sum(size for *_, size in self.manifest.shards or ())
+
+    def _gathered(self, name: str) -> np.ndarray:
+        """One number of each image, of all shards."""
+        return np.concatenate([self._shard(n).read(name) for n in range(self.plan.shards)])
+
+    def _shard(self, number: int) -> Shard:
+        assert self.manifest.shards is not None
+        size = self.manifest.shards[number][2]
+        return open_shard(shard_path(self.folder, number), self._digest, size)
+
+    # Its items -------------------------------------------------------------------------------
 
     def __getitem__(self, index: int) -> Batch:
         return self.__getitems__([index])
 
     def __getitems__(self, rows: Sequence[int]) -> Batch:
-        rows = list(rows)
-        embeds = [self.embeds[row].float() for row in rows]
-        lengths = torch.tensor([len(e) for e in embeds], device="cpu")
-        mask = torch.arange(int(lengths.max()), device="cpu") < lengths[:, None]
-        padded = torch.nn.utils.rnn.pad_sequence(embeds, batch_first=True)
+        ids: list[list[np.ndarray]] = [[] for _ in self._names]
+        texts: list[np.ndarray] = []
+        for row in rows:
+            shard, at, (crop, share) = self._found(row)
+            for name, each in zip(self._names, ids, strict=True):
+                each.append(shard.read(name, at, at + 1)[0, crop])
+            text = self._text(shard, at, share)
+            start, stop = shard.read("text_starts", text, text + 2)
+            texts.append(shard.read("texts", start, stop))
+        lengths = np.array([len(text) for text in texts])
+        embeds = np.zeros((len(texts), lengths.max(), self.plan.texts.width), dtype=np.float32)
+        for padded, text in zip(embeds, texts, strict=True):
+            padded[: len(text)] = text
+        mask = np.arange(lengths.max()) < lengths[:, None]
+        image, *low = [torch.from_numpy(np.stack(each).astype(np.int64)) for each in ids]
         return Batch(
-            ids=self.ids[rows].long(),
-            cond_ids=None if self.cond_ids is None else self.cond_ids[rows].long(),
-            text_embeds=TextEmbeds(padded, mask),
+            ids=image,
+            cond_ids=low[0] if low else None,
+            text_embeds=TextEmbeds(torch.from_numpy(embeds), torch.from_numpy(mask)),
         )
+
+    def captions(self, rows: Sequence[int]) -> list[str]:
+        """The captions of items, as they come with these rows."""
+        found = []
+        for row in rows:
+            shard, at, (_, share) = self._found(row)
+            text = self._text(shard, at, share)
+            start, stop = shard.read("caption_starts", text, text + 2)
+            found.append(shard.read("captions", start, stop).tobytes().decode())
+        return found
+
+    def _found(self, row: int) -> tuple[Shard, int, tuple[int, float]]:
+        """Shard and place there of an item; its crop, and the share that chooses the caption."""
+        number, at = divmod(int(self._rows[row]), self.plan.rows)
+        if not isinstance(row, Sample):
+            return self._shard(number), at, (0, 0.0)
+        *crops, share = draws(self.seed, row.position, 5)  # the first four are those of a `View`
+        return self._shard(number), at, (math.floor(crops[0] * self.plan.views), share)
+
+    @staticmethod
+    def _text(shard: Shard, at: int, share: float) -> int:
+        """Which of a shard's texts is the one of an image."""
+        first, after = shard.read("first_texts", at, at + 2)
+        return int(first) + math.floor(share * int(after - first))

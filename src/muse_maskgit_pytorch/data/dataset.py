@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from contextlib import suppress
-from hashlib import sha256
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
+import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
@@ -16,7 +16,10 @@ from ..arguments import printable
 from ..images import to_tensor
 from .order import Sample
 from .pixels import View
-from .source import BROKEN, Item, Source, encoded, fingerprint, warn
+from .source import BROKEN, Item, Source, fingerprint, place, warn
+
+if TYPE_CHECKING:
+    from .cache import TokenCache
 
 
 class ImageDataset(Dataset[dict[str, Any]]):
@@ -84,12 +87,38 @@ class ImageDataset(Dataset[dict[str, Any]]):
             raise IndexError(f"item {index} of {len(self)}")
         position = index.position if isinstance(index, Sample) else None
         for step in range(len(self)):
-            row = (index + step) % len(self)
-            if (prepared := self._prepared(row)) is not None:
-                picture = Image.fromarray(prepared["picture"])
-                rest = {name: value for name, value in prepared.items() if name != "picture"}
-                return {"image": self.view.finish(picture, position)} | rest
+            if (item := self.views((index + step) % len(self), [position])) is not None:
+                return item | {"image": item["image"][0]}
         raise ValueError(f"{self.source} holds no image that can be read")
+
+    def views(self, row: int, positions: Sequence[int | None]) -> dict[str, Any] | None:
+        """One item as it is seen at several positions of the training order, read once.
+
+        Args:
+            row: 0 <= row < len.
+            positions: K of them; None: the centre crop.
+
+        Returns:
+            the item, its "image" (K,3,S,S); None if it is broken.
+
+        Raises:
+            ValueError: the item has no caption.
+        """
+        if (prepared := self._prepared(row)) is None:
+            return None
+        picture = Image.fromarray(prepared["picture"])
+        images = torch.stack([self.view.finish(picture, position) for position in positions])
+        rest = {name: value for name, value in prepared.items() if name != "picture"}
+        return {"image": images} | rest
+
+    @property
+    def rows(self) -> Sequence[int]:
+        """The numbers of the items in their source."""
+        return self._rows
+
+    def places(self, seed: int) -> np.ndarray:
+        """Where each item stands in a split: float64 (N,) in [0,1), of its key and the seed."""
+        return np.array([place(key, seed) for key in self.keys])
 
     def summary(self) -> dict[str, Any]:
         """What there is to train on, for a run's record and to notice that it has changed.
@@ -112,10 +141,10 @@ class ImageDataset(Dataset[dict[str, Any]]):
             "left_out": {reason: len(names) for reason, names in left_out.items() if names},
         }
 
-    def select(self, rows: Sequence[int]) -> Self:
+    def select(self, rows: Sequence[int] | np.ndarray) -> Self:
         """Give the same dataset with only these rows, which stand in for one another if broken."""
         part = copy.copy(self)
-        part._keep(rows)
+        part._keep(np.asarray(rows, dtype=int).tolist())
         return part
 
     def sides(self, count: int = 16) -> list[int]:
@@ -184,10 +213,10 @@ class ImageDataset(Dataset[dict[str, Any]]):
         self._cache = cache
 
 
-Images = TypeVar("Images", bound=ImageDataset)
+Set = TypeVar("Set", bound="ImageDataset | TokenCache")
 
 
-def split(dataset: Images, valid_fraction: float, seed: int = 0) -> tuple[Images, Images]:
+def split(dataset: Set, valid_fraction: float, seed: int = 0) -> tuple[Set, Set]:
     """Split a dataset into training and validation images by a hash of their keys.
 
     An image's side depends on its own key and the seed alone, so adding or removing others never
@@ -208,15 +237,13 @@ def split(dataset: Images, valid_fraction: float, seed: int = 0) -> tuple[Images
     """
     if not 0 <= valid_fraction < 1:
         raise ValueError(f"valid_fraction must be in [0,1), got {valid_fraction}")
-    digests = [sha256(encoded(f"{seed}/{key}")).digest() for key in dataset.keys]
-    places = [int.from_bytes(digest[:8], "big") / 2**64 for digest in digests]
-    valid = {row for row, place in enumerate(places) if place < valid_fraction}
-    if valid_fraction > 0 and len(places) > 1:
-        if not valid:
-            valid = {places.index(min(places))}
-        elif len(valid) == len(places):
-            valid.remove(places.index(max(places)))
-    elif len(places) == 1:
-        valid = set()  # a single image trains
-    train = [row for row in range(len(places)) if row not in valid]
-    return dataset.select(train), dataset.select(sorted(valid))
+    places = dataset.places(seed)
+    valid = places < valid_fraction
+    if len(places) == 1:
+        valid[:] = False  # a single image trains
+    elif valid_fraction > 0 and len(places):
+        if not valid.any():
+            valid[places.argmin()] = True
+        elif valid.all():
+            valid[places.argmax()] = False
+    return dataset.select(np.flatnonzero(~valid)), dataset.select(np.flatnonzero(valid))

@@ -22,6 +22,12 @@ class Sample(int):
         return sample
 
 
+def draws(seed: int, position: int, count: int) -> list[float]:
+    """So many numbers in [0, 1), a function of the seed and a place in the training order."""
+    generator = torch.Generator("cpu").manual_seed(seed * 1_000_003 + position)
+    return torch.rand(count, generator=generator, dtype=torch.float64, device="cpu").tolist()
+
+
 class Order:
     """An endless order of items, a fresh permutation in each epoch.
 

@@ -6,12 +6,12 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from jaxtyping import Float
 from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..images import center_square, read_image, to_tensor
+from .order import draws
 
 Crop = Literal["center", "random"]
 
@@ -81,9 +81,7 @@ class View:
         """
         if position is None or not self.is_random:
             return to_tensor(image, self.size)
-        generator = torch.Generator("cpu").manual_seed(self.seed * 1_000_003 + position)
-        draws = torch.rand(4, generator=generator, dtype=torch.float64, device="cpu")
-        share, across, down, coin = draws.tolist()
+        share, across, down, coin = draws(self.seed, position, 4)
         if self.crop == "random":
             low, high = self.crop_scale
             side = max(1, round(min(image.size) * (low + (high - low) * share)))

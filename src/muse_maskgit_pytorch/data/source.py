@@ -113,6 +113,12 @@ def fingerprint(keys: Sequence[str], texts: Sequence[str] = ()) -> str:
     return digest.hexdigest()[:16]
 
 
+def place(key: str, seed: int) -> float:
+    """Where an item stands in a split: a number in [0, 1) that depends on its key and the seed."""
+    digest = hashlib.sha256(encoded(f"{seed}/{key}")).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
 def encoded(key: str) -> bytes:
     """The bytes of a key; file names that are not UTF-8 have halves of characters in them."""
     return key.encode("utf-8", "surrogatepass")

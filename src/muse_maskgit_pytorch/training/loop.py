@@ -28,9 +28,9 @@ from ..checkpoint import (
     state_of,
     unwrapped,
 )
-from ..data.dataset import ImageDataset
 from ..data.order import EndlessBatches
 from ..data.source import few
+from ..data.workers import leave_signals_to_the_run, starting_processes
 from ..devices import cores
 from ..files import check_output, digest_state
 from ..watching.health import Health
@@ -61,7 +61,7 @@ from .optimizers import (
     trained_state,
 )
 from .parallel import Parallel, Precision
-from .stop import Stop, leave_signals_to_the_run, starting_processes
+from .stop import Stop
 
 LrSchedule = Literal["cosine", "constant", "linear", "cooldown"]
 SAMPLING = ("sample_options", "presets")  # parts of a model's arguments that training ignores
@@ -127,7 +127,6 @@ class Trainer:
     """
 
     name = "model"
-    dataset: ImageDataset  # all the images, for training and validation
     judged_by: tuple[str, int] = (
         "loss",
         -1,
@@ -212,13 +211,13 @@ class Trainer:
 
     # What a trainer adds ---------------------------------------------------------------------
 
-    dataset: ImageDataset  # all the images, for training and validation
+    dataset: Any  # an ImageDataset or a TokenCache: all the images, for training and validation
 
-    def make_datasets(self) -> tuple[ImageDataset, ImageDataset | None]:
+    def make_datasets(self) -> tuple[Any, Any]:
         """Training data, and validation data or None."""
         raise NotImplementedError
 
-    def ready(self, dataset: ImageDataset, say: Callable[[str], None] | None) -> Dataset:
+    def ready(self, dataset: Any, say: Callable[[str], None] | None) -> Dataset:
         """The data as the steps want them: what is done once is done here, and said."""
         return dataset
 

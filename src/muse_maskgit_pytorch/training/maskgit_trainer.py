@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..arguments import one_of, whole
 from ..data.cache import TokenCache
 from ..data.dataset import ImageDataset, split
+from ..data.encoding import write_cache
 from ..data.folder import open_source
 from ..data.source import Source, few
 from ..images import image_grid
@@ -45,8 +46,11 @@ class MaskGitTrainer(Trainer):
             (`Item.cond_image`) or the images scaled down.
         part: "transformer" or "critic" trains only one of the two. Parameters that require no
             gradient are never trained.
-        cache_tokens: encode the whole set once and train from ids and text embeddings in memory
-            (see `TokenCache` for its size); the loss is the same, a step far cheaper.
+        cache: folder of a cache that ``muse cache`` made, in the place of images and captions:
+            neither these nor the text encoder are needed.
+        cache_tokens: encode the whole set once, each process its share, and train from ids and text
+            embeddings, which are kept in ``results_folder`` (`TokenCache`): the loss is the same, a
+            step far cheaper.
         num_samples: images in the pictures of ``results_folder/samples``.
         lora_rank: train low-rank adapters of this rank beside the transformer's linear layers, and
             nothing else (`lora.add_lora`); 0: none. What is saved, as ``NAME-lora``,
@@ -65,6 +69,7 @@ class MaskGitTrainer(Trainer):
         folder: str | None = None,
         data: Source | None = None,
         cond_folder: str | None = None,
+        cache: str | None = None,
         part: Part = "all",
         cache_tokens: bool = True,
         num_samples: int = 8,
@@ -88,18 +93,12 @@ class MaskGitTrainer(Trainer):
             raise ValueError(
                 "cond_folder is given, but the model has no cond_image_size: leave it out"
             )
-        classes = maskgit.transformer.classes
-        captions = classes != ()  # an unconditional model needs none
-        source = open_source(
-            data, folder, captions, cond_folder, self.results_folder, classes or ()
+        self._own: TokenCache | None = None
+        self.dataset = (
+            self._open_images(data, folder, cond_folder)
+            if cache is None
+            else self._open_cache(cache, data or folder or cond_folder)
         )
-        if classes and (others := set(getattr(source, "texts", None) or ()) - set(classes)):
-            raise ValueError(
-                f"{source} has captions that are no class of this model: {few(sorted(others))}; "
-                f"its classes are {few(classes)}"
-            )
-        size, cond_size = maskgit.image_size, maskgit.cond_image_size
-        self.dataset = ImageDataset(source, size, captions, cond_size)
         self.lora = whole("lora_rank", lora_rank, 0) > 0
         if self.lora:
             if part == "critic":
@@ -118,6 +117,30 @@ class MaskGitTrainer(Trainer):
         self.terms = NamedTerms(maskgit)
         self.num_samples = min(num_samples, len(self.dataset))
 
+    def _open_images(
+        self, data: Source | None, folder: str | None, cond_folder: str | None
+    ) -> ImageDataset:
+        maskgit = self.maskgit
+        classes = maskgit.transformer.classes
+        captions = classes != ()  # an unconditional model needs none
+        source = open_source(
+            data, folder, captions, cond_folder, self.results_folder, classes or ()
+        )
+        if classes and (others := set(getattr(source, "texts", None) or ()) - set(classes)):
+            raise ValueError(
+                f"{source} has captions that are no class of this model: {few(sorted(others))}; "
+                f"its classes are {few(classes)}"
+            )
+        return ImageDataset(source, maskgit.image_size, captions, maskgit.cond_image_size)
+
+    def _open_cache(self, cache: str, images: Any) -> TokenCache:
+        if images is not None:
+            raise ValueError(
+                f"cache {cache} is given together with images, {images}: leave one of them out "
+                "(trainer.folder: null)"
+            )
+        return TokenCache(cache, self.maskgit, self.seed)
+
     def _left_out(self) -> list[nn.Parameter]:
         """The parameters that ``part`` leaves as they are."""
         critic = self.maskgit.critic
@@ -132,12 +155,23 @@ class MaskGitTrainer(Trainer):
     def modules(self) -> dict[str, nn.Module]:
         return {"model": self.terms}
 
-    def make_datasets(self) -> tuple[ImageDataset, ImageDataset | None]:
+    def make_datasets(self) -> tuple[Any, Any]:
         train, valid = split(self.dataset, self.valid_fraction)
         return train, valid if len(valid) else None
 
-    def ready(self, dataset: ImageDataset, say: Callable[[str], None] | None) -> Dataset:
-        return TokenCache(self.maskgit, dataset, say=say) if self.cache_tokens else dataset
+    def ready(self, dataset: Any, say: Callable[[str], None] | None) -> Dataset:
+        if isinstance(dataset, TokenCache) or not self.cache_tokens:
+            return dataset
+        if self._own is None:  # of the whole set, before it was split
+            assert isinstance(self.dataset, ImageDataset)
+            folder = self.results_folder / f"{self.name}-cache"
+            write_cache(
+                folder, self.maskgit, self.dataset, num_workers=self.num_workers, say=say,
+                rank=self.parallel.rank, world=self.parallel.world, renew=True,
+            )  # fmt: skip
+            self.parallel.wait()
+            self._own = TokenCache(folder, self.maskgit, self.seed)
+        return self._own.select(dataset.rows)
 
     def _write_model(self, which: str) -> None:
         if not self.lora:
@@ -214,16 +248,27 @@ class MaskGitTrainer(Trainer):
 
     def draw(self, path: Path) -> None:
         """Real images above those generated from their captions (and low-resolution ids)."""
-        rows = [i * len(self.dataset) // self.num_samples for i in range(self.num_samples)]
-        batch = self.collate([self.dataset[row] for row in rows])
-        images, texts = batch.images, batch.texts
-        assert images is not None
-        assert texts is not None
+        data = self.dataset
+        rows = [i * len(data) // self.num_samples for i in range(self.num_samples)]
+        if isinstance(data, TokenCache):  # without the images: as the tokenizer decodes them
+            batch, texts = data.__getitems__(rows), data.captions(rows)
+            assert batch.ids is not None
+            images = self.maskgit.decode(batch.ids.to(self.device))
+        else:
+            batch = self.collate([data[row] for row in rows])
+            assert batch.images is not None
+            assert batch.texts is not None
+            images, texts = batch.images, batch.texts
         with self.autocast():
-            cond_ids = self.maskgit.encode_cond(batch.cond_images, None)
-            drawn = self.maskgit.generate(texts, cond_ids=cond_ids, seeds=list(range(len(rows))))
+            cond_ids = self.maskgit.encode_cond(batch.cond_images, batch.cond_ids)
+            drawn = self.maskgit.generate(
+                batch.texts,
+                text_embeds=batch.text_embeds,
+                cond_ids=cond_ids,
+                seeds=list(range(len(rows))),
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
-        both = torch.cat([images, drawn.float().cpu()])
+        both = torch.cat([images.float().cpu(), drawn.float().cpu()])
         image_grid(both, columns=len(rows), labels=[*texts, *[""] * len(texts)]).save(path)
 
 

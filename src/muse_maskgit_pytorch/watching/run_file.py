@@ -30,7 +30,7 @@ IDLE = {
 # Arguments of a trainer that the description has in another place, or that say where it stands.
 ELSEWHERE = {
     "self", "__class__", "common", "model", "vae", "maskgit", "data", "folder", "cond_folder",
-    "results_folder", "resume",
+    "cache", "results_folder", "resume",
 }  # fmt: skip
 
 

@@ -53,7 +53,7 @@ def trained_ids(stage: Any, results: Path, **changes: Any) -> torch.Tensor:
     if made.cache_tokens:
         with torch.device("meta"):  # batches stay where the cache is
             assert train.__getitems__([1, 0]).text_embeds.mask.device.type == "cpu"  # type: ignore[attr-defined]
-        return train.cond_ids  # type: ignore[attr-defined]
+        return train.__getitems__(range(len(train))).cond_ids  # type: ignore
     batch = made.collate([train[row] for row in range(len(train))])  # type: ignore[arg-type]
     arguments = made._arguments(batch)
     images = arguments["images_or_ids"]

@@ -1,4 +1,4 @@
-"""The transformers' trainer: parts, critics, caches."""
+"""The transformers' trainer: parts and critics."""
 
 from __future__ import annotations
 
@@ -8,18 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from muse_maskgit_pytorch import (
-    ImageFolder,
     MaskGit,
     MaskGitTransformer,
-    TextEmbeds,
-    TokenCache,
 )
 from muse_maskgit_pytorch.training.guard import Diverged
 from tests.runs import (
-    CAPTIONS,
     assert_same,
     last_checkpoint,
     logged,
@@ -50,87 +46,6 @@ def test_training_leaves_the_tokenizer_alone(images: Path, tmp_path: Path, t5: s
     maskgit_trainer(images, tmp_path / "r", maskgit, sample_every=1, cache_tokens=False).train()
     assert_same(dict(maskgit.vae.state_dict()), before)
     assert not any(module.training for module in maskgit.vae.modules())
-
-
-def superres(t5: str) -> MaskGit:
-    torch.manual_seed(0)
-    size = dict(num_tokens=16, seq_len=16, dim=16, depth=1, dim_head=8, heads=2, t5_name=t5)
-    maskgit = MaskGit(
-        vae=make_vae(1),
-        cond_vae=make_vae(2, layers=1),
-        transformer=MaskGitTransformer(**size),
-        image_size=16,
-        cond_image_size=8,
-    )
-    for module in maskgit.transformer.modules():  # zero at first: then nothing conditions
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=0.2)
-    return maskgit
-
-
-@pytest.mark.parametrize("high", [True, False])
-def test_cached_tokens_give_the_loss_of_the_images(images: Path, t5: str, high: bool):
-    maskgit = superres(t5) if high else make_maskgit(t5)
-    dataset = ImageFolder(images, 16, captions=True)
-    cache = TokenCache(maskgit, dataset, batch_size=3)
-    assert len(cache) == len(dataset)
-    rows = [4, 0, 6]
-    items = [dataset[row] for row in rows]
-    batch = cache.__getitems__(rows)
-    losses = []
-    for arguments in (
-        dict(images_or_ids=batch.ids, text_embeds=batch.text_embeds, cond_ids=batch.cond_ids),
-        dict(
-            images_or_ids=torch.stack([item["image"] for item in items]),
-            texts=[item["text"] for item in items],
-        ),
-    ):
-        torch.manual_seed(3)
-        losses.append(maskgit(**arguments).item())
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3)  # texts are kept in half precision
-
-
-def test_a_token_cache_tells_what_it_takes(images: Path, t5: str):
-    maskgit, dataset, said = make_maskgit(t5), ImageFolder(images, 16, captions=True), []
-    cache = TokenCache(maskgit, dataset, batch_size=3, say=said.append)
-    held = cache.ids.nbytes + sum(embeds.nbytes for embeds in cache.embeds)
-    (words,) = said  # after two of three batches
-    assert words.startswith(f"token cache: {len(dataset)} images take about ")
-    megabytes = float(words.split()[6])
-    assert megabytes == pytest.approx(held / 1e6, rel=0.3)
-
-
-def test_cached_captions_keep_their_order(images: Path, t5: str):
-    maskgit = make_maskgit(t5)
-    dataset = ImageFolder(images, 16, captions=True)
-    cache = TokenCache(maskgit, dataset, batch_size=2)
-    for row in range(len(dataset)):
-        item, cached = dataset[row], cache[row]
-        alone = maskgit.embed_texts([item["text"]])
-        assert item["text"] == CAPTIONS[row]
-        assert cached.text_embeds is not None
-        assert cached.text_embeds.mask.all()
-        assert cached.text_embeds.embeds.shape == alone.embeds.shape
-        assert torch.allclose(cached.text_embeds.embeds, alone.embeds, atol=2e-3)
-        assert cached.ids is not None
-        assert torch.equal(cached.ids, maskgit.vae.encode_to_ids(item["image"][None]).flatten(1))
-
-
-def test_cached_texts_need_not_be_padded_on_the_right(
-    images: Path, t5: str, monkeypatch: pytest.MonkeyPatch
-):
-    maskgit = make_maskgit(t5)
-
-    def left(texts: list[str], **_: Any) -> TextEmbeds:
-        lengths = torch.tensor([len(text) for text in texts])
-        at = torch.arange(25) - 25 + lengths[:, None]
-        embeds = at.float()[..., None].expand(-1, -1, 16)
-        return TextEmbeds(embeds, at >= 0)
-
-    monkeypatch.setattr(maskgit, "embed_texts", left)
-    text = TokenCache(maskgit, ImageFolder(images, 16, captions=True))[1].text_embeds
-    assert text is not None
-    assert text.embeds[0, :, 0].tolist() == list(range(len(CAPTIONS[1])))
 
 
 def test_a_diverging_run_stops_with_a_sentence_and_keeps_its_checkpoint(
