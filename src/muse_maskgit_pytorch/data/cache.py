@@ -25,7 +25,7 @@ from ..files import digest_text, replacing
 from ..maskgit import MaskGit
 from ..structures import Batch, TextEmbeds
 from ..vqgan_vae import ImageTokenizer
-from .order import Sample, draws
+from .order import Sample, drawn, draws
 from .pixels import View
 from .shards import CacheError, Shard, open_shard
 from .source import BROKEN
@@ -364,10 +364,13 @@ class TokenCache(Dataset[Batch]):
         ids: list[list[np.ndarray]] = [[] for _ in self._names]
         texts: list[np.ndarray] = []
         for row in rows:
-            shard, at, (crop, share) = self._found(row)
+            shard, at = self._found(row)
+            crop = 0
+            if self.plan.crops and isinstance(row, Sample):
+                crop = math.floor(draws(self.seed, row.position, 1)[0] * self.plan.crops)
             for name, each in zip(self._names, ids, strict=True):
                 each.append(shard.read(name, at, at + 1)[0, crop])
-            text = self._text(shard, at, share)
+            text = self._text(shard, at, row)
             start, stop = shard.read("text_starts", text, text + 2)
             texts.append(shard.read("texts", start, stop))
         lengths = np.array([len(text) for text in texts])
@@ -386,22 +389,19 @@ class TokenCache(Dataset[Batch]):
         """The captions of items, as they come with these rows."""
         found = []
         for row in rows:
-            shard, at, (_, share) = self._found(row)
-            text = self._text(shard, at, share)
+            shard, at = self._found(row)
+            text = self._text(shard, at, row)
             start, stop = shard.read("caption_starts", text, text + 2)
             found.append(shard.read("captions", start, stop).tobytes().decode())
         return found
 
-    def _found(self, row: int) -> tuple[Shard, int, tuple[int, float]]:
-        """Shard and place there of an item; its crop, and the share that chooses the caption."""
+    def _found(self, row: int) -> tuple[Shard, int]:
+        """The shard of an item, and its place there."""
         number, at = divmod(int(self._rows[row]), self.plan.rows)
-        if not isinstance(row, Sample):
-            return self._shard(number), at, (0, 0.0)
-        *crops, share = draws(self.seed, row.position, 5)  # the first four are those of a `View`
-        return self._shard(number), at, (math.floor(crops[0] * self.plan.views), share)
+        return self._shard(number), at
 
-    @staticmethod
-    def _text(shard: Shard, at: int, share: float) -> int:
-        """Which of a shard's texts is the one of an image."""
-        first, after = shard.read("first_texts", at, at + 2)
-        return int(first) + math.floor(share * int(after - first))
+    def _text(self, shard: Shard, at: int, row: int) -> int:
+        """Which of a shard's texts an item comes with."""
+        first, after = (int(number) for number in shard.read("first_texts", at, at + 2))
+        position = row.position if isinstance(row, Sample) else None
+        return first + (drawn(after - first, self.seed, position) if after - first > 1 else 0)

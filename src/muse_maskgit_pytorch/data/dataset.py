@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from ..arguments import printable
 from ..images import to_tensor
-from .order import Sample
+from .order import Sample, drawn
 from .pixels import View
 from .source import BROKEN, Item, Source, fingerprint, place, warn
 
@@ -26,7 +26,8 @@ class ImageDataset(Dataset[dict[str, Any]]):
     """The items of a source as square tensors.
 
     An item is `{"image": float (3,S,S) in [0,1]}`, with "text": str if there are captions, and
-    with "cond_image": float (3,C,C) if a low resolution is asked for.
+    with "cond_image": float (3,C,C) if a low resolution is asked for. Of several captions one is
+    drawn.
 
     A broken item never ends a run. It is named in a warning once and from then on answered with
     the next readable one, so every index stays valid and the answer is the same in every epoch.
@@ -77,7 +78,8 @@ class ImageDataset(Dataset[dict[str, Any]]):
 
         Args:
             index: a `Sample` says at which position of the training order it is drawn, and so
-                which random crop it gets; any other integer gets the centre crop.
+                which random crop and which of several captions it gets; any other integer gets the
+                centre crop and the first caption.
 
         Raises:
             IndexError: no such item.
@@ -88,6 +90,8 @@ class ImageDataset(Dataset[dict[str, Any]]):
         position = index.position if isinstance(index, Sample) else None
         for step in range(len(self)):
             if (item := self.views((index + step) % len(self), [position])) is not None:
+                if not isinstance(texts := item.get("text", ""), str):
+                    item["text"] = texts[drawn(len(texts), self.view.seed, position)]
                 return item | {"image": item["image"][0]}
         raise ValueError(f"{self.source} holds no image that can be read")
 
@@ -99,7 +103,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
             positions: K of them; None: the centre crop.
 
         Returns:
-            the item, its "image" (K,3,S,S); None if it is broken.
+            the item, its "image" (K,3,S,S), with all of its captions; None if it is broken.
 
         Raises:
             ValueError: the item has no caption.

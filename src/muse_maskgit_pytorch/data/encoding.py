@@ -79,8 +79,9 @@ def write_cache(
     """
     path = check_output("out", folder, folder=True)
     encoder = _Encoder([models] if isinstance(models, MaskGit) else list(models), dataset, crops)
-    plan = encoder.plan(rows)
-    manifest = Manifest(plan, dataset.summary(), dataset.sides())
+    summary = dataset.summary()
+    plan = encoder.plan(rows, summary["fingerprint"])
+    manifest = Manifest(plan, summary, dataset.sides())
     _begin(path, manifest, renew)
     missing = [n for n in range(rank, plan.shards, world) if _shard(path, n, plan) is None]
     ends = {n: min((n + 1) * plan.rows, plan.images) for n in missing}
@@ -217,11 +218,12 @@ class _Encoder:
         if crops and not dataset.view.is_random:
             raise ValueError(f"crops={crops}, but the view shows the centre alone: crop='random'")
 
-    def plan(self, rows: int | None) -> Plan:
+    def plan(self, rows: int | None, source: str) -> Plan:
         """What is about to be written.
 
         Args:
             rows: images of each shard.
+            source: fingerprint of the data.
         """
         images, size = len(self.dataset), self.dataset.view.size
         view = self.dataset.view if self.crops else View(size)
@@ -235,7 +237,7 @@ class _Encoder:
             view=json.loads(json.dumps(asdict(view))),  # as it will be read
             ids=list(self.tokenizers),
             texts=self.texts,
-            source=self.dataset.summary()["fingerprint"],
+            source=source,
             cond_source=None if cond is None else str(cond),
             rows=rows,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -26,6 +27,12 @@ def draws(seed: int, position: int, count: int) -> list[float]:
     """So many numbers in [0, 1), a function of the seed and a place in the training order."""
     generator = torch.Generator("cpu").manual_seed(seed * 1_000_003 + position)
     return torch.rand(count, generator=generator, dtype=torch.float64, device="cpu").tolist()
+
+
+def drawn(count: int, seed: int, position: int | None) -> int:
+    """Which of so many captions an item comes with; the first where it has no position."""
+    # the fifth number: those before decide a random crop
+    return 0 if position is None else math.floor(draws(seed, position, 5)[4] * count)
 
 
 class Order:

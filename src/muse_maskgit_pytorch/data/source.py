@@ -27,12 +27,12 @@ class Item:
 
     Attributes:
         image: of any mode and size.
-        text: its caption; the masked transformers need one.
+        text: its caption, or several; the masked transformers need one.
         cond_image: its low-resolution image, for super-resolution; None: ``image`` scaled down.
     """
 
     image: Image.Image
-    text: str | None = None
+    text: str | Sequence[str] | None = None
     cond_image: Image.Image | None = None
 
 

@@ -16,6 +16,7 @@ from ..data.cache import TokenCache
 from ..data.dataset import ImageDataset, split
 from ..data.encoding import write_cache
 from ..data.folder import open_source
+from ..data.pixels import View
 from ..data.source import Source, few
 from ..images import image_grid
 from ..lora import add_lora, save_lora
@@ -131,7 +132,8 @@ class MaskGitTrainer(Trainer):
                 f"{source} has captions that are no class of this model: {few(sorted(others))}; "
                 f"its classes are {few(classes)}"
             )
-        return ImageDataset(source, maskgit.image_size, captions, maskgit.cond_image_size)
+        view = View(maskgit.image_size, seed=self.seed)
+        return ImageDataset(source, view, captions, maskgit.cond_image_size)
 
     def _open_cache(self, cache: str, images: Any) -> TokenCache:
         if images is not None:

@@ -234,7 +234,7 @@ def test_crops_and_captions_are_drawn_by_the_place_in_the_order(tmp_path: Path, 
     pictures.texts_of = lambda index: [f"{index} as {what}" for what in ("a", "b b", "c c c")]
     torch.manual_seed(0)
     model = superres()
-    dataset = ImageDataset(pictures, View(SIZE, "random", flip=True), True)
+    dataset = ImageDataset(pictures, View(SIZE, "random", flip=True, seed=5), True)
     folder = write(tmp_path / "cache", model, dataset, crops=crops)
     cache = TokenCache(folder, model, seed=5)
     high, low = [], []  # (crop, token) of each image
@@ -255,6 +255,7 @@ def test_crops_and_captions_are_drawn_by_the_place_in_the_order(tmp_path: Path, 
         assert_same(batch.cond_ids, low[row][crop][None])
         assert torch.equal(batch.text_embeds.embeds, encoder.encode([text]).embeds)
         assert text.startswith(f"{row} as ")
+        assert text == dataset[sample]["text"]
         seen.add((crop, text[5:]))
         # whatever else is in the batch, and in another process
         both = again.__getitems__([Sample(0, 999), sample])
@@ -264,7 +265,7 @@ def test_crops_and_captions_are_drawn_by_the_place_in_the_order(tmp_path: Path, 
     plain = cache.__getitems__([4])
     assert plain.ids is not None
     assert torch.equal(plain.ids[0], high[4][0])
-    assert cache.captions([4]) == ["4 as a"]
+    assert cache.captions([4]) == [dataset[4]["text"]] == ["4 as a"]
 
 
 def test_stages_share_a_cache(tmp_path: Path):
