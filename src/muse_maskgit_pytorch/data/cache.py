@@ -12,7 +12,7 @@ import copy
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -209,7 +209,9 @@ class Manifest:
                 shards = [[whole("shards", n, 0) for n in entry] for entry in shards]
                 if [count for count, _, _ in shards] != _counts(plan):
                     raise ValueError("its shards do not hold its images")
-            return cls(plan, dict(tree["summary"]), list(tree["sides"]), shards)
+            names = ("source", "items", "fingerprint", "left_out")
+            summary = {name: tree["summary"][name] for name in names}
+            return cls(plan, summary, list(tree["sides"]), shards)
         except OSError as error:
             raise CacheError(
                 f"{shown(str(folder), 400)} holds no token cache ({MANIFEST}: {error.strerror}): "
@@ -246,7 +248,7 @@ class TokenCache(Dataset[Batch]):
         seed: of what is drawn.
 
     Attributes:
-        view: how the images were cropped.
+        view: how the images were cropped, at the model's size.
 
     Raises:
         CacheError: missing, unfinished, damaged, of a newer version, or made for another model; a
@@ -265,7 +267,7 @@ class TokenCache(Dataset[Batch]):
                 f"the cache {folder} was made with another text encoder, {plan.texts}, than this "
                 f"model has, {texts}: make it anew with muse cache"
             )
-        self.view = Plan.view_of(plan.view)
+        self.view = replace(Plan.view_of(plan.view), size=maskgit.image_size)
         self._digest = plan.digest
         self._keep(np.arange(plan.images))
 

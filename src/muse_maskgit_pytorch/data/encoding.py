@@ -78,6 +78,7 @@ def write_cache(
             crops that the view does not draw.
     """
     path = check_output("out", folder, folder=True)
+    batch_size = whole("batch_size", batch_size, 1)
     encoder = _Encoder([models] if isinstance(models, MaskGit) else list(models), dataset, crops)
     summary = dataset.summary()
     plan = encoder.plan(rows, summary["fingerprint"])
@@ -88,11 +89,11 @@ def write_cache(
     batches = [
         (n, range(first, min(first + batch_size, ends[n])))
         for n in missing
-        for first in range(n * plan.rows, ends[n], whole("batch_size", batch_size, 1))
+        for first in range(n * plan.rows, ends[n], batch_size)
     ]
     loader = DataLoader(
         _Views(dataset, crops),
-        batch_sampler=[list(batch) for _, batch in batches],
+        batch_sampler=(list(batch) for _, batch in batches),
         num_workers=num_workers,
         worker_init_fn=leave_signals_to_the_run,
         collate_fn=list,
