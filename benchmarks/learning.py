@@ -46,15 +46,15 @@ Logits = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 def encode(data: Path, out: Path) -> None:
     """Write ids and text embeddings of both splits."""
-    from muse_maskgit_pytorch import Muse
-    from muse_maskgit_pytorch.data.cache import TokenCache
-    from muse_maskgit_pytorch.data.folder import ImageFolder
+    from muse_maskgit_pytorch import ImageFolder, Muse, TokenCache, write_cache
 
     model = Muse.from_pretrained("emoji").base
     tensors = {}
     for split in ("train", "heldout"):
         dataset = ImageFolder(data / "64" / split, 64, captions=True)
-        cache = TokenCache(model, dataset)
+        folder = out.with_name(f"{out.stem}-{split}")
+        write_cache(folder, model, dataset)
+        cache = TokenCache(folder, model)
         batch = cache.__getitems__(range(len(cache)))
         assert batch.ids is not None
         assert batch.text_embeds is not None
