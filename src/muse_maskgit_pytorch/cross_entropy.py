@@ -23,13 +23,13 @@ def cross_entropy(
     labels: Int[Tensor, " R"],
     label_smoothing: float = 0.0,
 ) -> Float[Tensor, ""]:
-    """The mean of ``F.cross_entropy(head(hidden), labels)``, computed in float32.
+    """``F.cross_entropy(head(hidden), labels)``, the mean over rows with a label, in float32.
 
     Args:
         head: in chunks if it is an ``nn.Linear`` without bias; anything else (an adapter, say)
             gives all its logits.
         hidden: states of the rows.
-        labels: codes in [0, V).
+        labels: codes in [0, V); negative where a row does not count.
         label_smoothing: share of the target that is spread over all codes.
     """
     if type(head) is not nn.Linear or head.bias is not None or not len(labels):
@@ -50,26 +50,29 @@ class _Chunked(torch.autograd.Function):
         by_hidden = torch.empty_like(hidden) if wants[0] else None
         by_weight = torch.zeros_like(weight) if wants[1] else None
         total = torch.zeros((), device=hidden.device)
+        counts = labels >= 0
+        number = counts.sum()
+        divisor = torch.where(counts, number, torch.inf)
         for start in range(0, len(labels), size):
             rows = slice(start, start + size)
             logits = F.linear(hidden[rows], weight)  # in autocast's type, where there is any
             dtype, log_probs = logits.dtype, logits.float().log_softmax(dim=-1)
-            here = labels[rows, None]
-            total -= (1 - smoothing) * log_probs.gather(1, here).sum()
+            here, count = labels[rows, None].clamp(min=0), counts[rows, None]
+            total -= (1 - smoothing) * log_probs.gather(1, here).masked_fill(~count, 0).sum()
             if smoothing:
-                total -= smoothing / codes * log_probs.sum()
+                total -= smoothing / codes * log_probs.masked_fill(~count, 0).sum()
             if not any(wants):
                 continue
-            # softmax minus target, of the mean over all rows
+            # softmax minus target, of the mean over all rows that count
             slope = log_probs.exp_().sub_(smoothing / codes)
             slope.scatter_add_(1, here, slope.new_full(here.shape, smoothing - 1))
-            slope = slope.div_(len(labels)).to(dtype)
+            slope = slope.div_(divisor[rows, None]).to(dtype)
             if by_hidden is not None:
                 by_hidden[rows] = (slope @ weight.to(dtype)).to(hidden.dtype)
             if by_weight is not None:
                 by_weight += slope.T @ hidden[rows].to(dtype)
         ctx.save_for_backward(by_hidden, by_weight)
-        return total / len(labels)
+        return total / number
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:

@@ -20,13 +20,15 @@ from .checkpoint import Saveable
 from .conditioning import Conditioner, check_pixels, one_each
 from .cross_entropy import cross_entropy
 from .geometry import Geometry, ImageSize
+from .inference.compiling import compiled
+from .inference.graphs import GRAPHS, by_graphs
 from .inference.precision import Precision, prepared, resolved, rows_at_once
 from .masking import ScheduleFunction, check_schedule, draw_mask, mask_tokens
 from .presets import find_preset, make_presets
-from .sampling import Callback, Denoiser, SampleOptions, Step, choose_tokens, sample_tokens, step
+from .sampling import Callback, Denoiser, SampleOptions, Step, choose_tokens, sample_tokens
 from .sampling.contract import same_as_before
 from .sampling.loop import plain_step
-from .structures import LossTerms, Schedule, TextEmbeds
+from .structures import Conditioning, LossTerms, MaskedTokens, Schedule, TextEmbeds
 from .text import LongTexts
 from .transformer import MaskGitTransformer, SelfCritic, TokenCritic
 from .vqgan_vae import ImageTokenizer
@@ -125,6 +127,7 @@ class MaskGit(Saveable):
         # the paper's 24 base and 8 super-resolution steps (2.8)
         steps = 8 if cond_image_size else 24
         self._precision: Precision = "float32"
+        self._compile: dict[str, Any] | None = None
         self.presets = make_presets(sample_options or {}, presets or {}, steps)
         self.default_options = self.presets["default"]
 
@@ -151,6 +154,21 @@ class MaskGit(Saveable):
         one_of("precision", precision, Precision)
         resolved(precision, self.device)
         self._precision = precision
+
+    def compile(self, **options: Any) -> None:
+        """Compile the loss, each sampling step and decoding, from their next use on.
+
+        In place of `nn.Module.compile`, which compiles ``forward`` with its checks and texts. Names
+        and files stay what they are. With `precision` "reference", drawing is not compiled.
+
+        Args:
+            **options: of `torch.compile`; by default ``fullgraph=True``.
+        """
+        self._compile = {"fullgraph": True, **options}
+
+    @property
+    def _drawn_compiled(self) -> dict[str, Any] | None:
+        return None if self.precision == "reference" else self._compile
 
     def swap_vae(self, vae: ImageTokenizer) -> bool:
         """Put a tokenizer in the place of those with the same ids: a better decoder, say.
@@ -272,35 +290,11 @@ class MaskGit(Saveable):
         mask = self.draw_mask(len(ids)) if mask is None else mask
         masked = mask_tokens(ids, mask, self.transformer.mask_id, self.no_mask_token_prob)
 
-        with torch.set_grad_enabled(torch.is_grad_enabled() and part != "critic"):
-            context = self.transformer.encode_context(conditioning)
-            self_cond = None
-            if self.transformer.self_cond and torch.rand((), device="cpu") < self.self_cond_prob:
-                with torch.no_grad():  # the same context: a dropped text stays dropped
-                    self_cond = self.transformer(masked.input_ids, context)
-                # before torch 2.11 the weights cast in there would stay without a gradient
-                torch.clear_autocast_cache()
-            [hidden] = self.transformer(masked.input_ids, context, self_cond)
-            hidden, head = hidden[mask], self.transformer.to_logits
-            ce = mask_weight * cross_entropy(head, hidden, ids[mask], self.label_smoothing)
-
-        if self.critic is None or part == "transformer":
-            return LossTerms(ce, ce)
-        with torch.no_grad():
-            ones, noise = (
-                torch.ones(1, device=ids.device),
-                torch.rand_like(hidden[None, :, 0].float()),
-            )
-            sampled, _ = choose_tokens(head(hidden)[None].float(), ones, noise)
-        filled = ids.masked_scatter(mask, sampled)
-        genuine = ~mask if self.critic_target == "sampled" else filled == ids
-        if isinstance(self.critic, TokenCritic):  # a self-critic reads the transformer's context
-            context = self.critic.encode_context(conditioning)
-        [hidden] = self.critic(filled, context)
-        scores = self.critic.to_logits(hidden).squeeze(-1).float()
-        critic = F.binary_cross_entropy_with_logits(scores, genuine.float())
-        weighted = self.critic_loss_weight * critic
-        return LossTerms(weighted if part == "critic" else ce + weighted, ce, critic)
+        recall = self.transformer.self_cond and bool(
+            torch.rand((), device="cpu") < self.self_cond_prob
+        )
+        terms = compiled(_terms, self._compile)
+        return terms(self, ids, masked, conditioning, part, recall, mask_weight)
 
     def forward(
         self,
@@ -370,13 +364,13 @@ class MaskGit(Saveable):
         canvas: Int[Tensor, "B N"] | None = None,
         image_size: ImageSize | None = None,
         callback: Callback | None = None,
-        step: Step = step,
+        step: Step | None = None,
     ) -> Int[Tensor, "B N"]:
         """Sample token ids from what is encoded already; arguments as in `denoiser`.
 
         Args:
             canvas, callback: as in `generate`.
-            step: as in `sampling.sample_tokens`.
+            step: as in `sampling.sample_tokens`; by default what is fastest.
             **others: as in `denoiser`.
         """
         grid = self.geometry.grid(image_size)
@@ -396,12 +390,16 @@ class MaskGit(Saveable):
         if high < mask_id:  # nothing to draw
             return canvas.to(self.device)
         # what changes the context on its way may make the branches differ
-        plain = step is plain_step and self.precision != "reference"
-        if plain and options.guided and not self.conditioner.guides(text, negatives):
+        fast = (step is None or step is plain_step) and self.precision != "reference"
+        if fast and options.guided and not self.conditioner.guides(text, negatives):
             options = options.replace(cond_scale=1.0)
         denoiser = self.denoiser(text, options, negatives, cond, image_size)
         stream = "" if self.cond_vae is None else "superres"
         canvas = canvas.to(self.device)
+        if step is None:
+            step = compiled(plain_step, self._drawn_compiled)
+            if fast and by_graphs(canvas.device):
+                step = GRAPHS.step(denoiser, step)
         return sample_tokens(denoiser, canvas, options, callback, grid, stream=stream, step=step)
 
     @torch.no_grad()
@@ -472,4 +470,68 @@ class MaskGit(Saveable):
     ) -> Float[Tensor, "B 3 H W"]:
         """Token ids -> pixels in [0, 1]."""
         ids = ids.clamp(max=self.vae.codebook_size - 1)  # a callback may have stopped early
-        return self.vae.decode_from_ids(ids.view(len(ids), *self.geometry.grid(image_size)))
+        decode = compiled(_decoded, self._drawn_compiled)
+        return decode(self.vae, ids.view(len(ids), *self.geometry.grid(image_size)))
+
+
+def _terms(
+    model: MaskGit,
+    ids: Int[Tensor, "B N"],
+    masked: MaskedTokens,
+    conditioning: Conditioning,
+    part: Part,
+    recall: bool,
+    mask_weight: float | Tensor,
+) -> LossTerms:
+    """What `MaskGit.losses` computes, in one graph where it is compiled.
+
+    Args:
+        ids: of the images.
+        masked: the corruption of them.
+        conditioning: what the transformers see besides.
+        recall: whether there is a previous pass to condition on.
+        part, mask_weight: as in `MaskGit.losses`.
+    """
+    transformer, mask = model.transformer, masked.mask
+    # counting the masked rows would break a compiled graph and let a GPU wait: there, all rows are
+    # computed, and those without a label do not count
+    alone = ids.device.type == "cpu" and not torch.compiler.is_compiling()
+
+    def rows(x: Tensor) -> Tensor:
+        return x[mask] if alone else x.flatten(0, 1)
+
+    with torch.set_grad_enabled(torch.is_grad_enabled() and part != "critic"):
+        context = transformer.encode_context(conditioning)
+        self_cond = None
+        if recall:
+            with torch.no_grad():  # the same context: a dropped text stays dropped
+                self_cond = transformer(masked.input_ids, context)
+            if not torch.compiler.is_compiling():
+                # before torch 2.11 the weights cast in there would stay without a gradient
+                torch.clear_autocast_cache()
+        [hidden] = transformer(masked.input_ids, context, self_cond)
+        hidden, head = rows(hidden), transformer.to_logits
+        ce = cross_entropy(head, hidden, rows(masked.labels), model.label_smoothing)
+        ce = mask_weight * ce
+
+    if model.critic is None or part == "transformer":
+        return LossTerms(ce, ce)
+    with torch.no_grad():
+        ones, noise = torch.ones(1, device=ids.device), torch.rand_like(hidden[None, :, 0].float())
+        sampled, _ = choose_tokens(head(hidden)[None].float(), ones, noise)
+    if alone:
+        filled = ids.masked_scatter(mask, sampled)
+    else:
+        filled = torch.where(mask, sampled.view_as(ids), ids)
+    genuine = ~mask if model.critic_target == "sampled" else filled == ids
+    if isinstance(model.critic, TokenCritic):  # a self-critic reads the transformer's context
+        context = model.critic.encode_context(conditioning)
+    [hidden] = model.critic(filled, context)
+    scores = model.critic.to_logits(hidden).squeeze(-1).float()
+    critic = F.binary_cross_entropy_with_logits(scores, genuine.float())
+    weighted = model.critic_loss_weight * critic
+    return LossTerms(weighted if part == "critic" else ce + weighted, ce, critic)
+
+
+def _decoded(vae: ImageTokenizer, ids: Int[Tensor, "B h w"]) -> Float[Tensor, "B 3 H W"]:
+    return vae.decode_from_ids(ids)

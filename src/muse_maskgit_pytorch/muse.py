@@ -24,7 +24,7 @@ from .lora import Lora
 from .maskgit import MaskGit
 from .provenance import Record, attach, fingerprint, read_records, warn_of_other_bits
 from .request import Drawn, Request
-from .sampling import Callback, SampleOptions, Step, known_fields, step
+from .sampling import Callback, SampleOptions, Step, known_fields
 from .structures import SampleStep, TextEmbeds
 
 
@@ -91,6 +91,11 @@ class Muse(Saveable):
     def precision(self, precision: Precision) -> None:
         for stage in self.stages.values():
             stage.precision = precision
+
+    def compile(self, **options: Any) -> None:
+        """Compile its stages (`MaskGit.compile`)."""
+        for stage in self.stages.values():
+            stage.compile(**options)
 
     # Adapters --------------------------------------------------------------------------------
 
@@ -313,7 +318,7 @@ class Muse(Saveable):
                 canvas=request.canvases.get(name),
                 image_size=sizes[name],
                 callback=watch if callback else None,
-                step=(steps or {}).get(name, step),
+                step=(steps or {}).get(name),
             )
             images.append(stage.decode(ids, sizes[name]))
         return Drawn(images[-1], request, images[0], stopped)

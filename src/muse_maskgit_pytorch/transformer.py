@@ -123,11 +123,11 @@ class Context:
 
     def _join(self, axis: int, contexts: Sequence[Context]) -> Context:
         length = max(context.mask.shape[-1] for context in contexts)
-        padded = [context._padded(length) for context in contexts]
+        padded = [context.padded(length) for context in contexts]
         joined = padded[0]._map(lambda *x: torch.cat(x, dim=axis), *padded[1:])
         return replace(joined, whole=all(context.whole for context in padded))
 
-    def _padded(self, length: int) -> Context:
+    def padded(self, length: int) -> Context:
         """With positions that nothing attends to, up to a length."""
         extra = length - self.mask.shape[-1]
         if not extra:

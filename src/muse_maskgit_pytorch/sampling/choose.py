@@ -12,6 +12,14 @@ from torch import Tensor
 CHUNK = 2**19  # numbers that a CPU's caches hold: so many logits are looked at together
 
 
+def _is_cpu(x: Tensor) -> bool:
+    """Whether to go the CPU's ways: by NumPy, in chunks, and with a look at the values.
+
+    A GPU would have to wait for such a look, and a compiled graph would break there.
+    """
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 @torch.no_grad()
 def choose_tokens(
     logits: Float[Tensor, "B K V"],
@@ -30,7 +38,7 @@ def choose_tokens(
         ids, and their log-probabilities at temperature 1, without the limits.
     """
     batch, count, codes = logits.shape
-    size = max(1, CHUNK // codes if logits.device.type == "cpu" else batch * count)
+    size = max(1, CHUNK // codes if _is_cpu(logits) else batch * count)
     settings: list[Any] = [
         None if value is None else value.repeat_interleave(count).split(size)
         for value in (temperature, top_k, top_p, min_p)
@@ -52,13 +60,12 @@ def _choose(
     top_p: Float[Tensor, " R"] | None,
     min_p: Float[Tensor, " R"] | None,
 ) -> tuple[Int[Tensor, " R"], Float[Tensor, " R"]]:
-    logits, on_cpu = logits.float(), logits.device.type == "cpu"
+    logits, on_cpu = logits.float(), _is_cpu(logits)
     greedy = temperature == 0
     divisor = torch.where(greedy, 1.0, temperature).clamp(min=1e-30).unsqueeze(-1)
     top = logits.amax(dim=-1, keepdim=True)
     # subtract the largest first: tiny temperatures would make it infinite
     weights = (logits - top).div_(divisor).exp_()  # the largest is 1
-    # what a CPU can ask, a GPU would have to wait for
     plain = on_cpu and bool((temperature == 1).all())
     total = (weights if plain else (logits - top).exp_()).sum(dim=-1, keepdim=True)
     if top_k is not None or top_p is not None:
@@ -87,7 +94,7 @@ def _most_likely(
     count = torch.full_like(weights[:, 0], codes, dtype=torch.long)
     if top_k is not None:
         count = torch.where(top_k == 0, count, top_k.clamp(max=codes))
-    select = _select_on_cpu if weights.device.type == "cpu" else _select
+    select = _select_on_cpu if _is_cpu(weights) else _select
     least, count, tied = select(weights, count, top_p)
     above = weights >= least
     if not tied:

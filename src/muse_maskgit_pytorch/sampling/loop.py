@@ -80,7 +80,11 @@ class SampleState:
 
 
 class Step(Protocol):
-    """Something that can stand in for `step`: a compiled one, or one that changes the context."""
+    """Something that can stand in for `step`: a compiled one, or one that changes the context.
+
+    Its attribute ``by_row``, if there is one and it is true, says that it may be given some of the
+    rows alone: rows that are done then leave the batch.
+    """
 
     def __call__(
         self,
@@ -170,6 +174,7 @@ def step(
     )
 
 
+step.by_row = True  # type: ignore[attr-defined]
 plain_step = step  # under a name that no argument hides
 
 
@@ -254,26 +259,33 @@ def sample_tokens(
         # each branch is conditioned on its own past, so it must be computed in every step
         guided = [any(guided)] * plan.num_steps
     left = torch.cat([(~host_plan.known).sum(1, keepdim=True), host_plan.num_masked], 1)
-    # those that are not done, and the model's view of them
-    rows, part = torch.arange(len(canvas), device=canvas.device), denoiser
+    # rows with the most steps first, so that those that are not done are always the first ones:
+    # all that is sent to a device is sent before the first step
+    counts = (left > 0).sum(dim=0).tolist()
+    longest = (left > 0).sum(dim=1).argsort(descending=True, stable=True).to(canvas.device)
+    leave = getattr(step, "by_row", False) and not network.self_cond
+    rows, part, some = (
+        longest,
+        denoiser,
+        plan,
+    )  # those that are not done, and the model's view of them
     for i, (is_guided, num_logits) in enumerate(
         zip(guided, left.amax(0).tolist()[:-1], strict=True)
     ):
         if num_logits == 0:
             break
         how: dict[str, Any] = dict(guided=is_guided, num_logits=num_logits)
-        [open_rows] = left[:, i].nonzero(as_tuple=True)
-        if len(open_rows) == len(canvas) or network.self_cond or step is not plain_step:
+        if counts[i] == len(canvas) or not leave:
             model = denoiser
             if i == 0 and step is plain_step and not network.self_cond:
                 # at first, pictures of one prompt differ in nothing but their noise
                 model = denoiser.once(canvas, plan.cond_scale[:, 0])
             state = step(state, plan, model, **how)
-        else:  # those that are done leave the batch
-            if len(open_rows) < len(rows):
-                rows = open_rows.to(canvas.device)
-                part = denoiser.rows(rows)
-            state = state.put(rows, step(state.rows(rows), plan.rows(rows), part, **how))
+        else:
+            if counts[i] < len(rows):
+                rows = longest[: counts[i]].sort().values
+                part, some = denoiser.rows(rows), plan.rows(rows)
+            state = state.put(rows, step(state.rows(rows), some, part, **how))
         seen = SampleStep(i + 1, state.ids, state.mask, state.scores, state.log_probs)
         if callback and callback(seen):
             break

@@ -22,6 +22,7 @@ from .options import ROW_WISE, SampleOptions, guidance_share, per_row
 from .policies import ORDERS, Policy, Score
 
 NO_LIMIT = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
+ONES = {"temperature": 1.0, "cond_scale": 1.0}  # in the steps that a row lacks; the rest is 0
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,15 @@ class SamplePlan:
     def rows(self, rows: slice | Tensor) -> SamplePlan:
         return replace(self, **{name: value[rows] for name, value in self._tensors().items()})
 
+    def lasting(self, steps: int) -> SamplePlan:
+        """With so many steps, those beyond the last one doing nothing."""
+        changed = {
+            name: _padded(value, steps, ONES.get(name, 0.0))
+            for name, value in self._tensors().items()
+            if name not in ("order", "known", *NO_LIMIT)
+        }
+        return replace(self, **changed)
+
     def cat(self, other: SamplePlan) -> SamplePlan:
         """Another plan's rows after these; the shorter rows do nothing in the steps they lack.
 
@@ -91,8 +101,7 @@ class SamplePlan:
                     for plan, value in zip((self, other), pair, strict=True)
                 ]
             elif name not in ("order", "known"):
-                ones = 1.0 if name in ("temperature", "cond_scale") else 0.0
-                pair = [_padded(value, steps, ones) for value in pair]
+                pair = [_padded(value, steps, ONES.get(name, 0.0)) for value in pair]
             joined[name] = torch.cat(pair)
         return replace(self, **joined)
 
@@ -218,6 +227,5 @@ def _row(
         "uniform": noise[:, 0],
         "gumbel": gumbel,
     }
-    fill = {"temperature": 1.0, "cond_scale": 1.0}
-    padded = {k: _padded(v[None], most, fill.get(k, 0.0))[0] for k, v in by_step.items()}
+    padded = {k: _padded(v[None], most, ONES.get(k, 0.0))[0] for k, v in by_step.items()}
     return {**padded, "order": order}
