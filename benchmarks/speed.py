@@ -112,6 +112,7 @@ GPU = {
     "632m": Case(dim=1280, depth=24, heads=20, steps=24),
     "3b": Case(dim=2048, depth=48, heads=32, steps=24),
 }
+GPU_SUPERRES = Case(tokens=4096, cond_tokens=256, dim=1024, depth=32, heads=16, steps=8)
 CASES = {
     "generate": Case(steps=18),
     "generate-4": Case(batch=4),
@@ -132,10 +133,13 @@ CASES = {
     "help": Case("help"),
     **{f"gpu-{name}": case for name, case in GPU.items()},
     **{f"gpu-{name}-64": replace(case, batch=64) for name, case in GPU.items()},
-    "gpu-superres": Case(
-        tokens=4096, cond_tokens=256, dim=1024, depth=32, heads=16, steps=8, batch=1
-    ),
-    **{f"gpu-train-{name}": replace(case, kind="train", batch=32) for name, case in GPU.items()},
+    "gpu-superres": GPU_SUPERRES,
+    "gpu-superres-multi-axis": replace(GPU_SUPERRES, multi_axis=8),
+    # with AdamW's state, a batch of 32 at 3 B would take more than 80 GB
+    **{
+        f"gpu-train-{name}": replace(case, kind="train", batch=16 if name == "3b" else 32, steps=1)
+        for name, case in GPU.items()
+    },
 }
 SWEEPS: dict[str, tuple[str, list[int]]] = {
     "tokens": ("tokens", [64, 256, 1024, 4096]),
@@ -146,7 +150,7 @@ SWEEPS: dict[str, tuple[str, list[int]]] = {
     "text": ("text_len", [1, 16, 64, 256]),
 }
 COMMON = ("float32", "bfloat16")  # precisions that every contender knows
-OURS = ("int8", "auto", "reference")
+OURS = ("int8", "float8", "auto", "reference")
 QUICK = dict(tokens=16, codes=64, dim=32, depth=3, heads=2, text_len=4, text_dim=24, size=64)
 
 
@@ -188,6 +192,9 @@ def contenders(args: argparse.Namespace) -> list[Contender]:
     found = []
     for precision in args.precision:
         found.append(Contender("ours", "ours", path=source, precision=precision))
+        if args.compile:
+            compiled = dict(path=source, precision=precision, variant="compiled")
+            found.append(Contender("ours, compiled", "ours", **compiled))
         for path in args.against:
             if not (Path(path) / "muse_maskgit_pytorch").is_dir():
                 raise SystemExit(f"--against {path}: no muse_maskgit_pytorch in it; name its src")
@@ -433,6 +440,7 @@ def main() -> None:
     parser.add_argument("--release-python", help="of the environment of the 0.3.5 release")
     parser.add_argument("--skip", nargs="+", default=[], help="contenders to do without")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--compile", action="store_true", help="ours also by torch.compile")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--profile", action="store_true", help="also which part takes how long")
     parser.add_argument("--verbose", action="store_true", help="show what the contenders print")

@@ -143,9 +143,9 @@ class MaskGit(Saveable):
     def precision(self) -> Precision:
         """In which precision it generates (`inference.precision.Precision`); not saved with it.
 
-        "float32" (the default) repeats bits; "bfloat16" and "int8" are faster where the machine
-        has them; "auto" takes the faster of float32 and bfloat16, by measurement; "reference"
-        computes everything the plain way, for comparison.
+        "float32" (the default) repeats bits; "bfloat16", "int8" and "float8" (on GPUs) are faster
+        where the machine has them; "auto" takes the faster of float32 and bfloat16, by
+        measurement; "reference" computes everything the plain way, for comparison.
         """
         return self._precision
 

@@ -380,6 +380,9 @@ class VQGanVAE(ImageTokenizer):
     def decode(self, quantized: Float[Tensor, "B C h w"]) -> Float[Tensor, "B 3 H W"]:
         """Quantized feature map -> pixels, unclamped (training needs the gradient)."""
         quantized = quantized.to(next(self.decoder.parameters()).dtype)
+        if quantized.is_cuda and torch.compiler.is_compiling():
+            # as a GPU's convolutions like it; torch's own group norm there knows no such layout
+            quantized = quantized.contiguous(memory_format=torch.channels_last)
         return F.pixel_shuffle(self.decoder(quantized), self.patch_size) / 2 + 0.5
 
     def forward(

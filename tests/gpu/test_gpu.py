@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from muse_maskgit_pytorch import Muse, SampleOptions, VQGanVAETrainer, save_png
+from muse_maskgit_pytorch import Muse, SampleOptions, VQGanVAETrainer, maskgit, save_png
 from muse_maskgit_pytorch import testing as tiny
 from muse_maskgit_pytorch.images import to_pil
-from muse_maskgit_pytorch.sampling import make_plan
+from muse_maskgit_pytorch.inference.graphs import Graphs
+from muse_maskgit_pytorch.inference.precision import available
+from muse_maskgit_pytorch.sampling import make_plan, sample_tokens, step
 
 DEVICE = "cuda"
 pytestmark = [
@@ -106,3 +108,107 @@ def test_a_step_whose_fp16_gradients_overflow_is_skipped(tmp_path: Path):
     trainer.train()
     for name, value in trainer.vae.state_dict().items():
         assert torch.equal(value.cpu(), before[name]), name
+
+
+def drawing_model(**changes: Any) -> Any:
+    model = tiny.maskgit(tiny.transformer(dim=128, heads=2, dim_head=64, depth=3), **changes)
+    tiny.randomise(model.transformer)
+    if model.critic is not None:
+        tiny.randomise(model.critic)
+    return model.to(DEVICE).eval()
+
+
+CHOICES: list[dict[str, Any]] = [
+    {},
+    {"cond_scale": 1.0, "top_k": 5},
+    {"timesteps": [3, 8], "policy": "entropy"},
+    {"precision": "bfloat16"},
+    {"self_token_critic": True, "top_p": 0.9},
+]
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=str)
+@torch.no_grad()
+def test_graphs_draw_what_steps_draw(monkeypatch, choice):
+    """All but single tokens: cumulative sums repeat no bits on CUDA."""
+    choice = dict(choice)
+    model = drawing_model(self_token_critic=choice.pop("self_token_critic", False))
+    model.precision = choice.pop("precision", "float32")
+    graphs = Graphs()
+    monkeypatch.setattr(maskgit, "GRAPHS", graphs)
+    options = model.default_options.replace(**{"timesteps": 8, "seeds": 1, **choice})
+    for batch in (2, 2, 2):
+        text = tiny.text(batch).to(torch.device(DEVICE))
+        plain = model.sample(text, options, step=step)
+        drawn = model.sample(text, options)
+        assert (plain == drawn).float().mean() > 0.95
+    assert sum(len(inputs.graphs) for inputs in graphs.kept[next(iter(graphs.kept))].values())
+    assert not graphs.off
+
+
+@pytest.mark.parametrize("way", ["plain", "graphs"])
+@torch.no_grad()
+def test_no_step_waits_for_the_host(monkeypatch, way):
+    """From the first step to the last, with rows that are done early."""
+    model, graphs = drawing_model(), Graphs()
+    options = SampleOptions(timesteps=[4, 8], seeds=1, top_k=5)
+    denoiser = model.denoiser(tiny.text().to(torch.device(DEVICE)), options)
+    chosen = graphs.step(denoiser) if way == "graphs" else step
+    canvas = torch.full((2, 16), model.transformer.mask_id, device=DEVICE)
+    for _ in range(3):  # what is recorded, and kernels that are loaded at their first use, may wait
+        sample_tokens(denoiser, canvas, options, step=chosen)
+
+    def strict(*args: Any, **how: Any) -> Any:
+        torch.cuda.set_sync_debug_mode("error")  # until the last step is asked for
+        return chosen(*args, **how)
+
+    strict.by_row = True  # type: ignore[attr-defined]
+    try:
+        sample_tokens(denoiser, canvas, options, step=strict)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_compiled_model_is_the_plain_one():
+    """Loss, gradients, ids and pixels."""
+    model = drawing_model()
+    ids, text = tiny.ids(codes=model.vae.codebook_size).to(DEVICE), tiny.text()
+    mask = torch.arange(ids.numel(), device=DEVICE).view_as(ids) % 3 > 0
+    losses, images = [], []
+    for compiled in (False, True):
+        if compiled:
+            model.compile()
+        model.zero_grad()
+        torch.manual_seed(0)
+        loss = model.losses(ids, text_embeds=text, mask=mask).total
+        loss.backward()
+        losses.append((loss.detach(), model.transformer.to_logits.weight.grad.clone()))
+        images.append(model.generate(text_embeds=text, seeds=[1, 2], timesteps=4))
+    torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-4)
+    assert ((images[0] - images[1]).abs() < 0.02).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "int8", "float8"])
+@torch.no_grad()
+def test_lower_precisions_are_near(precision):
+    model = drawing_model()
+    if precision not in available(torch.device(DEVICE)):
+        pytest.skip(f"this GPU has no {precision}, or there is no torchao")
+    model.precision = precision
+    options = SampleOptions(cond_scale=1.0)
+    text = tiny.text().to(torch.device(DEVICE))
+    ids = tiny.ids().to(DEVICE)
+    hidden = []
+    for one in (precision, "reference"):
+        model.precision = one
+        denoiser = model.denoiser(text, options)
+        hidden.append(denoiser.network(ids, denoiser.context))
+    assert (hidden[0] - hidden[1]).norm() / hidden[1].norm() < 0.1
+
+
+@torch.no_grad()
+def test_a_tokenizer_in_bfloat16_decodes_nearly_the_same():
+    vae = tiny.randomise(tiny.vae(dim=32)).to(DEVICE)
+    ids = tiny.ids(codes=vae.codebook_size).view(2, 4, 4).to(DEVICE)
+    plain = vae.decode_from_ids(ids)
+    assert (vae.bfloat16().decode_from_ids(ids) - plain).abs().mean() < 0.02

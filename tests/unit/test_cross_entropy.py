@@ -16,6 +16,7 @@ def test_it_is_the_loss_of_all_logits(monkeypatch, smoothing, rows):
     monkeypatch.setattr(module, "ROWS", rows)
     head, hidden = nn.Linear(12, 50, bias=False), torch.randn(29, 12, requires_grad=True)
     labels = torch.randint(50, (29,))
+    labels[::3] = -100  # these do not count
     given = [hidden, head.weight]
     expected = F.cross_entropy(head(hidden), labels, label_smoothing=smoothing)
     loss = cross_entropy(head, hidden, labels, smoothing)

@@ -1,7 +1,9 @@
 """Copies of networks that compute faster, against the networks themselves."""
 
 import json
+import re
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +138,46 @@ def test_packed_and_bfloat16_layers():
     low = Bfloat16Linear(plain)(x)
     assert low.dtype == torch.bfloat16
     assert apart(low.float(), plain(x)) < 0.01
+
+
+@pytest.mark.skipif(find_spec("torchao") is None, reason="needs torchao")
+@pytest.mark.filterwarnings("ignore")
+def test_torchao_layers():
+    """What a GPU computes with, on a CPU."""
+    plain = nn.Linear(64, 32)
+    x = torch.randn(3, 20, 64)
+    layer = module.TorchaoLinear(plain, "int8")
+    assert layer(x).dtype == torch.bfloat16
+    assert apart(layer(x).float(), plain(x)) < 0.03
+    assert layer(x[:0]).shape == (0, 20, 32)
+    assert plain.weight.dtype == torch.float32
+
+
+def test_a_decoder_is_the_same_in_channels_last():
+    """The layout of compiled decoding on a GPU."""
+    vae = tiny.randomise(tiny.vae())
+    latents = vae.quantizer.decode(tiny.ids(codes=vae.codebook_size).view(2, 4, 4))
+    last = latents.contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(vae.decode(last), vae.decode(latents), atol=1e-4, rtol=1e-4)
+
+
+def test_what_a_gpu_has(monkeypatch):
+    gpu = torch.device("cuda")
+    monkeypatch.undo()
+    for there, capability, expected in (
+        (False, (9, 0), []),
+        (True, (7, 5), []),
+        (True, (8, 6), ["int8"]),
+        (True, (8, 9), ["int8", "float8"]),
+    ):
+        monkeypatch.setattr(module, "_torchao", lambda there=there: there)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, had=capability: had)
+        assert available(gpu) == ["float32", "bfloat16", *expected]
+        if "float8" not in expected:
+            hint = "" if there else ", and more with pip install torchao"
+            wanted = re.escape(f"there are {available(gpu)}{hint}") + "$"
+            with pytest.raises(ValueError, match=f"'float8' is not to be had .*{wanted}"):
+                resolved("float8", gpu)
 
 
 def test_a_copy_lasts_as_long_as_its_weights():

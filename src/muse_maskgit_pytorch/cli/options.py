@@ -64,8 +64,8 @@ def add_options(parser: Parser, base: Collection[str] | None = None) -> None:
         "--precision",
         type=declared("inference.precision.Precision"),
         default="float32",
-        help="float32 repeats bits; bfloat16 and int8 are faster where the machine has them; auto: "
-        "the faster of float32 and bfloat16, as measured here",
+        help="float32 repeats bits; bfloat16, int8 and float8 are faster where the machine has "
+        "them; auto: the faster of float32 and bfloat16, as measured here",
     )
     sampling = declared("sampling.SampleOptions")
     parser.add_optional(sampling, "base", skip={"seeds"}, only=base)

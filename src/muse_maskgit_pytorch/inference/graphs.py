@@ -174,7 +174,9 @@ class _GraphStep:
         tensors = itertools.chain.from_iterable(
             (*m.parameters(False), *m.buffers(False)) for m in modules
         )
-        self.setting = id(inner), arithmetic(), tuple(t.data_ptr() for t in tensors)
+        # (those of copies in other precisions are not listed, but such a copy is a new network)
+        places = tuple(t.data_ptr() for t in tensors if type(t) in (Tensor, nn.Parameter))
+        self.setting = id(inner), arithmetic(), places
         self._given: Any = (None, None, None)
         self._padded: Any = None
 

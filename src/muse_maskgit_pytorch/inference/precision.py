@@ -9,7 +9,9 @@ with one works with the other:
 - *bfloat16*: weights held in bfloat16. The residual stream, norms, softmax and sampling stay
   float32, and so does the head on a CPU.
 - *int8*: products of 8-bit integers in the blocks, one scale for each row of the activations and
-  each output of the weights; the embedding, the head and the projection of texts are left alone.
+  each output of the weights; the embedding, the head and the projection of texts are left alone. On
+  a CPU by oneDNN, on a GPU by torchao, where the rest is bfloat16.
+- *float8*: the same with 8-bit floats, on GPUs that multiply them.
 - *auto*: the faster of float32 and bfloat16, by measurement. int8 moves pictures, so it is used
   where it is asked for.
 - *reference*: the network itself, without any of this and without the other savings of generation.
@@ -28,7 +30,9 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -45,8 +49,9 @@ from ..files import replacing
 from ..layers import Block, CrossAttention, SelfAttention
 from ..transformer import MaskGitTransformer, SelfCritic
 
-Precision = Literal["float32", "bfloat16", "int8", "auto", "reference"]
+Precision = Literal["float32", "bfloat16", "int8", "float8", "auto", "reference"]
 
+QUANTISED = ("int8", "float8")
 LEAST_WIDTH = 128  # of a network whose products are large enough to be prepared
 MOST_WEIGHTS = 10**9  # beyond which a second copy in float32 may not fit in memory
 CACHED = 2**21  # numbers of a layer's input that a CPU is given at once
@@ -112,6 +117,32 @@ class Int8Linear(nn.Module):
         return out.unflatten(0, x.shape[:-1])
 
 
+class TorchaoLinear(nn.Module):
+    """A layer of 8-bit numbers on a GPU (torchao); bfloat16 goes in and comes out.
+
+    Args:
+        plain: the layer.
+        kind: "int8" or "float8".
+    """
+
+    def __init__(self, plain: nn.Linear, kind: str):
+        super().__init__()
+        quantization: Any = import_module("torchao.quantization")
+        if kind == "int8":  # a scale for each row of x and each output, as for float8
+            how = quantization.Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
+        else:
+            how = quantization.Float8DynamicActivationFloat8WeightConfig(
+                granularity=quantization.PerRow(), set_inductor_config=False
+            )
+        self.inner = copy.deepcopy(plain).bfloat16().requires_grad_(False)
+        quantization.quantize_(self.inner, how)
+
+    def forward(self, x: Float[Tensor, "*s K"]) -> Float[Tensor, "*s N"]:
+        if not x.numel():
+            return x.new_zeros(*x.shape[:-1], self.inner.out_features)
+        return self.inner(x.bfloat16())
+
+
 # Copies ------------------------------------------------------------------------------------------
 
 _copies: WeakKeyDictionary[nn.Module, dict[str, tuple[Any, Any]]] = WeakKeyDictionary()
@@ -147,9 +178,9 @@ def prepared(network: Any, precision: Precision) -> Any:
         plain = copy.copy(network)
         plain.partial = False
         return plain
-    if network.dim < LEAST_WIDTH and chosen == "int8":
+    if network.dim < LEAST_WIDTH and chosen in QUANTISED:
         warnings.warn(
-            f"precision 'int8' does not pay for a network of width {network.dim} (from "
+            f"precision {chosen!r} does not pay for a network of width {network.dim} (from "
             f"{LEAST_WIDTH} on): it computes in float32",
             stacklevel=2,
         )
@@ -184,10 +215,11 @@ def resolved(precision: Precision, device: torch.device) -> str:
     """
     if precision == "auto":
         return "bfloat16" if _fastest(device, "bfloat16", "packed", "plain") else "float32"
-    if precision in ("bfloat16", "int8") and precision not in (there := available(device)):
+    if precision in ("bfloat16", *QUANTISED) and precision not in (there := available(device)):
+        missing = device.type == "cuda" and precision in QUANTISED and not _torchao()
         raise ValueError(
             f"precision {precision!r} is not to be had on this {device.type} with this torch: "
-            f"there are {there}"
+            f"there are {there}" + (", and more with pip install torchao" if missing else "")
         )
     return precision
 
@@ -199,7 +231,15 @@ def available(device: torch.device) -> list[str]:
         there.append("bfloat16")
     if device.type == "cpu" and _works(Int8Linear):
         there.append("int8")
+    if device.type == "cuda" and _torchao():
+        capability = torch.cuda.get_device_capability(device)
+        there += ["int8"] if capability >= (8, 0) else []
+        there += ["float8"] if capability >= (8, 9) else []
     return there
+
+
+def _torchao() -> bool:
+    return find_spec("torchao") is not None
 
 
 def _copy(network: MaskGitTransformer, kind: str) -> MaskGitTransformer:
@@ -210,9 +250,14 @@ def _copy(network: MaskGitTransformer, kind: str) -> MaskGitTransformer:
         packed = device.type == "cpu" and _fastest(device, "packed", "plain", place=place)
         return PackedLinear if packed else KINDS["plain"]
 
-    layer = {"bfloat16": Bfloat16Linear, "int8": Int8Linear}.get(kind) or float32("blocks")
+    on_gpu, low = device.type != "cpu", kind != "float32"
+    layer: Callable[[nn.Linear], nn.Module]
+    if on_gpu and kind in QUANTISED:
+        layer = partial(TorchaoLinear, kind=kind)
+    else:
+        layer = {"bfloat16": Bfloat16Linear, "int8": Int8Linear}.get(kind) or float32("blocks")
     # logits are what is drawn from: float32, where that is not half of the time
-    head = layer if device.type != "cpu" and kind == "bfloat16" else float32("head")
+    head = Bfloat16Linear if on_gpu and low else float32("head")
 
     def of(module: nn.Module, inside: bool) -> nn.Module:
         if type(module) is nn.Linear:
@@ -222,7 +267,8 @@ def _copy(network: MaskGitTransformer, kind: str) -> MaskGitTransformer:
         made._modules = {
             name: child and of(child, inside) for name, child in module._modules.items()
         }
-        if kind == "bfloat16" and isinstance(module, (SelfAttention, CrossAttention)):
+        half = kind == "bfloat16" or (on_gpu and low)
+        if half and isinstance(module, (SelfAttention, CrossAttention)):
             for name in ("q_norm", "k_norm"):  # of queries and keys that are in bfloat16
                 made._modules[name] = copy.deepcopy(getattr(module, name)).bfloat16()
         return made

@@ -58,6 +58,8 @@ class MaskGitTrainer(Trainer):
             ``NAME-lora-ema`` and ``NAME-lora-best``, are folders for `Muse.load_lora`.
         lora_alpha: their weight; ``lora_rank`` by default.
         lora_targets: names of the layers, or their last parts; all of the blocks by default.
+        compile: compute the loss, and the samples, by `torch.compile` (`MaskGit.compile`): meant
+            for a GPU; the first steps take minutes.
         **common: see `Trainer`.
     """
 
@@ -77,6 +79,7 @@ class MaskGitTrainer(Trainer):
         lora_rank: int = 0,
         lora_alpha: float | None = None,
         lora_targets: list[str] | None = None,
+        compile: bool = False,
         **common: Any,
     ):
         settings = settings_of(locals())
@@ -116,6 +119,8 @@ class MaskGitTrainer(Trainer):
                     "requires_grad_(True) on what should be trained"
                 )
         self.terms = NamedTerms(maskgit)
+        if compile:
+            maskgit.compile()
         self.num_samples = min(num_samples, len(self.dataset))
 
     def _open_images(

@@ -14,6 +14,7 @@ from muse_maskgit_pytorch import (
     MaskGit,
     MaskGitTransformer,
 )
+from muse_maskgit_pytorch.inference import compiling
 from muse_maskgit_pytorch.training.guard import Diverged
 from tests.runs import (
     assert_same,
@@ -37,6 +38,21 @@ def test_a_part_trains_alone(images: Path, tmp_path: Path, t5: str, part: str, o
     ).train()
     moved = {k.split(".")[0] for k, v in maskgit.state_dict().items() if (v != before[k]).any()}
     assert moved == ({"transformer", "critic"} if part == "all" else {part})
+
+
+def test_a_compiled_run_names_everything_as_a_plain_one(
+    images: Path, tmp_path: Path, t5: str, monkeypatch
+):
+    """With the compiler taken for what changes nothing: what it compiles, and what is written."""
+    compiled = []
+    monkeypatch.setattr(compiling, "_compiled", {})
+    monkeypatch.setattr(torch, "compile", lambda f, **how: compiled.append((f.__name__, how)) or f)
+    for name, compile in (("plain", False), ("compiled", True)):
+        maskgit_trainer(images, tmp_path / name, make_maskgit(t5), compile=compile).train()
+        assert bool(compiled) is compile
+    assert ("_terms", {"fullgraph": True}) in compiled
+    files = [tmp_path / name / "base.safetensors" for name in ("plain", "compiled")]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_training_leaves_the_tokenizer_alone(images: Path, tmp_path: Path, t5: str):
