@@ -470,7 +470,9 @@ class MaskGit(Saveable):
     ) -> Float[Tensor, "B 3 H W"]:
         """Token ids -> pixels in [0, 1]."""
         ids = ids.clamp(max=self.vae.codebook_size - 1)  # a callback may have stopped early
-        decode = compiled(_decoded, self._drawn_compiled)
+        options = self._drawn_compiled
+        # a large picture is decoded in strips, which are no single graph
+        decode = compiled(_decoded, options and {**options, "fullgraph": False})
         return decode(self.vae, ids.view(len(ids), *self.geometry.grid(image_size)))
 
 
