@@ -47,7 +47,7 @@ def made(capture: Any = None, most: int = 2**40) -> Graphs:
 
 
 def model(**changes: Any) -> Any:
-    made = tiny.maskgit(tiny.transformer(depth=2, self_cond=changes.pop("self_cond", False)))
+    made = tiny.maskgit(tiny.transformer(depth=1, self_cond=changes.pop("self_cond", False)))
     if changes:
         made = tiny.maskgit(made.transformer, **changes)
     tiny.randomise(made.transformer)
@@ -66,7 +66,7 @@ def text(batch: int, length: int = 5) -> TextEmbeds:
 
 def both(model: Any, graphs: Graphs, text: TextEmbeds, canvas: Tensor, **options: Any) -> None:
     """By graphs and plainly, the same ids and the same previews."""
-    chosen = SampleOptions(**{"timesteps": 3, "seeds": 5, **options})
+    chosen = SampleOptions(timesteps=3, seeds=5).replace(**options)
     denoiser = model.denoiser(text, chosen)
     drawn = {}
     for name, step in (("plain", sampling.step), ("graphs", graphs.step(denoiser))):

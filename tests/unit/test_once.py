@@ -10,7 +10,7 @@ from muse_maskgit_pytorch import Muse
 from muse_maskgit_pytorch import testing as tiny
 from muse_maskgit_pytorch.editing import free, inpaint, outpaint
 from muse_maskgit_pytorch.images import to_pil
-from muse_maskgit_pytorch.muse import step
+from muse_maskgit_pytorch.sampling import step
 from muse_maskgit_pytorch.text import TextEncoder
 from muse_maskgit_pytorch.words import emphasise
 

@@ -212,8 +212,8 @@ class _GraphStep:
             shapes = self.setting, self._shapes, _signature(more), id(critic), stream
             name = how["guided"], how["num_logits"]
             inputs = graphs.kept.get(network, {}).get(shapes)
-            replay = inputs and inputs.graphs.get(name)
-            if replay is None:
+            replay = None if inputs is None else inputs.graphs.get(name)
+            if inputs is None or replay is None:
                 again = graphs.seen((shapes, name))
                 if again is None:
                     graphs.remember((shapes, name), True)
@@ -258,15 +258,16 @@ class _GraphStep:
             return self.inner(inputs.state, plan, still, **how)
 
         expected = function()  # also what prepares kernels that are used for the first time
-        before = _reserved(device)
+        before, replay = _reserved(device), None
         try:
             with torch.inference_mode(False), torch.no_grad():
                 replay = graphs.capture(function, device)
             agrees = _agree(replay(), expected)
             reason = "a replayed step gave other tokens than the step itself"
-        except (RuntimeError, NotImplementedError) as error:
-            agrees, reason = False, f"a step cannot be recorded ({str(error).splitlines()[0]})"
-        if not agrees:
+        except RuntimeError as error:
+            agrees, said = False, (str(error).splitlines() or ["?"])[0]
+            reason = f"a step cannot be recorded ({said})"
+        if replay is None or not agrees:
             graphs.off.add(network)
             del graphs.kept[network]
             warnings.warn(
@@ -294,7 +295,7 @@ def rounded(count: int, least: int = 1) -> int:
 def _padded(given: tuple[SamplePlan, Any, Any], batch: int) -> Any:
     """Plan and contexts at sizes that graphs have; None where they hold what is unknown."""
     plan, *contexts = given
-    padded = [plan.lasting(rounded(plan.num_steps, LEAST))]
+    padded: list[Any] = [plan.lasting(rounded(plan.num_steps, LEAST))]
     for context in contexts:
         if type(context) is Context:
             length = context.mask.shape[-1]
