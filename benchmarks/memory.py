@@ -28,7 +28,7 @@ CASES = {
     "decode-256": dict(
         dim=128, decoder_dim=256, decoder_res_blocks=4
     ),  # its enlarged decoder (2.5)
-    "pictures": dict(dim=64),  # 64 of 512 px
+    "pictures": dict(dim=64),  # 64 of them
     "superres": dict(dim=128, factor=8),  # 64 x 64 tokens, two steps, multi-axis
 }
 

@@ -28,7 +28,7 @@ from .structures import QuantizerOutput
 from .winograd import Conv3x3
 
 DEFAULT_CODEBOOK_SIZE = 8192  # paper, table 5
-CPU_PIXELS, PIXELS = 2**18, 2**22  # of pictures that are decoded together
+CPU_PIXELS, PIXELS = 2**15, 2**22  # of pictures that are decoded together
 
 
 def _norm(channels: int) -> nn.GroupNorm:
