@@ -264,11 +264,8 @@ def sample_tokens(
     counts = (left > 0).sum(dim=0).tolist()
     longest = (left > 0).sum(dim=1).argsort(descending=True, stable=True).to(canvas.device)
     leave = getattr(step, "by_row", False) and not network.self_cond
-    rows, part, some = (
-        longest,
-        denoiser,
-        plan,
-    )  # those that are not done, and the model's view of them
+    # those that are not done, and the model's and the plan's view of them
+    rows, part, some = longest, denoiser, plan
     for i, (is_guided, num_logits) in enumerate(
         zip(guided, left.amax(0).tolist()[:-1], strict=True)
     ):

@@ -58,8 +58,8 @@ class MaskGitTrainer(Trainer):
             ``NAME-lora-ema`` and ``NAME-lora-best``, are folders for `Muse.load_lora`.
         lora_alpha: their weight; ``lora_rank`` by default.
         lora_targets: names of the layers, or their last parts; all of the blocks by default.
-        compile: compute the loss, and the samples, by `torch.compile` (`MaskGit.compile`): meant
-            for a GPU; the first steps take minutes.
+        compile: compute the loss by `torch.compile` (`MaskGit.compile`): meant for a GPU; the first
+            steps take minutes.
         **common: see `Trainer`.
     """
 
@@ -266,14 +266,20 @@ class MaskGitTrainer(Trainer):
             assert batch.images is not None
             assert batch.texts is not None
             images, texts = batch.images, batch.texts
-        with self.autocast():
-            cond_ids = self.maskgit.encode_cond(batch.cond_images, batch.cond_ids)
-            drawn = self.maskgit.generate(
-                batch.texts,
-                text_embeds=batch.text_embeds,
-                cond_ids=cond_ids,
-                seeds=list(range(len(rows))),
-            )
+        precision = self.maskgit.precision
+        if self.device.type == "cuda":  # a few pictures are worth no graphs beside the training
+            self.maskgit.precision = "reference"
+        try:
+            with self.autocast():
+                cond_ids = self.maskgit.encode_cond(batch.cond_images, batch.cond_ids)
+                drawn = self.maskgit.generate(
+                    batch.texts,
+                    text_embeds=batch.text_embeds,
+                    cond_ids=cond_ids,
+                    seeds=list(range(len(rows))),
+                )
+        finally:
+            self.maskgit.precision = precision
         path.parent.mkdir(parents=True, exist_ok=True)
         both = torch.cat([images.float().cpu(), drawn.float().cpu()])
         image_grid(both, columns=len(rows), labels=[*texts, *[""] * len(texts)]).save(path)
