@@ -141,6 +141,7 @@ CASES = {
         for name, case in GPU.items()
     },
 }
+HALF = Case(dim=256, depth=4, heads=4)  # what a sweep changes one thing of
 SWEEPS: dict[str, tuple[str, list[int]]] = {
     "tokens": ("tokens", [64, 256, 1024, 4096]),
     "batch": ("batch", [1, 2, 4, 8, 16]),
@@ -170,7 +171,7 @@ def series(name: str, small: bool) -> dict[str, Case]:
         change: dict[str, Any] = {field: value}
         if field == "dim":
             change["heads"] = value // 64
-        cases[str(value)] = replace(quick(Case()) if small else Case(), **change)
+        cases[str(value)] = replace(quick(Case()) if small else HALF, **change)
     return cases
 
 
@@ -451,7 +452,7 @@ def main() -> None:
         for name, case in CASES.items():
             print(f"{name:20}{case}")
         for name, (field, values) in SWEEPS.items():
-            print(f"--sweep {name:12}{field} {values}")
+            print(f"--sweep {name:12}{field} {values} ({HALF})")
         return
     if args.profile and args.device != "cpu":
         parser.error("--profile tells the parts of a CPU's time: leave --device cuda out")

@@ -164,7 +164,7 @@ def our_shipped(muse: Any, spec: Spec) -> tuple[Run, nn.Module]:
 
 
 def our_tokenizer_training(muse: Any, spec: Spec) -> tuple[Run, nn.Module]:
-    """A step of the user's first example: one of its micro batches, with the discriminator."""
+    """A step of the user's first example by images, with the discriminator."""
     images = some_images(spec)
     vae = fill(muse.VQGanVAE(dim=spec.dim, vq_codebook_size=spec.codes))
     with TemporaryDirectory() as folder:
