@@ -1173,6 +1173,9 @@ def test_help_says_what_an_option_is(capsys):
     assert "--transformer.dim ... width D. (int, required)" in said
     assert "--trainer.lr ... peak learning rate. (float, default:" in said  # of a base class
     assert "(all | transformer | critic, default: all)" in said
+    with pytest.raises(SystemExit):
+        main(["inspect", "--help"])
+    assert "usage: muse inspect [options] pictures ..." in capsys.readouterr().out
 
 
 def test_help_and_mistyped_options_load_neither_torch_nor_the_parser():

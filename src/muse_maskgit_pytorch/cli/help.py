@@ -26,9 +26,12 @@ def text(prog: str, description: str, options: Iterable[Option]) -> str:
         options: method, arguments and settings, as jsonargparse's parser takes them.
     """
     options = list(options)
-    words = [names[0] for _, names, _ in options if str(names[0])[0] != "-" and len(names) == 1]
-    usage = " ".join([prog, "[options]", *(f"[{word} ...]" for word in words)])
-    parser = ArgumentParser(prog, usage, description, add_help=False)
+    usage = [prog, "[options]"]
+    for method, (name, *_), settings in options:
+        if method == "add_argument" and not name.startswith("-"):
+            forms = {"*": f"[{name} ...]", "+": f"{name} ..."}
+            usage.append(forms.get(settings.get("nargs", ""), name))
+    parser = ArgumentParser(prog, " ".join(usage), description, add_help=False)
     parser.add_argument("-h", "--help", action="help", help="show this")
     parser.add_argument("--config", metavar="FILE", help="YAML file with the same keys")
     parser.add_argument(
