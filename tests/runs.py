@@ -16,14 +16,11 @@ from muse_maskgit_pytorch import (
     MaskGit,
     MaskGitTrainer,
     MaskGitTransformer,
-    TokenCache,
     TokenCritic,
     VQGanVAE,
     VQGanVAETrainer,
-    write_cache,
 )
 from muse_maskgit_pytorch.checkpoint import load_tree
-from muse_maskgit_pytorch.data import ImageDataset
 from muse_maskgit_pytorch.training.loop import Trainer
 
 CAPTIONS = ["one", "two owls", "three red kites", "four", "five plums in a bowl", "six", "seven"]
@@ -72,12 +69,6 @@ def maskgit_trainer(
 ) -> MaskGitTrainer:
     arguments: dict[str, Any] = {**COMMON, "num_samples": 2, **changes}
     return MaskGitTrainer(maskgit, folder=str(images), results_folder=str(results), **arguments)
-
-
-def make_cache(folder: Path, maskgit: MaskGit, dataset: ImageDataset, **changes: Any) -> TokenCache:
-    settings: dict[str, Any] = {"say": None, **changes}
-    assert write_cache(folder, maskgit, dataset, **settings)
-    return TokenCache(folder, maskgit)
 
 
 def metrics(results: Path) -> list[dict[str, Any]]:
