@@ -78,7 +78,7 @@ def suffixes() -> frozenset[str]:
     return frozenset(" ".join(FORMATS[name] for name in formats()).split())
 
 
-def read_image(source: str | PathLike[str] | Image.Image) -> Image.Image:
+def read_image(source: str | PathLike[str] | io.BytesIO | Image.Image) -> Image.Image:
     """Open a picture as a viewer shows it: whole, upright, 8-bit RGB, in sRGB.
 
     Every picture comes in by this function. The EXIF orientation and an embedded colour profile
@@ -88,7 +88,7 @@ def read_image(source: str | PathLike[str] | Image.Image) -> Image.Image:
     already come in by this function is returned as it is.
 
     Args:
-        source: an image file in one of `formats`, or a PIL image.
+        source: an image file in one of `formats`, its bytes, or a PIL image.
 
     Returns:
         An image of mode "RGB".
@@ -123,7 +123,7 @@ def check_image(path: str | PathLike[str]) -> None:
 
 
 @contextmanager
-def _naming(source: str | PathLike[str] | Image.Image) -> Iterator[None]:
+def _naming(source: str | PathLike[str] | io.BytesIO | Image.Image) -> Iterator[None]:
     """Whatever goes wrong within the block is a ValueError with the picture's name."""
     path = getattr(source, "filename", "") if isinstance(source, Image.Image) else source
     given = isinstance(path, (str, PathLike)) and str(path)
@@ -144,24 +144,28 @@ class _TooLarge(Exception):
     pass
 
 
-def _open(source: str | PathLike[str] | Image.Image) -> Image.Image:
+def _open(source: str | PathLike[str] | io.BytesIO | Image.Image) -> Image.Image:
     if isinstance(source, Image.Image):
         _check_size(source)
         source.load()
         return _in_srgb(_upright(source))
-    image = _decoded(as_path(source, "image"))
+    image = _decoded(source if isinstance(source, io.BytesIO) else as_path(source, "image"))
     seen = _in_srgb(_upright(image))
     return image.copy() if seen is image else seen  # not tied to the file any more
 
 
-def _decoded(path: Path, pixels: bool = True) -> Image.Image:
+def _decoded(path: Path | io.BytesIO, pixels: bool = True) -> Image.Image:
     """An image file as it is stored; without ``pixels`` its header is read alone."""
     try:
         return _load(path, pixels)
     except (Image.DecompressionBombError, _TooLarge):
         raise
     except Exception:
-        with open(path, "rb") as file:
+        with (
+            io.BytesIO(path.getvalue())
+            if isinstance(path, io.BytesIO)
+            else open(path, "rb") as file
+        ):
             if file.read(len(PNG)) != PNG:
                 raise
             bare = _bare_png(file)

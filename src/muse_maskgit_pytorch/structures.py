@@ -10,6 +10,7 @@ A plain tensor is used where one tensor is enough:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -56,6 +57,13 @@ class TextEmbeds:
                 f"TextEmbeds: embeds {tuple(self.embeds.shape)} and mask {tuple(self.mask.shape)} "
                 "must agree in batch and length"
             )
+
+    @classmethod
+    def padded(cls, rows: Sequence[Tensor]) -> TextEmbeds:
+        """Join texts (L,E) of different lengths, each of real tokens alone."""
+        lengths = torch.tensor([len(row) for row in rows], device="cpu")
+        mask = torch.arange(int(lengths.max()), device="cpu") < lengths[:, None]
+        return cls(torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True), mask)
 
     @classmethod
     def of(cls, value: TextEmbeds | Tensor) -> TextEmbeds:

@@ -260,6 +260,17 @@ DERIVED = ("num_tokens", "seq_len")
 VAE_TRAINER = "training.vae_trainer.VQGanVAETrainer"
 
 
+def add_data(parser: Parser) -> None:
+    """Where the training data are."""
+    parser.add_argument(
+        "--data",
+        type=str | None,
+        help="what to train on, in the place of trainer.folder: Parquet files or WebDataset tars "
+        "(one, a glob, {00..31}, or their folder), a folder of save_to_disk or of images, or a "
+        "data set on the hub, owner/name; with trainer.streaming read as the training goes on",
+    )
+
+
 def train_vae_parser() -> Parser:
     parser = Parser("muse train vae", "Train an image tokenizer on a folder of images.")
     parser.add_argument(
@@ -269,6 +280,7 @@ def train_vae_parser() -> Parser:
         "says what is not stated under vae",
     )
     parser.add_section(declared("vqgan_vae.VQGanVAE"), "vae")
+    add_data(parser)
     parser.add_section(declared(VAE_TRAINER), "trainer", skip={"vae", "data"})
     return parser
 
@@ -291,6 +303,7 @@ def train_decoder_parser() -> Parser:
         default=4,
         help="its residual blocks per resolution; null: as now",
     )
+    add_data(parser)
     skip = {"vae", "data", "decoder_only"}
     parser.add_section(declared(VAE_TRAINER), "trainer", skip=skip)
     return parser
@@ -341,6 +354,7 @@ def maskgit_parser(superres: bool) -> Parser:
             help="side of the low-resolution images",
         )
     parser.add_optional(declared("sampling.SampleOptions"), "maskgit.sample_options")
+    add_data(parser)
     trainer = declared("training.maskgit_trainer.MaskGitTrainer")
     parser.add_section(trainer, "trainer", skip={"maskgit", "data"})
     return parser

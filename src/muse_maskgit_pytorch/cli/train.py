@@ -29,6 +29,12 @@ def _train(trainer: Trainer, config: Namespace) -> None:
     trainer.train()
 
 
+def trainer_arguments(config: Namespace) -> dict[str, Any]:
+    """What a recipe says of its trainer; ``data`` stands in the place of its folder."""
+    arguments = config.trainer.as_dict()
+    return arguments if config.data is None else {**arguments, "data": config.data, "folder": None}
+
+
 def train_vae(parser: Parser, argv: list[str]) -> None:
     name, start = parser.said(argv, "init_from"), None
     weights_alone = name is not None and as_path(name).is_file() and not is_safetensors(Path(name))
@@ -44,7 +50,7 @@ def train_vae(parser: Parser, argv: list[str]) -> None:
         vae._load_state(start.state_dict(), config.init_from)
     elif name:  # torch.save's, which states no arguments
         vae.load(name)
-    _train(VQGanVAETrainer(vae, **config.trainer.as_dict()), config)
+    _train(VQGanVAETrainer(vae, **trainer_arguments(config)), config)
 
 
 def _set_defaults(parser: Parser, section: str, config: dict[str, Any]) -> None:
@@ -61,7 +67,7 @@ def train_decoder(parser: Parser, argv: list[str]) -> None:
     if not isinstance(vae, VQGanVAE):
         raise ValueError(f"--vae {config.vae}: only decoders of our own VQGanVAE can be trained")
     vae = vae.with_decoder(config.decoder_dim, config.decoder_res_blocks)
-    _train(VQGanVAETrainer(vae, decoder_only=True, **config.trainer.as_dict()), config)
+    _train(VQGanVAETrainer(vae, decoder_only=True, **trainer_arguments(config)), config)
 
 
 def open_start(parser: Parser, argv: list[str], superres: bool) -> MaskGit | None:
@@ -129,7 +135,7 @@ def _train_maskgit(parser: Parser, argv: list[str], superres: bool) -> None:
     start = open_start(parser, argv, superres)
     config = parser.read(argv)
     torch.manual_seed(config.trainer.seed)
-    _train(MaskGitTrainer(make_maskgit(config, start), **config.trainer.as_dict()), config)
+    _train(MaskGitTrainer(make_maskgit(config, start), **trainer_arguments(config)), config)
 
 
 def train_base(parser: Parser, argv: list[str]) -> None:

@@ -8,11 +8,12 @@ import difflib
 import io
 import json
 import posixpath
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..arguments import as_text, printable, shown
+from .rows import missing
 from .source import few, warn
 
 SAMPLE = 2**18  # bytes of text by which an encoding is guessed
@@ -39,6 +40,7 @@ class Row(NamedTuple):
     line: int
     file_name: str
     text: str
+    values: Mapping[str, Any]
 
 
 def read_texts(folder: Path, names: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
@@ -133,14 +135,20 @@ def one_line(text: str, name: str) -> str:
     return " ".join(as_text(text, name).split())
 
 
-def read_table(file: Path) -> list[Row]:
+def read_table(file: Path, column: str = "text") -> list[Row]:
     """Read the rows of a metadata file, in their order.
+
+    Args:
+        file: CSV with a header, JSON lines, or Parquet.
+        column: where the captions stand.
 
     Raises:
         ValueError: it cannot be read, is malformed, or lacks a column; the message names file and
             line.
     """
     try:
+        if file.suffix.lower() == ".parquet":
+            return _rows(_parquet_rows(file), column)
         raw = file.read_bytes()
         text = decode(raw)
         if text is None:
@@ -153,24 +161,39 @@ def read_table(file: Path) -> list[Row]:
                 "wrong, save it as UTF-8)"
             )
         rows = _csv_rows if file.suffix.lower() == ".csv" else _json_rows
-        return [
-            Row(line, name, one_line(caption, f"the caption of {shown(name)}"))
-            for line, name, caption in rows(text)
-        ]
+        return _rows(rows(text), column)
     except (OSError, ValueError, csv.Error) as error:  # also bad JSON and bad encodings
         raise ValueError(f"cannot read {shown(str(file), 400)}: {error}") from error
 
 
-def _csv_rows(text: str) -> Iterator[tuple[int, str, str]]:
+def _rows(rows: Iterable[tuple[int, Any]], column: str) -> list[Row]:
+    """Rows with their file's name and caption; an empty caption is none."""
+    found = []
+    for line, values in rows:
+        if not isinstance(values, dict):
+            raise ValueError(f"line {line} must be an object with file_name and {column}")
+        for name in ("file_name", column):
+            if name not in values:
+                raise ValueError(f"line {line}: {missing(name, values, 'the column')}")
+        name, caption = values["file_name"], values[column]
+        if not isinstance(name, str) or not isinstance(caption, str | None):
+            raise ValueError(
+                f"line {line} must be an object with file_name and {column}, both strings"
+            )
+        text = one_line(caption or "", f"the caption of {shown(name)}")
+        found.append(Row(line, name, text, values))
+    return found
+
+
+def _csv_rows(text: str) -> Iterator[tuple[int, dict[str, str]]]:
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
         header = next(reader, [])
-        if missing := {"file_name", "text"} - set(header):
+        if len(header) < 2:
             raise ValueError(
-                f"it needs the columns file_name and text, separated by commas: {missing.pop()} "
-                f"is not among {shown(header)}"
+                "it needs the columns file_name and text, separated by commas: the first line is "
+                f"{shown(header)}"
             )
-        name, caption = header.index("file_name"), header.index("text")
         for row in filter(None, reader):
             if len(row) > len(header):
                 raise ValueError(
@@ -178,26 +201,29 @@ def _csv_rows(text: str) -> Iterator[tuple[int, str, str]]:
                     "put captions with a comma into double quotes"
                 )
             row += [""] * (len(header) - len(row))
-            yield reader.line_num, row[name], row[caption]
+            yield reader.line_num, dict(zip(header, row, strict=True))
     except csv.Error as error:
         raise ValueError(f"line {reader.line_num}: {error}") from error
 
 
-def _json_rows(text: str) -> Iterator[tuple[int, str, str]]:
+def _json_rows(text: str) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            yield number, json.loads(line)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"line {number} is not JSON: {error}") from error
-        row = row if isinstance(row, dict) else {}
-        name, caption = row.get("file_name"), row.get("text", 0)
-        if not isinstance(name, str) or not isinstance(caption, str | None):
-            raise ValueError(
-                f"line {number} must be an object with file_name and text, both strings"
-            )
-        yield number, name, caption or ""
+
+
+def _parquet_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ValueError(
+            "it needs pyarrow: pip install 'muse-maskgit-pytorch[data]', or save it as CSV"
+        ) from error
+    yield from enumerate(pyarrow.parquet.read_table(file).to_pylist(), 1)
 
 
 class Tables:
@@ -205,18 +231,27 @@ class Tables:
 
     Attributes:
         texts: captions by the image's name.
+        values: all columns of its row, if they are wanted.
         rows: how many there are.
         lost: rows that name no image, as "file_name (table, line)".
         twice: images that are named more than once; their last row counts.
     """
 
-    def __init__(self, folder: Path, tables: Sequence[str], images: Sequence[str]):
+    def __init__(
+        self,
+        folder: Path,
+        tables: Sequence[str],
+        images: Sequence[str],
+        column: str = "text",
+        with_values: bool = False,
+    ):
         self.texts: dict[str, str] = {}
+        self.values: dict[str, Mapping[str, Any]] = {}
         self.rows, self.lost, self.twice = 0, [], []
         self._images, known = images, set(images)
         for table in tables:
             above = posixpath.dirname(table)
-            for row in read_table(folder / table):
+            for row in read_table(folder / table, column):
                 self.rows += 1
                 name = _image_of(row.file_name, folder, above, known)
                 if name is None:
@@ -225,6 +260,8 @@ class Tables:
                 if name in self.texts:
                     self.twice.append(name)
                 self.texts[name] = row.text
+                if with_values:
+                    self.values[name] = row.values
 
     def complaints(self) -> Iterator[str]:
         """What a reader should know of the tables, if anything."""

@@ -16,7 +16,9 @@ from ..arguments import printable
 from ..images import to_tensor
 from .order import Sample, drawn
 from .pixels import View
+from .rows import captions_of, embeds_of
 from .source import BROKEN, Item, Source, fingerprint, place, warn
+from .wording import Wording
 
 if TYPE_CHECKING:
     from .cache import TokenCache
@@ -27,7 +29,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
 
     An item is `{"image": float (3,S,S) in [0,1]}`, with "text": str if there are captions, and
     with "cond_image": float (3,C,C) if a low resolution is asked for. Of several captions one is
-    drawn.
+    drawn. An item with embeddings of its own has "text_embeds", float (L,E), in place of a text.
 
     A broken item never ends a run. It is named in a warning once and from then on answered with
     the next readable one, so every index stays valid and the answer is the same in every epoch.
@@ -42,6 +44,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         cache: prepare all pictures at construction and keep them as bytes: 3 * S * S for each.
             Broken ones are then all found at once. Random crops keep more, see `View.prepare`:
             3 * (S / crop_scale[0])^2 bytes for a square picture that has so many pixels.
+        wording: what becomes of captions at a position of the training order.
 
     Attributes:
         keys: the items' keys, in the order of the source.
@@ -58,7 +61,9 @@ class ImageDataset(Dataset[dict[str, Any]]):
         captions: bool = False,
         cond_size: int | None = None,
         cache: bool = False,
+        wording: Wording | None = None,
     ):
+        self.wording = wording
         self.source, self.captions, self.cond_size = source, captions, cond_size
         self.view = View(view) if isinstance(view, int) else view
         self.broken: list[str] = []
@@ -90,8 +95,8 @@ class ImageDataset(Dataset[dict[str, Any]]):
         position = index.position if isinstance(index, Sample) else None
         for step in range(len(self)):
             if (item := self.views((index + step) % len(self), [position])) is not None:
-                if not isinstance(texts := item.get("text", ""), str):
-                    item["text"] = texts[drawn(len(texts), self.view.seed, position)]
+                if "text" in item:
+                    item["text"] = self._worded(item["text"], position)
                 return item | {"image": item["image"][0]}
         raise ValueError(f"{self.source} holds no image that can be read")
 
@@ -168,6 +173,12 @@ class ImageDataset(Dataset[dict[str, Any]]):
             other._fill_cache()
         return other
 
+    def _worded(self, texts: str | Sequence[str], position: int | None) -> str:
+        """The caption of an item at a position of the training order."""
+        if not isinstance(texts, str):
+            texts = texts[drawn(len(texts), self.view.seed, position)]
+        return self.wording(texts, position) if self.wording else texts
+
     def _keep(self, rows: Sequence[int]) -> None:
         self.keys = [self.keys[row] for row in rows]
         self._rows = [self._rows[row] for row in rows]
@@ -191,9 +202,11 @@ class ImageDataset(Dataset[dict[str, Any]]):
     def _prepare(self, key: str, item: Item) -> dict[str, Any]:
         prepared: dict[str, Any] = {"picture": np.asarray(self.view.prepare(item.image))}
         if self.captions:
-            if not item.text:
-                raise ValueError(f"item {key!r} of {self.source} has no caption: give it a text")
-            prepared["text"] = item.text
+            what = f"item {key!r} of {self.source}"
+            if item.embeds is None:
+                prepared["text"] = captions_of(item.text, what)
+            else:
+                prepared["text_embeds"] = embeds_of(item, what)
         if self.cond_size is not None:
             prepared["cond_image"] = to_tensor(item.cond_image or item.image, self.cond_size)
         return prepared

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from os import PathLike
 from pathlib import Path, PurePosixPath
+from typing import Any
+
+from PIL import Image
 
 from ..arguments import as_path, shown
 from ..images import check_image, read_image, suffixes
 from .captions import Tables, read_texts
 from .dataset import ImageDataset
 from .listing import Listing, counted
+from .opening import open_named
 from .pixels import View
-from .source import BROKEN, Item, Source, WithCondImages, few, warn
+from .rows import Filter, Kept, Rows
+from .source import BROKEN, Item, WithCondImages, few, warn
+from .stream import RowStream
 
 
 class Folder:
@@ -21,9 +27,9 @@ class Folder:
     Folders behind links are searched too, each once. What begins with a dot, what file managers
     and archives leave behind, and the pictures of training runs are no part of the data.
 
-    Captions come from a `metadata.csv` or `metadata.jsonl` (columns `file_name`, relative to that
-    file, and `text`), and for an image that these do not name from `NAME.txt` or `NAME.caption`
-    next to `NAME.png`. They are UTF-8, or what their bytes show or most resemble.
+    Captions come from a `metadata.csv`, `.jsonl` or `.parquet` (columns `file_name`, relative to
+    that file, and `text`), and for an image that these do not name from `NAME.txt` or
+    `NAME.caption` next to `NAME.png`. They are UTF-8, or what their bytes show or most resemble.
 
     Args:
         folder: searched with its subfolders for png, jpg, webp, avif, bmp, gif, tiff, jp2, ppm and
@@ -34,6 +40,8 @@ class Folder:
         results_folder: of a training run; left out where it lies inside the folder.
         classes: names of classes: an image without a caption, in a folder that has the name of
             one, is of that class, which is its caption.
+        text_column: of the tables, where the captions stand.
+        with_values: keep all columns of the tables, for a `Filter`.
 
     Attributes:
         names: paths relative to `folder`, with forward slashes, sorted; also the keys.
@@ -53,8 +61,11 @@ class Folder:
         verify: bool = True,
         results_folder: str | PathLike[str] | None = None,
         classes: Sequence[str] = (),
+        text_column: str = "text",
+        with_values: bool = False,
     ) -> None:
         self.folder = as_path(folder, "folder")
+        self._values: Mapping[str, Mapping[str, Any]] = {}
         if not self.folder.is_dir():
             problem = "is not a folder" if self.folder.exists() else "does not exist"
             raise ValueError(f"{self} {problem}")
@@ -69,7 +80,7 @@ class Folder:
                 f"{self} holds no images ({' '.join(sorted(suffixes()))}); it has {others}"
             )
         if captions:
-            self._caption(found, classes)
+            self._caption(found, classes, text_column, with_values)
         if verify:
             broken = {name for name in self.names if not self._has_header(name)}
             self._leave_out(BROKEN, broken)
@@ -95,6 +106,11 @@ class Folder:
         image = read_image(self.folder / self.names[index])
         return Item(image, None if self.texts is None else self.texts[index])
 
+    def facts(self, index: int) -> tuple[Mapping[str, Any], tuple[int, int]]:
+        """What a `Filter` judges an item by: its row in the tables, and its size."""
+        with Image.open(self.folder / self.names[index]) as image:
+            return self._values.get(self.names[index], {}), image.size
+
     def _has_header(self, name: str) -> bool:
         try:
             check_image(self.folder / name)
@@ -115,9 +131,12 @@ class Folder:
         if self.texts is not None:
             self.texts = [self.texts[row] for row in left]
 
-    def _caption(self, found: Listing, classes: Sequence[str]) -> None:
+    def _caption(
+        self, found: Listing, classes: Sequence[str], column: str, with_values: bool
+    ) -> None:
         """Give the images their captions, and leave out those that have none."""
-        tables = Tables(self.folder, found.tables, self.names)
+        tables = Tables(self.folder, found.tables, self.names, column, with_values)
+        self._values = tables.values
         stems = {name: PurePosixPath(name).with_suffix("").as_posix() for name in self.names}
         beside = {
             name: found.texts[stem]
@@ -197,20 +216,38 @@ class ImageFolder(ImageDataset):
 
 
 def open_source(
-    data: Source | None,
+    data: Any,
     folder: str | None,
     captions: bool = False,
     cond_folder: str | None = None,
     results_folder: Path | None = None,
     classes: Sequence[str] = (),
-) -> Source:
-    """The trainers' choice between a source and its short form, a folder.
+    *,
+    image_column: str | None = None,
+    text_column: str | None = None,
+    streaming: bool = False,
+    min_size: int = 0,
+    where: Mapping[str, Sequence[float]] | None = None,
+) -> Any:
+    """The one door for data: a `Source`, or a `RowStream` of what has no length.
 
-    The pictures in ``results_folder`` are the run's own, and no data. Captions may be the names of
-    ``classes``, see `Folder`.
+    Args:
+        data: a source, anything with ``__len__`` and ``__getitem__``, an iterable, or a name
+            (`open_named`).
+        folder: the short form of ``data`` for a folder of images.
+        captions: whether they are needed.
+        cond_folder: low-resolution images, see `WithCondImages`.
+        results_folder: the pictures there are the run's own, and no data.
+        classes: captions may be their names, see `Folder`.
+        image_column: name of the image's column.
+        text_column: of the caption's.
+        streaming: see `open_named`.
+        min_size: see `Filter`; so is ``where``.
+        where: ranges of columns.
 
     Raises:
-        ValueError: both or neither are given, or as `Folder` and `WithCondImages`.
+        ValueError: both or neither of folder and data are given, what is no data, or as the
+            classes that are named here.
     """
     if (data is None) == (folder is None):
         given = "neither folder nor data is" if data is None else "both folder and data are"
@@ -218,6 +255,37 @@ def open_source(
             f"{given} given: name a folder of images, or give a source of your own "
             "(muse_maskgit_pytorch.data.Source)"
         )
-    if data is None:
-        data = Folder(folder, captions, True, results_folder, classes)  # type: ignore[arg-type]
-    return data if cond_folder is None else WithCondImages(data, Folder(cond_folder))
+    keep = Filter(min_size, where)
+    named = isinstance(data, str | PathLike)
+    if streaming and not named:
+        raise ValueError("streaming is for data that are named by a text: leave it out")
+    if named:
+        data = open_named(str(data), streaming)
+    if data is None or isinstance(data, Path):
+        if streaming:
+            raise ValueError(
+                f"{data} is a plain folder, which is not streamed: leave streaming out"
+            )
+        if image_column is not None:
+            raise ValueError("image_column is for data with columns: leave it out with a folder")
+        data = Folder(
+            data or as_path(folder, "folder"), captions, True, results_folder, classes,
+            text_column or "text", bool(where),
+        )  # fmt: skip
+    elif not (hasattr(data, "keys") and hasattr(data, "item")):
+        columns = image_column, text_column, captions, classes
+        if hasattr(data, "__len__") and hasattr(data, "__getitem__"):
+            data = Rows(data, *columns)
+        elif hasattr(data, "__iter__"):
+            if cond_folder is not None:
+                raise ValueError(
+                    "cond_folder cannot be matched with a stream: give each row a cond_image"
+                )
+            return RowStream(data, *columns, keep)
+        else:
+            raise ValueError(
+                f"data must be a source, a list or stream of dicts, or a name, not {shown(data)}"
+            )
+    if cond_folder is not None:
+        data = WithCondImages(data, Folder(cond_folder))
+    return Kept(data, keep) if keep else data

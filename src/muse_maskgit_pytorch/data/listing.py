@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from ..images import suffixes
 
 TEXTS = (".txt", ".caption")  # of two files beside one image, the first ending counts
-TABLES = ("metadata.csv", "metadata.jsonl")
+TABLES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 # Folders that file managers, synchronisation and archives make. As what begins with a dot, they
 # hold copies, thumbnails and rubbish.

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
-from typing import Protocol
+from typing import Any, Protocol
 
 from PIL import Image
 
@@ -29,11 +29,15 @@ class Item:
         image: of any mode and size.
         text: its caption, or several; the masked transformers need one.
         cond_image: its low-resolution image, for super-resolution; None: ``image`` scaled down.
+        embeds: what a text encoder of one's own made of the caption, in its place: float (L,E).
+        mask: which of these L are tokens, bool (L,); None: all.
     """
 
     image: Image.Image
     text: str | Sequence[str] | None = None
     cond_image: Image.Image | None = None
+    embeds: Any = None
+    mask: Any = None
 
 
 class Source(Protocol):
@@ -76,6 +80,7 @@ class WithCondImages:
         self.keys = source.keys
         self.texts = getattr(source, "texts", None)
         self.left_out: Mapping[str, Sequence[str]] = getattr(source, "left_out", {})
+        self.embeds = getattr(source, "embeds", False)
         names = [_stem(key) for key in cond.keys]
         wanted = [_stem(key) for key in self.keys]
         index = {name: i for i, name in enumerate(names)}
@@ -97,6 +102,11 @@ class WithCondImages:
 
     def __str__(self) -> str:
         return str(self.source)
+
+    def facts(self, index: int) -> Any:
+        """As of the first source."""
+        facts = getattr(self.source, "facts", None)
+        return facts(index) if facts else ({}, self.source.item(index).image.size)
 
     def item(self, index: int) -> Item:
         cond = self.cond.item(self._cond_index[index])

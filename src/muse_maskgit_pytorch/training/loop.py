@@ -29,7 +29,9 @@ from ..checkpoint import (
     unwrapped,
 )
 from ..data.order import EndlessBatches
+from ..data.rows import Filter
 from ..data.source import few
+from ..data.stream import Held, RowStream, Stream
 from ..data.workers import leave_signals_to_the_run, starting_processes
 from ..devices import cores
 from ..files import check_output, digest_state
@@ -124,6 +126,15 @@ class Trainer:
             others wait).
         max_minutes: stop (and save) after this time; the learning rate then follows the clock
             where that is ahead of the steps. A resumed run starts the clock anew. None: no limit.
+        image_column: of data with columns: where the images stand; by default the first that there
+            is of image, jpg, jpeg, png and webp.
+        text_column: where the captions stand; by default text, caption or txt, and of a model
+            with classes label. Of a folder it is a column of its metadata tables.
+        streaming: read ``data`` that are named by a text as the training goes on.
+        shuffle_buffer: rows of a stream that each loading process reads and shuffles together.
+        min_size: leave out images whose shorter side has fewer pixels.
+        where: leave out images whose number in a column is not in a range, such as
+            ``{aesthetic: [5, 10]}``: columns of the data, or of a folder's metadata tables.
     """
 
     name = "model"
@@ -163,6 +174,12 @@ class Trainer:
         valid_fraction: float = 0.02,
         max_valid: int = 1000,
         max_minutes: float | None = None,
+        image_column: str | None = None,
+        text_column: str | None = None,
+        streaming: bool = False,
+        shuffle_buffer: int = 1000,
+        min_size: int = 0,
+        where: dict[str, tuple[float, float]] | None = None,
     ):
         self.settings = settings_of(locals())
         check_undivided(model, "model")
@@ -199,6 +216,14 @@ class Trainer:
         self.max_minutes = None if max_minutes is None else real("max_minutes", max_minutes)
         if self.max_minutes is not None and self.max_minutes <= 0:
             raise ValueError(f"max_minutes must be above 0, not {max_minutes}")
+        self.reading = dict(
+            image_column=image_column, text_column=text_column, streaming=bool(streaming),
+            min_size=min_size, where=where,
+        )  # fmt: skip
+        self.shuffle_buffer = whole("shuffle_buffer", shuffle_buffer, 1)
+        Filter(min_size, where)
+        self.stream: Stream | None = None  # what is trained on, where the data have no length
+        self._streams: list[str] = []  # its state in every process, at the last checkpoint
         self.stop = Stop(shown=self.parallel.is_main)
         self.step = 0
         self.samples = 0  # consumed by all processes: the position in the data
@@ -309,7 +334,7 @@ class Trainer:
             self.name,
             history=read_curves(self.results_folder, self.name) if newest else None,
             max_grad_norm=self.max_grad_norm,
-            images=len(train_set),
+            images=None if self.stream else len(train_set),
             **self.health_facts(),
         )
         self.progress = Progress(self.name, self.num_train_steps, shown=main)
@@ -346,6 +371,8 @@ class Trainer:
                 with self.stop.free():
                     terms = self.train_step(batches)
                 self.samples += self.batch_size * self.grad_accum_every * self.parallel.world
+                if self.stream:
+                    self.stream.settle()
                 if self.guard.must_return():
                     self._return_to_checkpoint()
                     self._changing = False
@@ -415,8 +442,23 @@ class Trainer:
         if resumed and text:
             self.progress.say(text) if exact else self.log.warn(self.step, text)
 
+    def _take_stream(self, rows: RowStream, *settings: Any, **more: Any) -> Held:
+        """Train on a stream, and hold back its validation share."""
+        self.stream = Stream(rows, *settings, **more, block=self.shuffle_buffer, seed=self.seed)
+        return self.stream.held(self.valid_fraction, self.max_valid)
+
     def _batches(self, train_set: Dataset) -> Iterator[Any]:
         """Training batches from here on: what comes depends on seed, step and returns alone."""
+        if self.stream:
+            return self.stream.batches_from(
+                self.samples,
+                self.collate,
+                batch_size=self.batch_size,
+                rank=self.parallel.rank,
+                world=self.parallel.world,
+                workers=self.num_workers,
+                pin_memory=self.device.type == "cuda",
+            )
         loader = DataLoader(
             train_set,
             batch_sampler=EndlessBatches(
@@ -447,7 +489,10 @@ class Trainer:
                 "lower lr, or use mixed_precision bf16 or no"
             )
         history, samples = self.guard.state(), self.samples
+        marks = self.stream.marks if self.stream else {}
         self._load_checkpoint(newest)
+        if self.stream:
+            self.stream.marks = marks
         self.samples, self._looked_at = samples, -1
         self.guard.returned(history, failed - self.step)
         self.interval.start(self.step)
@@ -650,6 +695,8 @@ class Trainer:
         self._check_weights()
         for window in self.windows().values():
             window.gather(self.parallel.reduce, keep=self.parallel.is_main)
+        if self.stream:
+            self._streams = self.parallel.gathered(self.stream.state())
         self._write_checkpoint()
 
     def _write_checkpoint(self) -> None:
@@ -668,6 +715,7 @@ class Trainer:
             "windows": {name: window.state() for name, window in self.windows().items()},
             "config": self.model.config,
             "frozen": self._frozen,
+            "streams": self._streams,
         }
         self.checkpoints.save(tree, self.step)
         self._saved_at = self.step
@@ -709,6 +757,13 @@ class Trainer:
         share = self.batch_size * self.grad_accum_every * self.parallel.world
         # older checkpoints count no samples: they are taken to have had today's batches
         self.samples = tree.get("samples", (self.step + self.guard.lost_steps) * share)
+        if self.stream and (states := tree.get("streams")):
+            layout = dict(batch_size=self.batch_size, world=self.parallel.world)
+            try:
+                self.stream.load(states[self.parallel.rank % len(states)], layout)
+            except ValueError as error:
+                raise CheckpointError(f"{path}: {error}") from error
+            self._streams = states
 
     def _check_config(self, saved: dict[str, Any], path: Path) -> None:
         """Refuse a checkpoint of a model made with other arguments: shapes do not tell them all."""

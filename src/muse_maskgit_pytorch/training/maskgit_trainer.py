@@ -16,12 +16,14 @@ from ..data.cache import TokenCache
 from ..data.dataset import ImageDataset, split
 from ..data.encoding import write_cache
 from ..data.folder import open_source
-from ..data.pixels import View
-from ..data.source import Source, few
+from ..data.pixels import Crop, View
+from ..data.source import few
+from ..data.stream import RowStream
+from ..data.wording import Wording
 from ..images import image_grid
 from ..lora import add_lora, save_lora
 from ..maskgit import MaskGit, Part
-from ..structures import Batch
+from ..structures import Batch, TextEmbeds
 from ..watching.log import writing
 from ..watching.run_file import settings_of
 from .loop import Trainer
@@ -40,8 +42,13 @@ class MaskGitTrainer(Trainer):
 
     Args:
         maskgit: base or super-resolution, with its trained tokenizer.
-        folder: images and captions, see `Folder`; the short form of ``data=Folder(folder, True)``.
-        data: where the images and captions come from instead, see `Source`.
+        folder: images and captions, see `Folder`; the short form of ``data=folder``.
+        data: where the images and captions come from instead: a `Source`; any list, data set or
+            stream of dicts with "image" (a PIL image, a float tensor (3,H,W) in [0,1], or encoded
+            bytes), "text" (a caption, or several, of which one is drawn each time; a class or its
+            number) or "text_embeds" (float (L,E), with "text_mask" or without), and, if there is
+            one, "cond_image"; or a name of files or of a data set (`data.open_named`). A stream
+            has no length; it is not cached, and `num_train_steps` decides the end.
         cond_folder: low-resolution images for super-resolution, found by the name of the image
             (its path relative to the folder, without the suffix). Without it: the items' own
             (`Item.cond_image`) or the images scaled down.
@@ -53,6 +60,12 @@ class MaskGitTrainer(Trainer):
             embeddings, which are kept in ``results_folder`` (`TokenCache`): the loss is the same, a
             step far cheaper.
         num_samples: images in the pictures of ``results_folder/samples``.
+        crop: "center", or "random", see `View`; with ``cache_tokens=False``, as the next five.
+        crop_scale: smallest and largest side of random crops, as a share of the shorter side.
+        flip: mirror half of the training images, left to right.
+        shuffle_tags: captions are tags between commas, which come in any order, see `Wording`.
+        tag_dropout: share of the tags that is left out each time, in [0,1).
+        keep_tags: so many of the first tags always stay, and stay first.
         lora_rank: train low-rank adapters of this rank beside the transformer's linear layers, and
             nothing else (`lora.add_lora`); 0: none. What is saved, as ``NAME-lora``,
             ``NAME-lora-ema`` and ``NAME-lora-best``, are folders for `Muse.load_lora`.
@@ -70,12 +83,18 @@ class MaskGitTrainer(Trainer):
         maskgit: MaskGit,
         *,
         folder: str | None = None,
-        data: Source | None = None,
+        data: Any = None,
         cond_folder: str | None = None,
         cache: str | None = None,
         part: Part = "all",
         cache_tokens: bool = True,
         num_samples: int = 8,
+        crop: Crop = "center",
+        crop_scale: tuple[float, float] = (0.5, 1.0),
+        flip: bool = False,
+        shuffle_tags: bool = False,
+        tag_dropout: float = 0.0,
+        keep_tags: int = 0,
         lora_rank: int = 0,
         lora_alpha: float | None = None,
         lora_targets: list[str] | None = None,
@@ -98,7 +117,9 @@ class MaskGitTrainer(Trainer):
                 "cond_folder is given, but the model has no cond_image_size: leave it out"
             )
         self._own: TokenCache | None = None
-        self.dataset = (
+        self.view = View(maskgit.image_size, crop, crop_scale, flip, self.seed)
+        self.wording = Wording(shuffle_tags, tag_dropout, keep_tags, self.seed)
+        self.dataset: Any = (
             self._open_images(data, folder, cond_folder)
             if cache is None
             else self._open_cache(cache, data or folder or cond_folder)
@@ -123,22 +144,42 @@ class MaskGitTrainer(Trainer):
             maskgit.compile()
         self.num_samples = min(num_samples, len(self.dataset))
 
-    def _open_images(
-        self, data: Source | None, folder: str | None, cond_folder: str | None
-    ) -> ImageDataset:
+    def _open_images(self, data: Any, folder: str | None, cond_folder: str | None) -> ImageDataset:
         maskgit = self.maskgit
         classes = maskgit.transformer.classes
         captions = classes != ()  # an unconditional model needs none
         source = open_source(
-            data, folder, captions, cond_folder, self.results_folder, classes or ()
+            data, folder, captions, cond_folder, self.results_folder, classes or (), **self.reading
         )
         if classes and (others := set(getattr(source, "texts", None) or ()) - set(classes)):
             raise ValueError(
                 f"{source} has captions that are no class of this model: {few(sorted(others))}; "
                 f"its classes are {few(classes)}"
             )
+        cond_size = maskgit.cond_image_size
+        if self.view.is_random:
+            if cond_folder is not None:
+                raise ValueError(
+                    "cond_folder has whole images, which do not fit random crops and flips: leave "
+                    "it out, and the crops are scaled down"
+                )
+            cond_size = None
+        if isinstance(source, RowStream):
+            return self._take_stream(source, self.view, captions, cond_size, self.wording)
+        self._check_cached(source)
         view = View(maskgit.image_size, seed=self.seed)
-        return ImageDataset(source, view, captions, maskgit.cond_image_size)
+        return ImageDataset(source, view, captions, cond_size, wording=self.wording)
+
+    def _check_cached(self, source: Any) -> None:
+        """Refuse what a cache, which has seen each item once, would not show."""
+        changing = {
+            "random crops and flips": self.view.is_random,
+            "shuffle_tags and tag_dropout": bool(self.wording),
+            "text_embeds": getattr(source, "embeds", False),
+        }
+        if self.cache_tokens and any(changing.values()):
+            names = " and ".join(name for name, there in changing.items() if there)
+            raise ValueError(f"{names} cannot be cached: set cache_tokens=False")
 
     def _open_cache(self, cache: str, images: Any) -> TokenCache:
         if images is not None:
@@ -163,11 +204,15 @@ class MaskGitTrainer(Trainer):
         return {"model": self.terms}
 
     def make_datasets(self) -> tuple[Any, Any]:
+        if self.stream:
+            return self.stream, self.dataset if self.dataset.held else None
         train, valid = split(self.dataset, self.valid_fraction)
+        if self.view.is_random:
+            train = train.viewed(self.view)
         return train, valid if len(valid) else None
 
     def ready(self, dataset: Any, say: Callable[[str], None] | None) -> Dataset:
-        if isinstance(dataset, TokenCache) or not self.cache_tokens:
+        if isinstance(dataset, TokenCache) or self.stream or not self.cache_tokens:
             return dataset
         if self._own is None:  # of the whole set, before it was split
             assert isinstance(self.dataset, ImageDataset)
@@ -190,10 +235,17 @@ class MaskGitTrainer(Trainer):
     def collate(self, items: Any) -> Batch:
         if isinstance(items, Batch):  # from a TokenCache
             return items
+        given = [item.pop("text_embeds", None) for item in items]
         joined = torch.utils.data.default_collate(items)
-        cond_images = joined.get("cond_image")
-        texts = joined.get("text") or self.maskgit.no_texts(len(items))
-        return Batch(images=joined["image"], texts=texts, cond_images=cond_images)
+        embeds = [embeds for embeds in given if embeds is not None]
+        if 0 < len(embeds) < len(items):
+            raise ValueError("some items have text_embeds and others a text: give all the same")
+        return Batch(
+            images=joined["image"],
+            cond_images=joined.get("cond_image"),
+            texts=None if embeds else joined.get("text") or self.maskgit.no_texts(len(items)),
+            text_embeds=TextEmbeds.padded(embeds) if embeds else None,
+        )
 
     def _arguments(self, batch: Batch) -> dict[str, Any]:
         images = batch.images if batch.ids is None else batch.ids
@@ -264,14 +316,15 @@ class MaskGitTrainer(Trainer):
         else:
             batch = self.collate([data[row] for row in rows])
             assert batch.images is not None
-            assert batch.texts is not None
-            images, texts = batch.images, batch.texts
+            images, texts = batch.images.to(self.device), batch.texts or [""] * len(rows)
         precision = self.maskgit.precision
         if self.device.type == "cuda":  # a few pictures are worth no graphs beside the training
             self.maskgit.precision = "reference"
         try:
             with self.autocast():
-                cond_ids = self.maskgit.encode_cond(batch.cond_images, batch.cond_ids)
+                cond_ids = self.maskgit.encode_cond(
+                    batch.cond_images, batch.cond_ids, None if batch.images is None else images
+                )
                 drawn = self.maskgit.generate(
                     batch.texts,
                     text_embeds=batch.text_embeds,

@@ -100,6 +100,12 @@ class Parallel:
 
         return float(broadcast(torch.tensor(value, device=self.device)))
 
+    def gathered(self, text: str) -> list[str]:
+        """The texts of all processes, in their order."""
+        from accelerate.utils import gather_object
+
+        return [text] if self.world == 1 else gather_object([text])
+
     def wait(self) -> None:
         """Wait for all processes."""
         self.accelerator.wait_for_everyone()

@@ -23,7 +23,7 @@ from ..arguments import one_of, real, whole
 from ..data.dataset import ImageDataset, split
 from ..data.folder import open_source
 from ..data.pixels import Crop, View
-from ..data.source import Source
+from ..data.stream import Held, RowStream
 from ..images import image_grid
 from ..vqgan_vae import VQGanVAE
 from ..watching.health import CodeUsage
@@ -53,8 +53,8 @@ class VQGanVAETrainer(Trainer):
 
     Args:
         vae: the tokenizer.
-        folder: images, searched recursively; the short form of ``data=Folder(folder)``.
-        data: where the images come from instead, see `Source`.
+        folder: images, searched recursively; the short form of ``data=folder``.
+        data: where the images come from instead, see `MaskGitTrainer`; no captions are needed.
         image_size: side of the square crops, divisible by the tokenizer's factor.
         crop: "center", or "random": squares of random side and place for the training. They
             depend on the seed and the sample's position alone. Validation and pictures always see
@@ -100,7 +100,7 @@ class VQGanVAETrainer(Trainer):
         vae: VQGanVAE,
         *,
         folder: str | None = None,
-        data: Source | None = None,
+        data: Any = None,
         image_size: int,
         crop: Crop = "center",
         crop_scale: tuple[float, float] = (0.5, 1.0),
@@ -175,8 +175,15 @@ class VQGanVAETrainer(Trainer):
         self.view = View(image_size, crop, crop_scale, flip, self.seed)
         # random crops need other pixels than the centre crops: `make_datasets` caches those
         cached = cache_images and not self.view.is_random
-        source = open_source(data, folder, results_folder=self.results_folder)
-        self.dataset = ImageDataset(source, image_size, cache=cached)
+        source = open_source(data, folder, results_folder=self.results_folder, **self.reading)
+        if isinstance(source, RowStream):
+            if cache_images:
+                raise ValueError(
+                    "cache_images needs data with a length, not a stream: leave it out"
+                )
+            self.dataset = self._take_stream(source, self.view)
+        else:
+            self.dataset = ImageDataset(source, image_size, cache=cached)
         self.perceptual: nn.Module | None = None
         if self.perceptual_weight > 0:
             self.perceptual = PerceptualLoss(perceptual_model, perceptual_kind).to(self.device)
@@ -202,7 +209,10 @@ class VQGanVAETrainer(Trainer):
         with frozen(self._left_out()):
             super().train()
 
-    def make_datasets(self) -> tuple[ImageDataset, ImageDataset | None]:
+    def make_datasets(self) -> tuple[Any, ImageDataset | None]:
+        if self.stream:
+            assert isinstance(self.dataset, Held)
+            return self.stream, self.dataset if self.dataset.held else None
         train, valid = split(self.dataset, self.valid_fraction)
         if self.view.is_random:
             train = train.viewed(self.view, self.cache_images)

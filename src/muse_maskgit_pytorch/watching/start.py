@@ -20,20 +20,22 @@ def summary(run: Mapping[str, Any], image_size: int, sides: Sequence[int]) -> li
         sides: shorter sides of some of its images as they are stored.
     """
     settings, data, device = run["settings"], run["data"], run["device"]
-    images = data["items"] - data["held_back"]
+    endless = data["items"] is None
+    images = 0 if endless else data["items"] - data["held_back"]
     left_out = ", ".join(f"{count:,} that {why}" for why, count in data["left_out"].items())
     trained, frozen = (_parts(run["parameters"][kind]) for kind in ("trained", "frozen"))
     processes = f", {device['processes']} processes" if device["processes"] > 1 else ""
     batch, steps = _batch(run), settings["num_train_steps"]
     lines = [
-        f"{run['stage']}: {images:,} images to train on, {data['held_back']:,} held back for "
+        f"{run['stage']}: {'a stream' if endless else f'{images:,} images'} to train on, "
+        f"{data['held_back']:,} held back for "
         f"validation, of {data['source']}",
         f"left out: {left_out}" if left_out else "",
         f"sizes: shorter sides of {_span(sides)} px, trained at {image_size}" if sides else "",
         f"parameters: {trained}" + (f"; {frozen} stay as they are" if frozen else ""),
         f"device: {device['kind']}, {PRECISIONS[settings['mixed_precision']]}{processes}",
-        f"steps: {steps:,} of {batch:,} image{'s' * (batch > 1)} each, {_about(images / batch)} to "
-        f"an epoch: {_about(steps * batch / images)} epochs in all",
+        f"steps: {steps:,} of {batch:,} image{'s' * (batch > 1)} each, "
+        + _epochs(steps * batch, batch, images),
     ]
     return [line for line in lines if line]
 
@@ -90,6 +92,13 @@ def _batch(run: Mapping[str, Any]) -> int:
 
 def _parts(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {_large(number)}" for name, number in counts.items())
+
+
+def _epochs(samples: int, batch: int, images: int) -> str:
+    """How often a run sees its images; of a stream, how many."""
+    if not images:
+        return f"{samples:,} in all"
+    return f"{_about(images / batch)} to an epoch: {_about(samples / images)} epochs in all"
 
 
 def _large(number: int) -> str:
