@@ -174,7 +174,10 @@ def _rows(rows: Iterable[tuple[int, Any]], column: str) -> list[Row]:
             raise ValueError(f"line {line} must be an object with file_name and {column}")
         for name in ("file_name", column):
             if name not in values:
-                raise ValueError(f"line {line}: {missing(name, values, 'the column')}")
+                raise ValueError(
+                    f"it needs the columns file_name and {column}: "
+                    f"{missing(name, values, 'the column', f'line {line}')}"
+                )
         name, caption = values["file_name"], values[column]
         if not isinstance(name, str) or not isinstance(caption, str | None):
             raise ValueError(
