@@ -22,6 +22,7 @@ def cross_entropy(
     hidden: Float[Tensor, "R D"],
     labels: Int[Tensor, " R"],
     label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
 ) -> Float[Tensor, ""]:
     """``F.cross_entropy(head(hidden), labels)``, the mean over rows with a label, in float32.
 
@@ -31,10 +32,14 @@ def cross_entropy(
         hidden: states of the rows.
         labels: codes in [0, V); negative where a row does not count.
         label_smoothing: share of the target that is spread over all codes.
+        z_loss: adds so many times the mean squared log of softmax's denominator, which keeps
+            logits from drifting (Chowdhery et al. 2022, 5).
     """
     if type(head) is not nn.Linear or head.bias is not None or not len(labels):
-        return F.cross_entropy(head(hidden).float(), labels, label_smoothing=label_smoothing)
-    return _Chunked.apply(hidden, head.weight, labels, label_smoothing)  # type: ignore[return-value]
+        logits = head(hidden).float()
+        loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+        return loss + z_loss * logits.logsumexp(-1)[labels >= 0].square().mean() if z_loss else loss
+    return _Chunked.apply(hidden, head.weight, labels, label_smoothing, z_loss)  # type: ignore[return-value]
 
 
 class _Chunked(torch.autograd.Function):
@@ -42,7 +47,7 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, smoothing: float
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, smoothing: float, z_loss: float
     ) -> Tensor:
         codes = len(weight)
         size = ROWS if hidden.device.type == "cpu" else 8 * ROWS
@@ -51,20 +56,27 @@ class _Chunked(torch.autograd.Function):
         by_weight = torch.zeros_like(weight) if wants[1] else None
         total = torch.zeros((), device=hidden.device)
         counts = labels >= 0
-        number = counts.sum()
+        number = counts.sum().clamp(min=1)
         divisor = torch.where(counts, number, torch.inf)
         for start in range(0, len(labels), size):
             rows = slice(start, start + size)
             logits = F.linear(hidden[rows], weight)  # in autocast's type, where there is any
-            dtype, log_probs = logits.dtype, logits.float().log_softmax(dim=-1)
+            dtype, logits = logits.dtype, logits.float()
+            log_sum = logits.logsumexp(dim=-1, keepdim=True) if z_loss else None
+            log_probs = logits.log_softmax(dim=-1)
             here, count = labels[rows, None].clamp(min=0), counts[rows, None]
             total -= (1 - smoothing) * log_probs.gather(1, here).masked_fill(~count, 0).sum()
             if smoothing:
                 total -= smoothing / codes * log_probs.masked_fill(~count, 0).sum()
+            if log_sum is not None:
+                total += z_loss * log_sum.masked_fill(~count, 0).square().sum()
             if not any(wants):
                 continue
             # softmax minus target, of the mean over all rows that count
-            slope = log_probs.exp_().sub_(smoothing / codes)
+            slope = log_probs.exp_()
+            if log_sum is not None:
+                slope *= 1 + 2 * z_loss * log_sum
+            slope -= smoothing / codes
             slope.scatter_add_(1, here, slope.new_full(here.shape, smoothing - 1))
             slope = slope.div_(divisor[rows, None]).to(dtype)
             if by_hidden is not None:
@@ -75,12 +87,13 @@ class _Chunked(torch.autograd.Function):
         return total / number
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         [grad] = grads
         by_hidden, by_weight = ctx.saved_tensors
         return (
             None if by_hidden is None else by_hidden * grad.to(by_hidden.dtype),
             None if by_weight is None else by_weight * grad.to(by_weight.dtype),
+            None,
             None,
             None,
         )

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 KeysValues = tuple[Tensor, Tensor]  # each (B, heads, length, dim_head)
 
@@ -222,7 +223,12 @@ class Block(nn.Module):
     """Self-attention, cross-attention (unless ``cross`` is off) and MLP, each around a skip.
 
     With ``multi_axis``, the self-attention is `MultiAxisAttention` of this size.
+
+    Attributes:
+        recomputed: keep only the input for the way back, and compute the rest again there.
     """
+
+    recomputed = False
 
     def __init__(
         self, dim: int, heads: int, dim_head: int, ff_dim: int, cross: bool = True,
@@ -257,6 +263,12 @@ class Block(nn.Module):
             layer: the number of this layer in it.
             at: positions whose outputs are wanted; all by default.
         """
+        if self.recomputed and torch.is_grad_enabled():
+            made: Any = checkpoint(self._run, x, context, layer, at, use_reentrant=False)
+            return made
+        return self._run(x, context, layer, at)
+
+    def _run(self, x: Tensor, context: Any, layer: int, at: Tensor | None) -> Tensor:
         grid = None if context is None else context.grid
         x = (x if at is None else taken(x, at)) + self.attn(x, at, grid)
         if self.cross is not None:

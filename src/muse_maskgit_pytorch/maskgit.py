@@ -23,7 +23,7 @@ from .geometry import Geometry, ImageSize
 from .inference.compiling import compiled
 from .inference.graphs import GRAPHS, by_graphs
 from .inference.precision import Precision, prepared, resolved, rows_at_once
-from .masking import ScheduleFunction, check_schedule, draw_mask, mask_tokens
+from .masking import IGNORE_INDEX, ScheduleFunction, check_schedule, draw_mask, mask_tokens
 from .presets import find_preset, make_presets
 from .sampling import Callback, Denoiser, SampleOptions, Step, choose_tokens, sample_tokens
 from .sampling.contract import same_as_before
@@ -47,10 +47,16 @@ class MaskGit(Saveable):
         cond_image_size: side of the low-resolution images: makes this the super-resolution stage.
         cond_vae: tokenizer of the low-resolution images; ``vae`` by default.
         cond_drop_prob: share of the training samples whose text is removed (paper 2.7: 0.1).
-        noise_schedule: law of the training's mask ratio (paper 2.6: cosine), or a function of one's
-            own: times (B,) in [0, 1] -> ratios, falling from 1 to 0.
+        noise_schedule: law of the training's mask ratio (paper 2.6: cosine; others by name, see
+            `masking.mask_ratio`), or a function of one's own: times (B,) in [0, 1] -> ratios,
+            falling from 1 to 0.
+        rectangle_prob: share of the training's masks that are rectangles (`masking.draw_mask`).
+        unmasked_weight: how much a token that is seen counts in the loss, a masked one counting 1.
         label_smoothing: of the cross-entropy.
+        z_loss: weight of softmax's squared log denominator (see `cross_entropy`).
         no_mask_token_prob: share of the masked positions that keep their id in the input.
+        cond_noise_prob: share of the low-resolution tokens that training replaces by random ones,
+            so that super-resolution forgives a base's mistakes.
         self_cond_prob: share of the batches that train with self-conditioning, if the
             transformer has it.
         token_critic: a second transformer that judges sampled tokens.
@@ -81,9 +87,13 @@ class MaskGit(Saveable):
         cond_image_size: int | None = None,
         cond_vae: ImageTokenizer | None = None,
         cond_drop_prob: float = 0.1,
-        noise_schedule: Schedule | ScheduleFunction = "cosine",
+        noise_schedule: Schedule | str | ScheduleFunction = "cosine",
+        rectangle_prob: float = 0.0,
+        unmasked_weight: float = 0.0,
         label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
         no_mask_token_prob: float = 0.0,
+        cond_noise_prob: float = 0.0,
         self_cond_prob: float = 0.5,
         token_critic: TokenCritic | None = None,
         self_token_critic: bool = False,
@@ -95,9 +105,12 @@ class MaskGit(Saveable):
         super().__init__()
         probs = dict(cond_drop_prob=cond_drop_prob, label_smoothing=label_smoothing)
         probs |= dict(no_mask_token_prob=no_mask_token_prob, self_cond_prob=self_cond_prob)
+        probs |= dict(rectangle_prob=rectangle_prob, cond_noise_prob=cond_noise_prob)
         for name, value in probs.items():
             real(name, value, 0, 1)
-        real("critic_loss_weight", critic_loss_weight, 0)
+        weights = dict(critic_loss_weight=critic_loss_weight, z_loss=z_loss)
+        for name, value in (weights | dict(unmasked_weight=unmasked_weight)).items():
+            real(name, value, 0)
         one_of("critic_target", critic_target, CriticTarget)
         check_schedule("noise_schedule", noise_schedule)
         if token_critic is not None and self_token_critic:
@@ -111,6 +124,8 @@ class MaskGit(Saveable):
         self.image_size, self.cond_image_size = image_size, cond_image_size
         self.cond_drop_prob, self.noise_schedule = cond_drop_prob, noise_schedule
         self.label_smoothing, self.no_mask_token_prob = label_smoothing, no_mask_token_prob
+        self.rectangle_prob, self.unmasked_weight = rectangle_prob, unmasked_weight
+        self.z_loss, self.cond_noise_prob = z_loss, cond_noise_prob
         self.self_cond_prob, self.critic_loss_weight = self_cond_prob, critic_loss_weight
         self.critic_target: CriticTarget = critic_target
 
@@ -230,8 +245,11 @@ class MaskGit(Saveable):
 
     def draw_mask(self, batch: int) -> Bool[Tensor, "B N"]:
         """The positions to mask in training, by the law of ``noise_schedule`` (2.6)."""
-        num_tokens = math.prod(self.geometry.grid())
-        return draw_mask(batch, num_tokens, self.noise_schedule, device=self.device)
+        grid = self.geometry.grid()
+        return draw_mask(
+            batch, math.prod(grid), self.noise_schedule, device=self.device, grid=grid,
+            rectangle_prob=self.rectangle_prob,
+        )  # fmt: skip
 
     def losses(
         self,
@@ -243,7 +261,7 @@ class MaskGit(Saveable):
         cond_ids: Int[Tensor, "B ..."] | None = None,
         cond_drop_prob: float | None = None,
         part: Part = "all",
-        mask: Bool[Tensor, "B N"] | None = None,
+        mask: Bool[Tensor, "R N"] | None = None,
         mask_weight: float | Tensor = 1.0,
     ) -> LossTerms:
         """The named loss terms of one batch (2.6, 2.7).
@@ -257,7 +275,9 @@ class MaskGit(Saveable):
             cond_ids: their ids instead.
             cond_drop_prob: overrides the model's.
             part: "transformer" or "critic" leaves the other's loss out.
-            mask: positions to mask; drawn by the model's law unless given.
+            mask: positions to mask; drawn by the model's law unless given. With twice as many rows
+                as there are images, each image is there twice (see `complementary` of
+                `MaskGitTrainer`).
             mask_weight: factor of the cross-entropy, a mean over this batch's masked tokens. One
                 of several micro batches gets its share of all masked tokens times their number.
 
@@ -286,6 +306,13 @@ class MaskGit(Saveable):
         drop = self.cond_drop_prob
         if cond_drop_prob is not None:
             drop = real("cond_drop_prob", cond_drop_prob, 0, 1)
+        if mask is not None and len(mask) == 2 * len(ids):
+            ids, text = ids.repeat(2, 1), text.cat(text)
+            cond = None if cond is None else cond.repeat(2, 1)
+        if cond is not None and self.cond_noise_prob and self.training:
+            assert self.cond_vae is not None
+            noisy = torch.rand(cond.shape, device=self.device) < self.cond_noise_prob
+            cond = torch.where(noisy, torch.randint_like(cond, self.cond_vae.codebook_size), cond)
         conditioning = conditioner.dropped(text, cond, drop)
         mask = self.draw_mask(len(ids)) if mask is None else mask
         masked = mask_tokens(ids, mask, self.transformer.mask_id, self.no_mask_token_prob)
@@ -499,8 +526,8 @@ def _terms(
     # computed, and those without a label do not count
     alone = ids.device.type == "cpu" and not torch.compiler.is_compiling()
 
-    def rows(x: Tensor) -> Tensor:
-        return x[mask] if alone else x.flatten(0, 1)
+    def rows(x: Tensor, which: Tensor = mask) -> Tensor:
+        return x[which] if alone else x.flatten(0, 1)
 
     with torch.set_grad_enabled(torch.is_grad_enabled() and part != "critic"):
         context = transformer.encode_context(conditioning)
@@ -511,13 +538,18 @@ def _terms(
             if not torch.compiler.is_compiling():
                 # before torch 2.11 the weights cast in there would stay without a gradient
                 torch.clear_autocast_cache()
-        [hidden] = transformer(masked.input_ids, context, self_cond)
-        hidden, head = rows(hidden), transformer.to_logits
-        ce = cross_entropy(head, hidden, rows(masked.labels), model.label_smoothing)
-        ce = mask_weight * ce
+        [states] = transformer(masked.input_ids, context, self_cond)
+        hidden, head = rows(states), transformer.to_logits
+        settings = model.label_smoothing, model.z_loss
+        ce = mask_weight * cross_entropy(head, hidden, rows(masked.labels), *settings)
+        total = ce
+        if model.unmasked_weight and not (alone and mask.all()):
+            labels = torch.where(mask, IGNORE_INDEX, ids)
+            seen = cross_entropy(head, rows(states, ~mask), rows(labels, ~mask), *settings)
+            total = ce + mask_weight * model.unmasked_weight * (~mask).sum() / mask.sum() * seen
 
     if model.critic is None or part == "transformer":
-        return LossTerms(ce, ce)
+        return LossTerms(total, ce)
     with torch.no_grad():
         ones, noise = torch.ones(1, device=ids.device), torch.rand_like(hidden[None, :, 0].float())
         sampled, _ = choose_tokens(head(hidden)[None].float(), ones, noise)
@@ -532,7 +564,7 @@ def _terms(
     scores = model.critic.to_logits(hidden).squeeze(-1).float()
     critic = F.binary_cross_entropy_with_logits(scores, genuine.float())
     weighted = model.critic_loss_weight * critic
-    return LossTerms(weighted if part == "critic" else ce + weighted, ce, critic)
+    return LossTerms(weighted if part == "critic" else total + weighted, ce, critic)
 
 
 def _decoded(vae: ImageTokenizer, ids: Int[Tensor, "B h w"]) -> Float[Tensor, "B 3 H W"]:

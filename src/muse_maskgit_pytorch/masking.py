@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from .arguments import Missing
-from .structures import MaskedTokens, Schedule
+from .structures import MaskedTokens
 
 if TYPE_CHECKING:
     ScheduleFunction = Callable[[Tensor], Tensor]  # of one's own: times in [0, 1] -> ratios
@@ -32,15 +33,55 @@ def read_table(table: Sequence[float], u: Float[Tensor, "*s"]) -> Float[Tensor, 
     return torch.lerp(values[below], values[(below + 1).clamp(max=last)], part)
 
 
+# Laws of the mask ratio r by their density up to a factor; two numbers after the name, and bounds.
+LAWS: dict[str, tuple[Callable[[Tensor, float, float], Tensor], float]] = {
+    "beta": (lambda r, a, b: r ** (a - 1) * (1 - r) ** (b - 1), 0.0),
+    "gaussian": (lambda r, mean, std: torch.exp(-(((r - mean) / std) ** 2) / 2), 0.5),
+}
+
+
+@lru_cache
+def law_table(law: str) -> tuple[float, ...] | None:
+    """Ratios of a law such as "beta:12,3" at equal distances of u, falling; None if it is none.
+
+    They are the quantiles: with u uniform, the ratio has the law's density.
+
+    Raises:
+        ValueError: a law that is unknown or without two numbers above 0.
+    """
+    name, colon, numbers = law.partition(":")
+    if not colon:
+        return None
+    density, lowest = LAWS.get(name, (None, 0.0))
+    try:
+        first, second = (float(number) for number in numbers.split(","))
+    except ValueError:
+        first = second = math.nan
+    if density is None or not (0 < first < 1e4 and 0 < second < 1e4):
+        raise ValueError(
+            f"noise_schedule {law!r} is no law: write beta:12,3 or gaussian:0.55,0.25, or "
+            "other numbers above 0"
+        )
+    edges = torch.linspace(lowest, 1, 20_001, dtype=torch.float64, device="cpu")
+    mass = density((edges[1:] + edges[:-1]) / 2, first, second).cumsum(0)
+    if not 0 < float(mass[-1]) < math.inf:
+        raise ValueError(f"noise_schedule {law!r} has no mass that can be counted: take others")
+    wanted = torch.linspace(1, 0, 1001, dtype=torch.float64, device="cpu")[1:-1]
+    at = torch.searchsorted(mass / mass[-1], wanted)
+    return tuple(((edges[at] + edges[at + 1]) / 2).tolist())
+
+
 def mask_ratio(
-    u: Float[Tensor, "*s"], schedule: Schedule | Sequence[float] | ScheduleFunction = "cosine"
+    u: Float[Tensor, "*s"], schedule: str | Sequence[float] | ScheduleFunction = "cosine"
 ) -> Float[Tensor, "*s"]:
     """Share of tokens that are masked at time ``u`` in [0, 1]: 1 at u = 0, 0 at u = 1.
 
     "cosine" is cos(pi/2 u): with u uniform, the paper's density (2/pi) (1 - r^2)^(-1/2), mean
     0.64 (2.6). "arccos" is 2/pi acos(u), a different law with the same mean, which other code bases
-    use under the same name as the first. A table holds the ratios between that 1 and that 0, at
-    equal distances. A function of one's own gives the ratios at ``u``.
+    use under the same name as the first. "beta:12,3" gives ratios of that density (AutoNAT's
+    default, Ni et al. 2024; mean 0.8), "gaussian:0.55,0.25" MAGE's (Li et al. 2023): mean and
+    spread, cut to [0.5, 1]. A table holds the ratios between that 1 and that 0, at equal distances.
+    A function of one's own gives the ratios at ``u``.
     """
     if callable(schedule):
         return read_schedule("noise_schedule", schedule, u)
@@ -54,6 +95,8 @@ def mask_ratio(
         return 1 - u
     if schedule == "square":
         return 1 - u**2
+    if (quantiles := law_table(schedule)) is not None:
+        return read_table([1.0, *quantiles, 0.0], u)
     raise ValueError(f"noise_schedule {schedule!r} is unknown: use cosine, arccos, linear, square")
 
 
@@ -90,20 +133,39 @@ def check_schedule(name: str, schedule: Any) -> None:
 def draw_mask(
     batch: int,
     num_tokens: int,
-    schedule: Schedule | ScheduleFunction = "cosine",
+    schedule: str | ScheduleFunction = "cosine",
     *,
+    grid: tuple[int, int] | None = None,
+    rectangle_prob: float = 0.0,
     device: torch.device | str | None = None,
     generator: torch.Generator | None = None,
 ) -> Bool[Tensor, "B N"]:
     """Draw for each row a ratio by the schedule, then that many positions, uniformly; at least 1.
 
     Args:
+        grid: height and width in tokens, for rectangles.
+        rectangle_prob: share of the rows whose positions form a rectangle somewhere, at most twice
+            as long as wide where there is room, as they do in editing. It has the number of
+            positions that the law asks for to within half of its height.
         generator: source of randomness, on ``device``; torch's global one by default.
     """
     u = torch.rand(batch, device=device, generator=generator)
     count = (mask_ratio(u, schedule) * num_tokens).round().clamp(min=1)
     order = torch.rand(batch, num_tokens, device=device, generator=generator).argsort(dim=-1)
-    return order.argsort(dim=-1) < count[:, None]
+    mask = order.argsort(dim=-1) < count[:, None]
+    if rectangle_prob == 0:
+        return mask
+    assert grid is not None
+    chance, aspect, top, left = torch.rand(4, batch, device=device, generator=generator)
+    rows, columns = grid
+    height = (count * 4**aspect / 2).sqrt().round().clamp(max=rows)
+    height = torch.maximum(height, (count / columns).ceil())
+    width = (count / height).round().clamp(1, columns)
+    y = torch.arange(rows, device=device)[None] - (top * (rows - height + 1)).floor()[:, None]
+    x = torch.arange(columns, device=device)[None] - (left * (columns - width + 1)).floor()[:, None]
+    inside = ((y >= 0) & (y < height[:, None]))[:, :, None]
+    inside = inside & ((x >= 0) & (x < width[:, None]))[:, None, :]
+    return torch.where(chance[:, None] < rectangle_prob, inside.flatten(1), mask)
 
 
 def mask_tokens(

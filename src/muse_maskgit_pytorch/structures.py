@@ -118,7 +118,10 @@ class MaskedTokens:
 
 @dataclass(frozen=True)
 class LossTerms:
-    """Named terms of the training loss, each a scalar; ``critic`` is None without a critic."""
+    """Named terms of the training loss, each a scalar; ``critic`` is None without a critic.
+
+    ``ce`` is that of the masked tokens, ``total`` the weighted sum.
+    """
 
     total: Float[Tensor, ""]
     ce: Float[Tensor, ""]

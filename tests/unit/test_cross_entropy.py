@@ -10,16 +10,17 @@ from muse_maskgit_pytorch import testing as tiny
 from muse_maskgit_pytorch.cross_entropy import cross_entropy
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("smoothing, z_loss", [(0.0, 0.0), (0.1, 0.0), (0.1, 0.02)])
 @pytest.mark.parametrize("rows", [1, 7, 100])
-def test_it_is_the_loss_of_all_logits(monkeypatch, smoothing, rows):
+def test_it_is_the_loss_of_all_logits(monkeypatch, smoothing, z_loss, rows):
     monkeypatch.setattr(module, "ROWS", rows)
     head, hidden = nn.Linear(12, 50, bias=False), torch.randn(29, 12, requires_grad=True)
     labels = torch.randint(50, (29,))
     labels[::3] = -100  # these do not count
     given = [hidden, head.weight]
     expected = F.cross_entropy(head(hidden), labels, label_smoothing=smoothing)
-    loss = cross_entropy(head, hidden, labels, smoothing)
+    expected = expected + z_loss * head(hidden)[labels >= 0].exp().sum(-1).log().square().mean()
+    loss = cross_entropy(head, hidden, labels, smoothing, z_loss)
     torch.testing.assert_close(loss, expected)
     slopes = [torch.autograd.grad(3 * value, given) for value in (loss, expected)]
     torch.testing.assert_close(*slopes, atol=1e-6, rtol=1e-5)
@@ -62,9 +63,10 @@ def test_no_more_than_a_chunk_of_logits_is_held(monkeypatch):
 @pytest.mark.parametrize("head", [nn.Linear(12, 50), nn.Sequential(nn.Linear(12, 50, bias=False))])
 def test_other_heads_give_all_their_logits(head):
     hidden, labels = torch.randn(9, 12), torch.randint(50, (9,))
-    torch.testing.assert_close(
-        cross_entropy(head, hidden, labels), F.cross_entropy(head(hidden), labels)
-    )
+    expected = F.cross_entropy(head(hidden), labels)
+    torch.testing.assert_close(cross_entropy(head, hidden, labels), expected)
+    expected = expected + 0.5 * head(hidden).logsumexp(-1).square().mean()
+    torch.testing.assert_close(cross_entropy(head, hidden, labels, z_loss=0.5), expected)
 
 
 def test_training_goes_through_it(monkeypatch):

@@ -244,9 +244,9 @@ def judged_rows(monkeypatch) -> list[int]:
     """Filled with the number of rows that each loss is taken of."""
     rows: list[int] = []
 
-    def seen(head, hidden, labels, smoothing):
+    def seen(head, hidden, labels, *settings):
         rows.append(len(labels))
-        return cross_entropy(head, hidden, labels, smoothing)
+        return cross_entropy(head, hidden, labels, *settings)
 
     monkeypatch.setattr("muse_maskgit_pytorch.maskgit.cross_entropy", seen)
     return rows
@@ -282,6 +282,62 @@ def test_a_given_mask_and_the_weights_of_micro_batches(monkeypatch):
             / 4
         )
     torch.testing.assert_close(sum(parts), whole.total)
+
+
+def test_seen_tokens_count_as_much_as_they_are_told_to():
+    """A weight of 1 is the mean of all tokens' losses, times how many more they are."""
+    mask = torch.rand(2, 16) < 0.5
+
+    def terms(**changes):
+        torch.manual_seed(0)
+        model = tiny.maskgit(cond_drop_prob=0.0, **changes)
+        tiny.randomise(model.transformer)
+        return model, model.losses(tiny.ids(), text_embeds=tiny.text(), mask=mask)
+
+    _, plain = terms()
+    assert plain.total is plain.ce
+    model, all_alike = terms(unmasked_weight=1.0)
+    ids = tiny.ids()
+    context = model.transformer.encode_context(tiny.conditioning(tiny.text()))
+    logits = model.transformer.to_logits(
+        model.transformer(torch.where(mask, model.transformer.mask_id, ids), context)[0]
+    )
+    losses = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), ids.flatten(), reduction="none"
+    )
+    torch.testing.assert_close(all_alike.total, losses.sum() / mask.sum())
+    torch.testing.assert_close(all_alike.ce, plain.ce)
+    half = terms(unmasked_weight=0.5)[1].total
+    torch.testing.assert_close(half - plain.ce, (all_alike.total - plain.ce) / 2)
+
+
+def test_an_image_twice_with_mask_and_complement():
+    model = tiny.superres(cond_drop_prob=0.0)
+    arguments = dict(text_embeds=tiny.text(), cond_ids=tiny.ids(2, 16))
+    mask = torch.rand(2, 64) < 0.3
+    both = model.losses(tiny.ids(2, 64), **arguments, mask=torch.cat([mask, ~mask])).total
+    first, second = (
+        model.losses(tiny.ids(2, 64), **arguments, mask=m).total for m in (mask, ~mask)
+    )
+    share = mask.float().mean()
+    torch.testing.assert_close(both, share * first + (1 - share) * second)
+
+
+def test_low_resolution_is_noisy_in_training_alone(monkeypatch):
+    model = tiny.superres(cond_noise_prob=0.3)
+    seen, encode = [], model.transformer.encode_context
+    monkeypatch.setattr(
+        model.transformer, "encode_context", lambda c: seen.append(c.cond_ids) or encode(c)
+    )
+    low = torch.full((200, 16), 7)
+    for training in (True, False):
+        model.train(training)
+        text = tiny.text(200)
+        model.losses(tiny.ids(200, 64), text_embeds=text, cond_ids=low)
+    noisy, clean = seen
+    assert torch.equal(clean, low)
+    assert abs(float((noisy != low).float().mean()) - 0.3 * 59 / 60) < 0.03
+    assert len(noisy.unique()) == 60
 
 
 def test_no_mask_token_prob(monkeypatch):

@@ -16,7 +16,7 @@ from muse_maskgit_pytorch.masking import (
     read_table,
 )
 
-SCHEDULES = ["cosine", "arccos", "linear", "square"]
+SCHEDULES = ["cosine", "arccos", "linear", "square", "beta:12,3", "gaussian:0.55,0.25"]
 
 
 def test_cosine_ratio_has_the_density_of_the_paper():
@@ -118,3 +118,50 @@ def test_no_mask_token_prob_is_a_rate_among_masked_positions():
     assert shown[mask].float().mean() == pytest.approx(0.2, abs=0.01)
     assert (out.labels == torch.where(mask, 0, IGNORE_INDEX)).all()  # predicted all the same
     assert (out.mask == mask).all()
+
+
+@pytest.mark.parametrize(
+    "law, distribution",
+    [
+        ("beta:12,3", stats.beta(12, 3)),
+        ("beta:2,1.5", stats.beta(2, 1.5)),
+        ("gaussian:0.55,0.25", stats.truncnorm(-0.2, 1.8, 0.55, 0.25)),  # 0.5 and 1 in spreads
+    ],
+)
+def test_laws_have_their_density(law: str, distribution):
+    u = torch.rand(20_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert stats.kstest(mask_ratio(u, law).numpy(), distribution.cdf).pvalue > 0.01
+
+
+@pytest.mark.parametrize(
+    "law", ["beta", "beta:12", "beta:0,3", "beta:a,b", "gamma:1,2", "beta:1,2,3"]
+)
+def test_laws_that_are_none(law: str):
+    with pytest.raises(ValueError, match=f"noise_schedule '{law}'"):
+        mask_ratio(torch.zeros(1), law)
+
+
+@pytest.mark.parametrize("grid", [(8, 8), (4, 9), (1, 6)])
+def test_rectangles(grid: tuple[int, int]):
+    """Each is one, anywhere, with the law's number of tokens as near as its height allows."""
+    height, width = grid
+    settings = dict(batch=2000, num_tokens=height * width, grid=grid)
+    masks, plain = (
+        draw_mask(**settings, rectangle_prob=prob, generator=torch.Generator().manual_seed(0))
+        for prob in (1.0, 0.0)
+    )
+    masks = masks.unflatten(1, grid)
+    rows, columns = masks.any(2), masks.any(1)
+    assert torch.equal(masks, rows[:, :, None] & columns[:, None, :])
+    for line in (rows, columns):  # without gaps
+        assert (line.int().diff(dim=1) == 1).sum(1).max() <= 1
+    difference = masks.sum((1, 2)) - plain.sum(1)  # the same draw of counts
+    assert (difference.abs() <= rows.sum(1) / 2).all()
+    assert abs(difference.float().mean()) < 0.5
+    assert masks.any(0).all()
+
+
+def test_a_share_of_the_masks_are_rectangles():
+    masks = draw_mask(2000, 64, "beta:8,8", grid=(8, 8), rectangle_prob=0.25).unflatten(1, (8, 8))
+    whole = masks.any(2)[:, :, None] & masks.any(1)[:, None, :]
+    assert abs(float((whole == masks).all(2).all(1).float().mean()) - 0.25) < 0.05

@@ -21,6 +21,7 @@ from ..data.source import few
 from ..data.stream import RowStream
 from ..data.wording import Wording
 from ..images import image_grid
+from ..layers import Block
 from ..lora import add_lora, save_lora
 from ..maskgit import MaskGit, Part
 from ..structures import Batch, TextEmbeds
@@ -59,6 +60,10 @@ class MaskGitTrainer(Trainer):
         cache_tokens: encode the whole set once, each process its share, and train from ids and text
             embeddings, which are kept in ``results_folder`` (`TokenCache`): the loss is the same, a
             step far cheaper.
+        complementary: each image is there twice in a step, with a mask and with its complement, so
+            that all of its tokens are learnt from. It costs as much as twice the batch.
+        checkpoint_activations: keep only each block's input for the way back and compute the block
+            again there: less memory, more work, the same gradients.
         num_samples: images in the pictures of ``results_folder/samples``.
         crop: "center", or "random", see `View`; with ``cache_tokens=False``, as the next five.
         crop_scale: smallest and largest side of random crops, as a share of the shorter side.
@@ -88,6 +93,8 @@ class MaskGitTrainer(Trainer):
         cache: str | None = None,
         part: Part = "all",
         cache_tokens: bool = True,
+        complementary: bool = False,
+        checkpoint_activations: bool = False,
         num_samples: int = 8,
         crop: Crop = "center",
         crop_scale: tuple[float, float] = (0.5, 1.0),
@@ -112,6 +119,8 @@ class MaskGitTrainer(Trainer):
             )
         self.name = "superres" if maskgit.cond_image_size else "base"
         self.maskgit, self.part, self.cache_tokens = maskgit, part, cache_tokens
+        self.complementary = bool(complementary)
+        self.checkpoint_activations = bool(checkpoint_activations)
         if cond_folder is not None and maskgit.cond_image_size is None:
             raise ValueError(
                 "cond_folder is given, but the model has no cond_image_size: leave it out"
@@ -197,8 +206,15 @@ class MaskGitTrainer(Trainer):
         return list(critic.parameters()) if self.part == "transformer" and critic else []
 
     def train(self) -> None:
-        with frozen(self._left_out()):
-            super().train()
+        blocks = [module for module in self.maskgit.modules() if isinstance(module, Block)]
+        for block in blocks:
+            block.recomputed = self.checkpoint_activations
+        try:
+            with frozen(self._left_out()):
+                super().train()
+        finally:
+            for block in blocks:
+                block.recomputed = False
 
     def modules(self) -> dict[str, nn.Module]:
         return {"model": self.terms}
@@ -270,6 +286,8 @@ class MaskGitTrainer(Trainer):
         """
         micros = [next(batches) for _ in range(self.grad_accum_every)]
         masks = [self.maskgit.draw_mask(_rows(batch)) for batch in micros]
+        if self.complementary:
+            masks = [torch.cat([mask, ~mask]) for mask in masks]
         counts = torch.stack([mask.sum() for mask in masks])
         total = self.parallel.reduce(counts.sum())
         weights = counts * len(micros) * self.parallel.world / total

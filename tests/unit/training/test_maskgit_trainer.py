@@ -13,8 +13,10 @@ from torch import Tensor
 from muse_maskgit_pytorch import (
     MaskGit,
     MaskGitTransformer,
+    testing,
 )
 from muse_maskgit_pytorch.inference import compiling
+from muse_maskgit_pytorch.layers import Block
 from muse_maskgit_pytorch.training.guard import Diverged
 from tests.runs import (
     assert_same,
@@ -211,3 +213,64 @@ def test_resume_takes_the_settings_of_today(images: Path, tmp_path: Path):
     again.train()
     assert {group["betas"] for group in again.optimizers["vae"].param_groups} == {(0.5, 0.6)}
     assert [g["weight_decay"] for g in again.optimizers["vae"].param_groups] == [0.7, 0.0]
+
+
+def test_complementary_masks_learn_every_token(
+    images: Path, tmp_path: Path, t5: str, monkeypatch: pytest.MonkeyPatch
+):
+    maskgit, masks = make_maskgit(t5), []
+    losses = maskgit.losses
+    monkeypatch.setattr(maskgit, "losses", lambda **a: masks.append(a["mask"]) or losses(**a))
+    maskgit_trainer(images, tmp_path / "r", maskgit, complementary=True, valid_fraction=0).train()
+    assert masks
+    for mask in masks:
+        first, second = mask.chunk(2)
+        assert torch.equal(first, ~second)
+        assert len(first) == 2
+
+
+@pytest.mark.parametrize("superres", [False, True])
+def test_blocks_computed_again_give_the_same_gradients_from_less_memory(superres: bool):
+    model = (
+        testing.superres(model=testing.transformer(seq_len=64, depth=6))
+        if superres
+        else (testing.maskgit(testing.transformer(depth=6)))
+    )
+    ids = testing.ids(2, 64 if superres else 16)
+    cond = {"cond_ids": testing.ids(2, 16)} if superres else {}
+    mask = torch.rand(ids.shape) < 0.5
+    results = []
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    for again in (False, True):
+        for module in model.modules():
+            if isinstance(module, Block):
+                module.recomputed = again
+        kept: dict[int, int] = {}
+
+        def note(tensor: Tensor, kept: dict[int, int] = kept) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        torch.manual_seed(0)
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss = model(ids, text_embeds=testing.text(), mask=mask, **cond)
+        model.zero_grad()
+        loss.backward()
+        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        results.append((loss.detach(), gradients, sum(kept.values())))
+    (loss, gradients, much), (again_loss, again_gradients, little) = results
+    assert_same({"loss": again_loss, **again_gradients}, {"loss": loss, **gradients})
+    assert little < 0.6 * much
+
+
+def test_a_run_that_computes_blocks_again_is_the_same(images: Path, tmp_path: Path, t5: str):
+    states = []
+    for again in (False, True):
+        maskgit = make_maskgit(t5)
+        folder = tmp_path / str(again)
+        maskgit_trainer(images, folder, maskgit, checkpoint_activations=again).train()
+        states.append(dict(maskgit.state_dict()))
+        assert not any(m.recomputed for m in maskgit.modules() if isinstance(m, Block))
+    assert_same(states[0], states[1])
