@@ -15,7 +15,7 @@ import itertools
 import json
 import os
 import warnings
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from contextlib import nullcontext
 from importlib import import_module, resources
 from pathlib import Path
@@ -291,14 +291,19 @@ class Saveable(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
-    def check_saveable(self) -> None:
+    def check_saveable(self, state: Mapping[str, Tensor] | None = None) -> None:
         """Refuse, before any work, a model that could not be rebuilt from its file.
+
+        Args:
+            state: its weights by plain name, where they are divided among processes and have been
+                put together.
 
         Raises:
             ValueError: an argument that a file cannot hold; weights that the arguments do not make
                 (of an adapter, say), or that lie on several processes.
         """
-        kind, config, state = type(self).__name__, self.config, plain_state(self)
+        kind, config = type(self).__name__, self.config
+        state = plain_state(self) if state is None else state
         for name, value in config.items():
             try:
                 json.dumps(value)
@@ -311,8 +316,8 @@ class Saveable(nn.Module):
             if hasattr(value, "full_tensor"):
                 raise ValueError(
                     f"{name} of this {kind} is divided among processes: save the model that it was "
-                    "made from, with the weights that torch.distributed.checkpoint.state_dict."
-                    "get_model_state_dict gathers (full_state_dict=True)"
+                    "made from, or give as state= the weights that torch.distributed.checkpoint."
+                    "state_dict.get_model_state_dict gathers (full_state_dict=True)"
                 )
         sketch = _sketch(type(self), config, 2 * len(state) + 100)
         if sketch is None:
@@ -328,12 +333,18 @@ class Saveable(nn.Module):
                 "not be read: take out what was put into the model (merge an adapter), then save it"
             )
 
-    def save(self, path: str | os.PathLike, dtype: torch.dtype | None = None) -> Path:
+    def save(
+        self,
+        path: str | os.PathLike,
+        dtype: torch.dtype | None = None,
+        state: Mapping[str, Tensor] | None = None,
+    ) -> Path:
         """Write configuration and weights to one safetensors file, atomically.
 
         Args:
             path: of any name; ``.safetensors`` is the usual ending.
             dtype: store floating-point weights in this type (``torch.float16`` halves the file).
+            state: as in `check_saveable`.
 
         Raises:
             ValueError: a type that would destroy the weights, or a model that could not be rebuilt
@@ -342,8 +353,8 @@ class Saveable(nn.Module):
         path = as_path(path)
         if dtype not in (None, *FLOATS):
             raise ValueError(f"save: dtype must be one of {FLOATS}, not {shown(dtype)}")
-        self.check_saveable()
-        state = plain_state(self)
+        self.check_saveable(state)
+        state = plain_state(self) if state is None else dict(state)
         for name, value in state.items():
             if not is_finite(value):
                 raise ValueError(f"save: {name} has values that are not finite")

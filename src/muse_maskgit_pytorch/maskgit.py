@@ -263,6 +263,7 @@ class MaskGit(Saveable):
         part: Part = "all",
         mask: Bool[Tensor, "R N"] | None = None,
         mask_weight: float | Tensor = 1.0,
+        self_cond: bool | None = None,
     ) -> LossTerms:
         """The named loss terms of one batch (2.6, 2.7).
 
@@ -280,6 +281,8 @@ class MaskGit(Saveable):
                 `MaskGitTrainer`).
             mask_weight: factor of the cross-entropy, a mean over this batch's masked tokens. One
                 of several micro batches gets its share of all masked tokens times their number.
+            self_cond: whether a transformer with self-conditioning is given its own first guess;
+                drawn by ``self_cond_prob`` unless given.
 
         Raises:
             ValueError: arguments that fit neither each other nor the model.
@@ -317,9 +320,9 @@ class MaskGit(Saveable):
         mask = self.draw_mask(len(ids)) if mask is None else mask
         masked = mask_tokens(ids, mask, self.transformer.mask_id, self.no_mask_token_prob)
 
-        recall = self.transformer.self_cond and bool(
-            torch.rand((), device="cpu") < self.self_cond_prob
-        )
+        if self.transformer.self_cond and self_cond is None:
+            self_cond = bool(torch.rand((), device="cpu") < self.self_cond_prob)
+        recall = bool(self.transformer.self_cond and self_cond)
         terms = compiled(_terms, self._compile)
         return terms(self, ids, masked, conditioning, part, recall, mask_weight)
 

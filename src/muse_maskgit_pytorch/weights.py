@@ -199,7 +199,9 @@ def check_weights(
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether all numbers of a tensor are."""
+    """Whether all numbers of a tensor are; of one that is divided, those of this process."""
+    if hasattr(tensor, "to_local"):
+        tensor = tensor.to_local()
     if not tensor.is_floating_point():
         return True
     if tensor.element_size() == 1:  # of eight bits torch cannot say it

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 
 class Sample(int):
@@ -83,3 +84,36 @@ class EndlessBatches(Sampler[list[int]]):
         while True:
             yield [order[position] for position in range(first, first + self.batch_size)]
             first += self.batch_size * self.world
+
+
+class Shares:
+    """The batches of a data set, in order, shared out over the processes.
+
+    Iterating gives the rows of a batch, how many of them count, and the batch: as many batches on
+    every process, since all must call a model as often. One that has none left is given the last
+    again, of which no row counts.
+
+    Args:
+        dataset: of which all processes have the same.
+        batch_size: items in a batch.
+        collate: makes a batch of items.
+        rank: this process.
+        world: number of processes.
+    """
+
+    def __init__(
+        self, dataset: Dataset, batch_size: int, collate: Callable, rank: int = 0, world: int = 1
+    ):
+        self.count = len(dataset)  # type: ignore[arg-type]
+        starts = range(0, self.count, batch_size)
+        numbers = range(rank, -(-len(starts) // world) * world, world)
+        self._rows, self._counted = [], []
+        for number in numbers:
+            start = starts[min(number, len(starts) - 1)]
+            rows = range(start, min(start + batch_size, self.count))
+            self._rows.append(rows)
+            self._counted.append(len(rows) if number < len(starts) else 0)
+        self._loader = DataLoader(dataset, batch_sampler=self._rows, collate_fn=collate)  # type: ignore
+
+    def __iter__(self) -> Iterator[tuple[range, int, Any]]:
+        yield from zip(self._rows, self._counted, self._loader, strict=True)

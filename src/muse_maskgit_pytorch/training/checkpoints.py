@@ -6,13 +6,22 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from ..arguments import fitting, whole
 from ..checkpoint import load_tree, save_tree
 from ..watching.log import writing
 from ..weights import CheckpointError, reading, safetensors_file
+from .shards import divided, joined, read, write
+
+if TYPE_CHECKING:
+    from .parallel import Parallel
 
 # What every checkpoint of a run holds, whatever its release.
 FIELDS = {
@@ -28,8 +37,15 @@ FIELDS = {
 }
 
 
+TREE, SHARDS = "tree.safetensors", "shards"  # in the folder of a sharded checkpoint
+
+
 class Checkpoints:
     """Checkpoints ``NAME-checkpoint-########.safetensors`` in a folder, numbered by step.
+
+    Where weights are divided among processes, a checkpoint is a folder without the ending: what is
+    not divided in one file, and the parts of each process in another, written while training goes
+    on. It takes its name once all of them are written. Both kinds go on on any number of processes.
 
     Args:
         folder: the run's results folder.
@@ -41,6 +57,8 @@ class Checkpoints:
     def __init__(self, folder: Path, name: str, kind: str, keep: int):
         self.folder, self.name, self.kind, self.keep = folder, name, kind, keep
         self._written: list[str] = []  # names of this run's checkpoints, oldest first
+        self._pending: tuple[Path, Future] | None = None  # what is being written
+        self._background = ThreadPoolExecutor(1)
 
     def newest(self) -> Path | None:
         """The checkpoint of the latest step."""
@@ -59,7 +77,7 @@ class Checkpoints:
     def _found(self) -> dict[int, Path]:
         """Checkpoints by step; what is too damaged to say its step has that of its name."""
         named = {}
-        for path in self.folder.glob(f"{self.name}-checkpoint-*.safetensors"):
+        for path in self.folder.glob(f"{self.name}-checkpoint-*"):
             if self._is_ours(path.name):
                 step = int(path.stem.rpartition("-")[2])
                 if _step_of(path) in (step, None):
@@ -67,23 +85,85 @@ class Checkpoints:
         return named
 
     def save(self, tree: dict[str, Any], step: int) -> None:
-        """Write a checkpoint, then remove those of this run that are too many."""
+        """Write a checkpoint, then remove those of this run that are too many.
+
+        By the main process alone.
+        """
         path = self.folder / f"{self.name}-checkpoint-{step:08d}.safetensors"
         with writing(path):
             save_tree(path, tree | {"written": self._written}, kind=self.kind)
-        if path.name not in self._written:
-            self._written.append(path.name)
-        while len(self._written) > self.keep:
-            (self.folder / self._written.pop(0)).unlink(missing_ok=True)
+            self._add(path.name)
 
-    def load(self, path: Path) -> dict[str, Any]:
+    def save_sharded(self, tree: dict[str, Any], step: int, parallel: Parallel) -> None:
+        """Begin to write a checkpoint in which tensors are divided; it is there after `finish`.
+
+        By every process.
+        """
+        self.finish()
+        rest, tensors = divided(tree)
+        path = self.folder / f"{self.name}-checkpoint-{step:08d}"
+        pid = int(parallel.broadcast(os.getpid()))  # the main process's: `sweep` asks for it
+        temporary = path.with_name(f".{path.name}.{pid}.tmp")
+        with writing(path):
+            if parallel.is_main:
+                rest["shards"] = {name: list(value.shape) for name, value in tensors.items()}
+                save_tree(temporary / TREE, rest | {"written": self._written}, kind=self.kind)
+            written = write(temporary / SHARDS, tensors, parallel.cpu_group)
+        work = partial(self._complete, written, temporary, path, parallel.is_main)
+        self._pending = path, self._background.submit(work)
+
+    def _complete(self, written: Future, temporary: Path, path: Path, is_main: bool) -> None:
+        written.result()  # on the main process: once all have written
+        if is_main:
+            for part in (temporary / SHARDS).iterdir():
+                with open(part, "rb") as file:
+                    os.fsync(file.fileno())
+            if path.exists():  # from before a return to an earlier step
+                self._remove(path)
+            os.replace(temporary, path)
+            self._add(path.name)
+
+    def finish(self) -> None:
+        """Wait until the checkpoint that is being written is there.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        if self._pending is not None:
+            path, done = self._pending
+            self._pending = None
+            with writing(path):
+                done.result()
+
+    def _add(self, name: str) -> None:
+        if name not in self._written:
+            self._written.append(name)
+        while len(self._written) > self.keep:
+            self._remove(self.folder / self._written.pop(0))
+
+    def _remove(self, path: Path) -> None:
+        if path.is_dir():
+            # at once out of the way, and what a kill leaves of it is swept away
+            away = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+            os.replace(path, away)
+            shutil.rmtree(away)
+        else:
+            path.unlink(missing_ok=True)
+
+    def load(
+        self, path: Path, like: Callable[[str], Tensor | None] = lambda name: None
+    ) -> dict[str, Any]:
         """Read a checkpoint; call `resumed` once the run goes on from it.
+
+        Args:
+            path: file or folder.
+            like: see `shards.read`.
 
         Raises:
             CheckpointError: it cannot be read; says which is the next one that can.
         """
         try:
-            return self._read(path)
+            return self._read(path, like)
         except CheckpointError as error:
             found = self._found()
             for step in sorted(found, reverse=True):
@@ -94,9 +174,12 @@ class Checkpoints:
                 way = "there is no other to go on from: choose another results_folder"
             raise CheckpointError(f"{error}; {way}") from error
 
-    def _read(self, path: Path) -> dict[str, Any]:
-        tree, _ = load_tree(path, kind=self.kind)
+    def _read(self, path: Path, like: Callable[[str], Tensor | None]) -> dict[str, Any]:
+        tree, _ = load_tree(path / TREE if path.is_dir() else path, kind=self.kind)
         with reading(path):
+            if path.is_dir():
+                wanted = fitting("shards", tree.pop("shards", None), dict[str, list[int]])
+                tree = joined(tree, read(path / SHARDS, wanted, like))
             for name, kind in FIELDS.items():
                 fitting(name, tree.get(name), kind)
             for name in tree.keys() & {"step", "samples"}:  # older ones count no samples
@@ -105,7 +188,7 @@ class Checkpoints:
 
     def _is_good(self, path: Path) -> bool:
         try:
-            self._read(path)
+            self._read(path, lambda name: None)
         except CheckpointError:
             return False
         return True
@@ -118,7 +201,7 @@ class Checkpoints:
 
     def _is_ours(self, name: Any) -> bool:
         """Whether a run of this stage may have given a file this name, which has no folder."""
-        pattern = rf"{re.escape(self.name)}-checkpoint-([0-9]{{8,18}})\.safetensors"
+        pattern = rf"{re.escape(self.name)}-checkpoint-([0-9]{{8,18}})(\.safetensors)?"
         found = re.fullmatch(pattern, name) if isinstance(name, str) else None
         return found is not None and found[1] == f"{int(found[1]):08d}"
 
@@ -144,7 +227,8 @@ class Checkpoints:
 def _step_of(path: Path) -> int | None:
     """The step that a checkpoint's header states; None if it cannot be read."""
     try:
-        with reading(path), safetensors_file(path) as file:
+        named = path / TREE if path.is_dir() else path
+        with reading(named), safetensors_file(named) as file:
             pairs = json.loads(file.metadata()["tree"])["dict"]
             step = next(node["value"] for key, node in pairs if key == "step")
     except CheckpointError:

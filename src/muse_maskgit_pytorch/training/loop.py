@@ -28,7 +28,7 @@ from ..checkpoint import (
     state_of,
     unwrapped,
 )
-from ..data.order import EndlessBatches
+from ..data.order import EndlessBatches, Shares
 from ..data.rows import Filter
 from ..data.source import few
 from ..data.stream import Held, RowStream, Stream
@@ -62,7 +62,7 @@ from .optimizers import (
     named_state,
     trained_state,
 )
-from .parallel import Parallel, Precision
+from .parallel import Parallel, Precision, is_sharded, own_part, placed_as
 from .stop import Stop
 
 LrSchedule = Literal["cosine", "constant", "linear", "cooldown"]
@@ -122,8 +122,7 @@ class Trainer:
             always written at the end and on Ctrl-C or SIGTERM, after the step in progress.
         keep_checkpoints: how many of the checkpoints that this run wrote to keep.
         valid_fraction: share of the data held back for validation.
-        max_valid: of these, how many each validation looks at (the main process does it while the
-            others wait).
+        max_valid: of these, how many each validation looks at; the processes share them out.
         max_minutes: stop (and save) after this time; the learning rate then follows the clock
             where that is ahead of the steps. A resumed run starts the clock anew. None: no limit.
         image_column: of data with columns: where the images stand; by default the first that there
@@ -143,6 +142,7 @@ class Trainer:
         -1,
     )  # the validation's figure, and whether more of it is better (1)
     shown: tuple[str, ...] = ("loss",)  # figures next to the progress bar
+    divisible = True  # whether FSDP may divide the weights among the processes
 
     def __init__(
         self,
@@ -254,12 +254,15 @@ class Trainer:
         """One optimizer step over ``grad_accum_every`` batches; the loss terms by name."""
         raise NotImplementedError
 
-    def validate(self, loader: DataLoader) -> dict[str, float]:
-        """Figures on the validation data, with the averaged weights."""
+    def validate(self, shares: Shares) -> dict[str, float]:
+        """Figures on the validation data of all processes, with the averaged weights.
+
+        Every process must call it, and as often call the model as the others.
+        """
         raise NotImplementedError
 
     def draw(self, path: Path) -> None:
-        """Write a picture of what the model does now."""
+        """Write a picture of what the model does now. Every process must call it."""
         raise NotImplementedError
 
     def measures(self) -> dict[str, float]:
@@ -348,12 +351,16 @@ class Trainer:
         if main:
             self._describe(newest is not None, len(valid_set or ()))
         say = self.progress.say if main else None
-        self._valid_loader = None
+        self._shares = None
         if valid_set is not None:
             count = min(len(valid_set), self.max_valid)
             valid_set = valid_set.select([i * len(valid_set) // count for i in range(count)])
-            self._valid_loader = DataLoader(
-                self.ready(valid_set, say), batch_size=self.batch_size, collate_fn=self.collate
+            self._shares = Shares(
+                self.ready(valid_set, say),
+                self.batch_size,
+                self.collate,
+                self.parallel.rank,
+                self.parallel.world,
             )
         ready = self.ready(train_set, say)
         batches = self._batches(ready)
@@ -406,11 +413,13 @@ class Trainer:
                     self.progress.say(f"stopped after step {self.step}: saving")
                     self._check_loss()
                     self._save_checkpoint()
+                    self.checkpoints.finish()
                     self._report()
                     raise KeyboardInterrupt
         self._check_loss()
         self._save_checkpoint()  # first: nothing that fails below may cost the last steps
         self._look()
+        self.checkpoints.finish()
         self._report()
         self.parallel.wait()  # what follows may read the files
 
@@ -480,6 +489,7 @@ class Trainer:
     def _return_to_checkpoint(self) -> None:
         """Go on from the last good weights; what the same data would do again is known."""
         failed = self.step
+        self.checkpoints.finish()
         self.parallel.wait()
         newest = self.checkpoints.newest()
         if newest is None or self.guard.restarts == MAX_RESTARTS:
@@ -519,7 +529,8 @@ class Trainer:
     def _is_finite(self) -> bool:
         """Whether all weights of this process are."""
         tensors = [t for m in self.modules().values() for t in trained_state(m).values()]
-        return all(bool(t.isfinite().all()) for t in [*tensors, *self.ema.average.values()])
+        tensors += self.ema.average.values()
+        return all(bool(own_part(tensor).isfinite().all()) for tensor in tensors)
 
     def _check_weights(self) -> None:
         """Refuse to save weights that are not finite. Every process must call it."""
@@ -533,7 +544,8 @@ class Trainer:
     def _saved_on_failure(self) -> Iterator[None]:
         """Whatever ends the run within the block, the steps that are done are saved first.
 
-        A failure may be that of one process, so nothing here waits for the others.
+        A failure may be that of one process, so nothing here waits for the others; weights that
+        are divided can only be saved by all of them, and are not.
         """
         try:
             yield
@@ -541,7 +553,7 @@ class Trainer:
             raise
         except (Exception, KeyboardInterrupt) as error:
             good = self.guard.in_a_row == 0 and math.isfinite(float(self._loss))
-            if self.step and good and self._is_finite():
+            if self.step and good and not self.sharded and self._is_finite():
                 try:
                     self._write_checkpoint()
                     if self._changing and self.parallel.is_main:
@@ -562,7 +574,8 @@ class Trainer:
     def save(self) -> None:
         """Write ``NAME.safetensors`` (raw weights) and ``NAME-ema.safetensors`` (averaged).
 
-        Once training has begun, and by the main process alone.
+        Once training has begun; of weights that are divided by all processes, else by the main
+        process alone.
         """
         self._write_model("")
         with self.ema.applied():
@@ -570,8 +583,10 @@ class Trainer:
 
     def _write_model(self, which: str) -> None:
         path = self.results_folder / f"{self.name}{which}.safetensors"
-        with writing(path):
-            self.model.save(path)
+        state = self.parallel.whole_state(plain_state(self.model))
+        if self.parallel.is_main:
+            with writing(path):
+                self.model.save(path, state=state)
 
     def autocast(self) -> AbstractContextManager:
         """Half precision where it is safe, if ``mixed_precision`` says so."""
@@ -617,10 +632,11 @@ class Trainer:
         self.wrapped: dict[str, nn.Module] = {}
         self.optimizers: dict[str, Any] = {}
         for name, module in self.modules().items():
-            module.to(self.device)
+            self.wrapped[name] = self.parallel.prepare(module, self.divisible)
             settings = self.lr, self.betas, self.weight_decay
             optimizer = make_optimizer(self.optimizer, module, *settings)
-            self.wrapped[name], self.optimizers[name] = self.parallel.prepare(module, optimizer)
+            self.optimizers[name] = self.parallel.prepare_optimizer(optimizer)
+        self.sharded = any(is_sharded(module) for module in self.modules().values())
         first = next(iter(self.modules().values()))
         names = [name for name, _ in first.named_parameters(remove_duplicate=False)]
         averaged = set(plain_names(first, names).values())
@@ -655,25 +671,27 @@ class Trainer:
 
     def _look(self) -> None:
         """Validate and draw, with the averaged weights, leaving the randomness untouched."""
-        if not self.parallel.is_main or self._looked_at == self.step:
+        if self._looked_at == self.step:
             return
         self._looked_at = self.step
         modules = list(self.modules().values())
+        main, model = self.parallel.is_main, next(iter(self.wrapped.values()))
         with torch.no_grad(), torch.random.fork_rng(self._gpus()), self.ema.applied():
             for module in modules:
                 module.eval()
             torch.manual_seed(self.seed)
-            if self._valid_loader is not None:
+            if (shares := self._shares) is not None:
                 with self.autocast(), self.stop.free():
-                    figures = self.validate(self._valid_loader)
-                if self._is_best(figures):
+                    figures = self.parallel.with_weights(model, lambda: self.validate(shares))
+                if self.parallel.agreed(main and self._is_best(figures)):
                     self._write_model("-best")
-                self.log.add(
-                    self.step, {f"valid_{k}": v for k, v in figures.items()}, self.codes_full()
-                )
+                if main:
+                    self.log.add(
+                        self.step, {f"valid_{k}": v for k, v in figures.items()}, self.codes_full()
+                    )
             path = self.results_folder / "samples" / f"{self.name}-{self.step:08d}.png"
             with writing(path), self.stop.free():
-                self.draw(path)
+                self.parallel.with_weights(model, lambda: self.draw(path))
             for module in modules:
                 module.train()
 
@@ -700,7 +718,7 @@ class Trainer:
         self._write_checkpoint()
 
     def _write_checkpoint(self) -> None:
-        if not self.parallel.is_main or self._saved_at == self.step:
+        if self._saved_at == self.step or not (self.parallel.is_main or self.sharded):
             return
         tree = {
             "step": self.step,
@@ -717,15 +735,30 @@ class Trainer:
             "frozen": self._frozen,
             "streams": self._streams,
         }
-        self.checkpoints.save(tree, self.step)
+        if self.sharded:
+            self.checkpoints.save_sharded(tree, self.step, self.parallel)
+        else:
+            self.checkpoints.save(tree, self.step)
         self._saved_at = self.step
         self.save()
 
     def _load_checkpoint(self, path: Path) -> None:
-        tree = self.checkpoints.load(path)
+        like = self._like()
+        tree = self.checkpoints.load(path, like.get)
         with reading(path):
-            self._take(tree, path)
+            self._take(placed_as(tree, like.get), path)
         self.checkpoints.resumed(path, tree)
+
+    def _like(self) -> dict[str, Tensor]:
+        """How what is divided among processes is so, by its place in a checkpoint's tree.
+
+        Of an optimizer's state by the place of the parameter.
+        """
+        like = {f"ema/{name}": value for name, value in self.ema.average.items()}
+        for module, inner in self.modules().items():
+            for name, value in trained_state(inner).items():
+                like[f"modules/{module}/{name}"] = like[f"optimizers/{module}/{name}"] = value
+        return like
 
     def _take(self, tree: dict[str, Any], path: Path) -> None:
         """Go on from what a checkpoint holds, once all of its weights have been checked."""

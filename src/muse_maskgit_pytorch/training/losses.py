@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from torch import Tensor, nn
 
 from ..maskgit import MaskGit
+
+T = TypeVar("T")
 
 
 class NamedTerms(nn.Module):
@@ -32,6 +34,10 @@ class NamedTerms(nn.Module):
         if terms.critic is None:
             return {"loss": terms.total}
         return {"loss": terms.total, "ce": terms.ce, "critic": terms.critic}
+
+    def doing(self, work: Callable[[], T]) -> T:
+        """What ``work`` returns: where the module is sharded, with its weights put together."""
+        return work()
 
     def train(self, mode: bool = True) -> Self:
         """Switch the model its own way: tokenizers stay in eval mode."""

@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from ..arguments import one_of, whole
 from ..data.cache import TokenCache
 from ..data.dataset import ImageDataset, split
 from ..data.encoding import write_cache
 from ..data.folder import open_source
+from ..data.order import Shares
 from ..data.pixels import Crop, View
 from ..data.source import few
 from ..data.stream import RowStream
@@ -294,6 +295,7 @@ class MaskGitTrainer(Trainer):
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
         for micro, (batch, mask, weight) in enumerate(zip(micros, masks, weights, strict=True)):
             arguments = self._arguments(batch)  # one micro batch at a time on the device
+            arguments["self_cond"] = self._guesses(micro)
             with self.accumulating(self.wrapped["model"], micro):
                 with self.autocast():
                     terms = self.wrapped["model"](**arguments, mask=mask, mask_weight=weight)
@@ -302,39 +304,57 @@ class MaskGitTrainer(Trainer):
                 sums[name] += value.detach() / len(micros)
         return {**sums, "grad_norm": self.optimizer_step("model")}
 
-    def validate(self, loader: DataLoader) -> dict[str, float]:
-        """Mean loss terms, over masked tokens and over all for the critic; texts always seen."""
+    def _guesses(self, micro: int) -> bool | None:
+        """Whether a micro batch trains with self-conditioning; None: the model draws it.
+
+        Where weights are divided all processes must decide alike, for it takes a further pass.
+        """
+        if not self.sharded:
+            return None
+        generator = torch.Generator().manual_seed(hash((self.seed, self.step, micro)) % 2**32)
+        return float(torch.rand((), generator=generator)) < self.maskgit.self_cond_prob
+
+    def validate(self, shares: Shares) -> dict[str, float]:
+        """Mean loss terms, over masked tokens and over all for the critic; texts always seen.
+
+        With self-conditioning as in drawing.
+        """
+        masks = self.maskgit.draw_mask(shares.count)
         sums: dict[str, float] = defaultdict(float)
-        images = len(loader.dataset)  # type: ignore[arg-type]
-        masks = self.maskgit.draw_mask(images)
-        count = 0
-        for batch in loader:
-            arguments = self._arguments(batch)
-            rows = len(arguments["images_or_ids"])
-            mask = masks[count : count + rows]
-            weight = (mask.sum() / rows) / (masks.sum() / images)
+        for rows, counted, batch in shares:
+            mask = masks[rows.start : rows.stop]
+            weight = mask.float().mean() / masks.float().mean()
+            # a batch draws the same numbers whichever process has it
+            torch.manual_seed(self.seed * 1_000_003 + rows.start + 1)
             terms = self.maskgit.losses(
-                **arguments, cond_drop_prob=0.0, mask=mask, mask_weight=weight
+                **self._arguments(batch),
+                cond_drop_prob=0.0,
+                mask=mask,
+                mask_weight=weight,
+                self_cond=True,
             )
             for name, value in vars(terms).items():
                 if value is not None:
-                    sums[name] += float(value) * rows
-            count += rows
-        sums = {name: value / count for name, value in sums.items()}
-        return {"loss" if name == "total" else name: value for name, value in sums.items()}
+                    sums[name] += float(value) * counted
+        sums = self.parallel.sums(sums)
+        figures = {name: value / shares.count for name, value in sums.items()}
+        return {"loss" if name == "total" else name: value for name, value in figures.items()}
 
     def draw(self, path: Path) -> None:
         """Real images above those generated from their captions (and low-resolution ids)."""
-        data = self.dataset
-        rows = [i * len(data) // self.num_samples for i in range(self.num_samples)]
+        data, count = self.dataset, self.num_samples
+        rows = [i * len(data) // count for i in range(count)]
+        own = self.parallel.share(list(range(count)))
+        mine = [rows[i] for i in own]
         if isinstance(data, TokenCache):  # without the images: as the tokenizer decodes them
-            batch, texts = data.__getitems__(rows), data.captions(rows)
+            batch, texts = data.__getitems__(mine), data.captions(rows)
             assert batch.ids is not None
             images = self.maskgit.decode(batch.ids.to(self.device))
         else:
-            batch = self.collate([data[row] for row in rows])
+            batch = self.collate([data[row] for row in mine])
             assert batch.images is not None
-            images, texts = batch.images.to(self.device), batch.texts or [""] * len(rows)
+            images = batch.images.to(self.device)
+            texts = self.collate([data[row] for row in rows]).texts or [""] * count
         precision = self.maskgit.precision
         if self.device.type == "cuda":  # a few pictures are worth no graphs beside the training
             self.maskgit.precision = "reference"
@@ -344,16 +364,18 @@ class MaskGitTrainer(Trainer):
                     batch.cond_images, batch.cond_ids, None if batch.images is None else images
                 )
                 drawn = self.maskgit.generate(
-                    batch.texts,
-                    text_embeds=batch.text_embeds,
-                    cond_ids=cond_ids,
-                    seeds=list(range(len(rows))),
+                    batch.texts, text_embeds=batch.text_embeds, cond_ids=cond_ids, seeds=own
                 )
         finally:
             self.maskgit.precision = precision
-        path.parent.mkdir(parents=True, exist_ok=True)
-        both = torch.cat([images.float().cpu(), drawn.float().cpu()])
-        image_grid(both, columns=len(rows), labels=[*texts, *[""] * len(texts)]).save(path)
+        both = [
+            self.parallel.joined(part.float().to(self.device), count).cpu()
+            for part in (images, drawn)
+        ]
+        if self.parallel.is_main:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            sheet = image_grid(torch.cat(both), columns=count, labels=[*texts, *[""] * count])
+            sheet.save(path)
 
 
 def _rows(batch: Batch) -> int:

@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from ..arguments import one_of, real, whole
 from ..data.dataset import ImageDataset, split
 from ..data.folder import open_source
+from ..data.order import Shares
 from ..data.pixels import Crop, View
 from ..data.stream import Held, RowStream
 from ..images import image_grid
@@ -94,6 +94,7 @@ class VQGanVAETrainer(Trainer):
     name = "vae"
     judged_by = ("psnr", 1)
     shown = ("loss", "psnr", "codebook_usage", "grad_norm")
+    divisible = False  # small, and read by parts: gan_adaptive asks for a layer's gradient
 
     def __init__(
         self,
@@ -363,29 +364,33 @@ class VQGanVAETrainer(Trainer):
         means = torch.stack([real_scores.detach().mean(), fake_scores.detach().mean()])
         return terms | {"discriminator_loss": loss}, means.float()
 
-    def validate(self, loader: DataLoader) -> dict[str, float]:
+    def validate(self, shares: Shares) -> dict[str, float]:
         """PSNR in dB (mean over images) and mean squared error."""
-        errors = []
-        for batch in loader:
+        sums = {"psnr": 0.0, "mse": 0.0}
+        for _, counted, batch in shares:
             images = batch["image"].to(self.device)
             recon = self.vae(images)[0].float().clamp(0, 1)
-            errors.append((recon - images).square().mean(dim=(1, 2, 3)))
-        error = torch.cat(errors)
-        return {"psnr": float(_psnr(error)), "mse": float(error.mean())}
+            error = (recon - images).square().mean(dim=(1, 2, 3))
+            sums["psnr"] += float(_psnr(error)) * counted
+            sums["mse"] += float(error.mean()) * counted
+        return {name: value / shares.count for name, value in self.parallel.sums(sums).items()}
 
     def draw(self, path: Path) -> None:
         """Images from all over the set above their reconstructions."""
         count = min(8, len(self.dataset))
         rows = [i * len(self.dataset) // count for i in range(count)]
-        images = torch.stack([self.dataset[row]["image"] for row in rows]).to(self.device)
-        recon = self.vae(images)[0].float().clamp(0, 1)
+        images = torch.stack([self.dataset[row]["image"] for row in rows])
+        own = self.parallel.share(list(range(count)))
+        recon = self.vae(images[own].to(self.device))[0].float().clamp(0, 1)
+        recon = self.parallel.joined(recon, count).cpu()
         if not recon.isfinite().all():
             raise Diverged(
                 f"what the averaged weights draw at step {self.step} is not finite: lower lr, or "
                 "use mixed_precision bf16 or no; begin anew, in another results_folder"
             )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image_grid(torch.cat([images, recon]).cpu(), columns=len(images)).save(path)
+        if self.parallel.is_main:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image_grid(torch.cat([images, recon]), columns=count).save(path)
 
 
 def _psnr(error: Float[Tensor, "B"]) -> Float[Tensor, ""]:

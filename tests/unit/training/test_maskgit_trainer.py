@@ -15,6 +15,7 @@ from muse_maskgit_pytorch import (
     MaskGitTransformer,
     testing,
 )
+from muse_maskgit_pytorch.data.order import Shares
 from muse_maskgit_pytorch.inference import compiling
 from muse_maskgit_pytorch.layers import Block
 from muse_maskgit_pytorch.training.guard import Diverged
@@ -158,12 +159,10 @@ def test_validation_is_a_mean_over_masked_tokens(images: Path, tmp_path: Path, t
             images, tmp_path / "r", make_maskgit(t5), batch_size=batch_size, cache_tokens=False
         )
         trainer.model.to(trainer.device).eval()
-        loader = torch.utils.data.DataLoader(
-            trainer.dataset, batch_size=batch_size, collate_fn=trainer.collate
-        )
+        shares = Shares(trainer.dataset, batch_size, trainer.collate)
         torch.manual_seed(3)
         with torch.no_grad():
-            figures.append(trainer.validate(loader))
+            figures.append(trainer.validate(shares))
     assert figures[0] == pytest.approx(figures[1], rel=1e-5)
     assert figures[0]["loss"] == figures[0]["ce"]
 
