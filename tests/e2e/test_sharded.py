@@ -44,7 +44,7 @@ def make_trainer(results: str, t5: str, **changes: Any) -> MaskGitTrainer:
     masks = torch.arange(16) < torch.tensor([1, 16, 3, 12])[:, None]
     draw = model.draw_mask
     model.draw_mask = (  # type: ignore[method-assign]
-        lambda rows: masks[rank * rows :][:rows] if torch.is_grad_enabled() else draw(rows)
+        lambda batch: masks[rank * batch :][:batch] if torch.is_grad_enabled() else draw(batch)
     )
     settings: dict[str, Any] = dict(
         folder="images", batch_size=BATCH // world, grad_accum_every=2, num_train_steps=STEPS,

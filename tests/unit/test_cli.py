@@ -881,7 +881,7 @@ def test_the_recipes_parse(recipe: Path):
     assert parser.read(argv).trainer.results_folder
 
 
-@pytest.mark.parametrize("recipe", ["paper-vae", "folder-vae"])
+@pytest.mark.parametrize("recipe", ["paper-vae-f16", "paper-vae-f8", "folder-vae"])
 def test_recipes_that_claim_the_papers_weights_have_them(recipe: str):
     """Table 5: perceptual 0.05, adversarial 0.1."""
     trainer = PARSERS["vae"].read(["--config", str(RECIPES / f"{recipe}.yaml")]).trainer

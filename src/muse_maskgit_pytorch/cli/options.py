@@ -396,6 +396,56 @@ def cache_parser() -> Parser:
     return parser
 
 
+# muse estimate ----------------------------------------------------------------------------------
+
+# Memory in GB, bfloat16 TFLOP/s without sparsity (float16 where there is none), and what an hour
+# is taken to cost, in dollars: makers' figures, and a guess.
+GPUS = {
+    "h100": (80, 989, 2.5),
+    "a100": (80, 312, 1.5),
+    "a100-40": (40, 312, 1.2),
+    "l4": (24, 121, 0.6),
+    "rtx4090": (24, 165, 0.4),
+    "rtx3090": (24, 71, 0.25),
+    "rtx3060": (12, 25, 0.1),
+    "t4": (16, 65, 0.3),
+}
+
+
+def estimate_parser() -> Parser:
+    parser = Parser("muse estimate", "What a recipe takes of memory, arithmetic, time and money.")
+    parser.add_argument("recipe", type=str, help="YAML file of `muse train`")
+    gpu: Any = Literal[tuple(GPUS)]  # type: ignore[valid-type]
+    parser.add_argument("--gpu", type=gpu, default="h100", help="what it is to run on")
+    parser.add_argument("--gpus", type=int, default=1, help="how many of them")
+    parser.add_argument(
+        "--sharded", type=bool, default=False, help="weights divided among them (FSDP2)"
+    )
+    parser.add_argument("--memory", type=float | None, help="GB of a GPU, if not as of its kind")
+    parser.add_argument("--tflops", type=float | None, help="its TFLOP/s, if not as of its kind")
+    parser.add_argument("--price", type=float | None, help="of one for an hour, if not as guessed")
+    parser.add_argument(
+        "--utilisation", type=float, default=0.4, help="share of the TFLOP/s that is used"
+    )
+    parser.add_argument(
+        "--optimizer",
+        type=Literal["adamw", "adafactor", "muon", "adamw8bit"],
+        default="adamw",
+        help="whose state lies beside the weights",
+    )
+    parser.add_argument(
+        "--checkpoint_activations",
+        type=bool,
+        default=False,
+        help="keep only what goes into each block, and compute the rest again",
+    )
+    parser.add_argument("--text_len", type=int, default=64, help="text tokens of a caption")
+    parser.add_argument(
+        "--vae", type=str | None, help="recipe of the tokenizer, where it is not trained yet"
+    )
+    return parser
+
+
 # muse eval, tune, report ------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from ..training.loop import Trainer
 from ..training.maskgit_trainer import MaskGitTrainer
 from ..training.vae_trainer import VQGanVAETrainer
 from ..transformer import MaskGitTransformer, TokenCritic
-from ..vqgan_vae import VQGanVAE
+from ..vqgan_vae import ImageTokenizer, VQGanVAE
 from ..weights import CheckpointError, is_safetensors
 from .options import DERIVED
 from .parser import Parser, stated
@@ -93,12 +94,19 @@ def open_start(parser: Parser, argv: list[str], superres: bool) -> MaskGit | Non
     return start
 
 
-def make_maskgit(config: Namespace, start: MaskGit | None = None) -> MaskGit:
-    """The stage that a recipe describes, with new weights or those of the one it starts from."""
+def make_maskgit(
+    config: Namespace,
+    start: MaskGit | None = None,
+    load: Callable[[str], ImageTokenizer] = load_tokenizer,
+) -> MaskGit:
+    """The stage that a recipe describes, with new weights or those of the one it starts from.
+
+    ``load`` finds the tokenizers that it names.
+    """
     if config.vae is None and start is None:
         raise ValueError("--vae is missing: name a saved tokenizer, or a stage as --init_from")
-    vae = start.vae if config.vae is None else load_tokenizer(config.vae)  # type: ignore
-    cond_vae = config.get("cond_vae") and load_tokenizer(config.cond_vae)
+    vae = start.vae if config.vae is None else load(config.vae)  # type: ignore
+    cond_vae = config.get("cond_vae") and load(config.cond_vae)
     settings = config.maskgit.as_dict()
     options = stated(config.maskgit.sample_options)
     if start is not None:

@@ -87,7 +87,7 @@ def read(
     import torch.distributed.checkpoint as dcp
 
     reader = dcp.HuggingFaceStorageReader(str(folder))
-    known = reader.read_metadata().state_dict_metadata if folder.is_dir() else {}
+    known: dict[str, Any] = reader.read_metadata().state_dict_metadata if folder.is_dir() else {}
     made: dict[str, Tensor] = {}
     for name, shape in wanted.items():
         parts = known[name].chunks if name in known else []
