@@ -105,24 +105,24 @@ def _estimated(stage: str, recipe: Any, path: Path, config: Any) -> tuple[Estima
         half=trainer.mixed_precision != "no",
         averaged=trainer.ema_decay > 0,
     )
-    with sketching(10**6):
-        if stage == "vae":
+    if stage == "vae":
+        with sketching(10**6):
             vae, judge = VQGanVAE(**recipe.vae.as_dict()), None
             if trainer.gan_weight > 0:
                 judge = Discriminator(trainer.discriminator_dim, trainer.discriminator_layers)
-        else:
-            model = make_maskgit(recipe, load=lambda name: _tokenizer(name, path, config.vae))
-    with sketched():
-        if stage == "vae":
-            vae.to_empty(device="cpu")
+        with sketched():
             judge = judge and judge.to_empty(device="cpu")
+            vae = vae.to_empty(device="cpu")
             return of_tokenizer(vae, judge, trainer.image_size, **how), None
-        model.to_empty(device="cpu")
-        encoder = model.transformer.text_encoder
+    with sketching(10**6):
+        model = make_maskgit(recipe, load=lambda name: _tokenizer(name, path, config.vae))
+    with sketched():
+        model = model.to_empty(device="cpu")
         found = of_maskgit(
             model, text_len=config.text_len, checkpointed=config.checkpoint_activations, **how
         )
-        return found, encoder if encoder in TEXT_ENCODERS else None
+    encoder = model.transformer.text_encoder
+    return found, encoder if encoder in TEXT_ENCODERS else None
 
 
 def _tokenizer(name: str, recipe: Path, given: str | None) -> ImageTokenizer:
