@@ -101,7 +101,7 @@ def _estimated(stage: str, recipe: Any, path: Path, config: Any) -> tuple[Estima
     trainer = recipe.trainer
     how: dict[str, Any] = dict(
         rows=trainer.batch_size,
-        optimizer=config.optimizer,
+        optimizer=trainer.optimizer,
         half=trainer.mixed_precision != "no",
         averaged=trainer.ema_decay > 0,
     )

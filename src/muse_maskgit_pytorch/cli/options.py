@@ -428,12 +428,6 @@ def estimate_parser() -> Parser:
         "--utilisation", type=float, default=0.4, help="share of the TFLOP/s that is used"
     )
     parser.add_argument(
-        "--optimizer",
-        type=Literal["adamw", "adafactor", "muon", "adamw8bit"],
-        default="adamw",
-        help="whose state lies beside the weights",
-    )
-    parser.add_argument(
         "--checkpoint_activations",
         type=bool,
         default=False,

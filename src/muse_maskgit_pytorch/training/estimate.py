@@ -6,6 +6,7 @@ the code that trains, and nothing is allocated.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,9 +30,9 @@ from ..structures import Conditioning, TextEmbeds
 from ..transformer import TokenCritic
 from ..vqgan_vae import VQGanVAE
 from .gan import Discriminator
+from .optimizers import block_matrices, factors, trained
 
 MASKED = 0.64  # mean share of masked tokens under the cosine law (2.6)
-OPTIMIZERS = ("adamw", "adafactor", "muon", "adamw8bit")
 
 
 @dataclass
@@ -166,18 +167,15 @@ def _traced(found: Estimate, losses: Callable[[int], list[Tensor]], rows: int, h
 
 def _count(found: Estimate, module: nn.Module, optimizer: str) -> None:
     """Weights, gradients, optimizer and averages of a module, each weight in float32."""
-    for p in module.parameters():
-        if not p.requires_grad:
-            continue
+    matrices = block_matrices(module) if optimizer == "muon" else set()
+    for name, p in trained(module).items():
         size = p.numel() * 4
         found.weights += size
         found.gradients += size
-        if optimizer == "adafactor" and p.ndim > 1:
-            found.optimizer += 4 * (p.numel() // p.shape[-1] + p.numel() // p.shape[-2])
-        elif optimizer == "adafactor" or (optimizer == "muon" and p.ndim == 2):
-            found.optimizer += size
+        if optimizer == "adafactor":
+            found.optimizer += size + 4 * sum(math.prod(f) for f in factors(p).values())
         else:
-            found.optimizer += size // 2 if optimizer == "adamw8bit" else 2 * size
+            found.optimizer += size if name in matrices else 2 * size
 
 
 def of_maskgit(
@@ -196,7 +194,7 @@ def of_maskgit(
         model: whose step.
         rows: images in a micro batch.
         text_len: text tokens of each.
-        optimizer: one of `OPTIMIZERS`.
+        optimizer: of the trainer.
         half: bfloat16 where autocast has it.
         checkpointed: activations within a block are computed again on the way back.
         averaged: whether averaged weights are kept.

@@ -190,6 +190,11 @@ class Trainer:
         self.resume = bool(resume)
         self.recipe: dict[str, Any] | None = None  # the command line's, for the run's description
         self.parallel = Parallel(one_of("mixed_precision", mixed_precision, Precision))
+        if self.parallel.wants_shards and self.divisible and optimizer != "adamw":
+            raise ValueError(
+                f"optimizer {shown(optimizer)} does not go with FSDP, which divides matrices that "
+                "it must see whole: use adamw"
+            )
         self.batch_size = whole("batch_size", batch_size, 1)
         self.grad_accum_every = whole("grad_accum_every", grad_accum_every, 1)
         self.num_train_steps = whole("num_train_steps", num_train_steps, 1)

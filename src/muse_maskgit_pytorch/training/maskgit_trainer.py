@@ -345,16 +345,16 @@ class MaskGitTrainer(Trainer):
         data, count = self.dataset, self.num_samples
         rows = [i * len(data) // count for i in range(count)]
         own = self.parallel.share(list(range(count)))
-        mine = [rows[i] for i in own]
         if isinstance(data, TokenCache):  # without the images: as the tokenizer decodes them
-            batch, texts = data.__getitems__(mine), data.captions(rows)
+            batch, texts = data.__getitems__([rows[i] for i in own]), data.captions(rows)
             assert batch.ids is not None
             images = self.maskgit.decode(batch.ids.to(self.device))
         else:
-            batch = self.collate([data[row] for row in mine])
+            items = [data[row] for row in rows]
+            batch = self.collate([items[i] for i in own])
             assert batch.images is not None
             images = batch.images.to(self.device)
-            texts = self.collate([data[row] for row in rows]).texts or [""] * count
+            texts = self.collate(items).texts or [""] * count
         precision = self.maskgit.precision
         if self.device.type == "cuda":  # a few pictures are worth no graphs beside the training
             self.maskgit.precision = "reference"
