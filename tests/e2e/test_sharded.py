@@ -108,7 +108,7 @@ def train_all(t5: str) -> None:
     MaskGitTrainer(
         model, folder="images", results_folder="superres", batch_size=2, num_train_steps=4,
         warmup_steps=2, log_every=1, sample_every=2, valid_fraction=0.3, num_samples=2,
-        mixed_precision="bf16",
+        mixed_precision="bf16", checkpoint_activations=True,
     ).train()  # fmt: skip
     dist.destroy_process_group()
 

@@ -19,14 +19,14 @@ from .options import GPUS
 from .parser import Parser
 from .train import make_maskgit
 
-# Parameters of text encoders in millions; they lie beside the model in float32.
+# Width and millions of parameters of text encoders; they lie beside the model in float32.
 TEXT_ENCODERS = {
-    "google/t5-v1_1-small": 35.3,
-    "google/t5-v1_1-base": 109.6,
-    "google/t5-v1_1-large": 341.2,
-    "google/t5-v1_1-xl": 1223.5,
-    "google/t5-v1_1-xxl": 4762.3,
-    "sentence-transformers/all-MiniLM-L6-v2": 22.7,
+    "google/t5-v1_1-small": (512, 35.3),
+    "google/t5-v1_1-base": (768, 109.6),
+    "google/t5-v1_1-large": (1024, 341.2),
+    "google/t5-v1_1-xl": (2048, 1223.5),
+    "google/t5-v1_1-xxl": (4096, 4762.3),
+    "sentence-transformers/all-MiniLM-L6-v2": (384, 22.7),
 }
 
 
@@ -46,7 +46,7 @@ def estimate(parser: Parser, argv: list[str]) -> None:
     batch = trainer.batch_size * trainer.grad_accum_every * gpus
     work = (found.forward + found.backward) * batch * trainer.num_train_steps
     hours = work / (gpus * tflops * 1e12 * share) / 3600
-    text = 0 if encoder is None else round(TEXT_ENCODERS[encoder] * 4e6)
+    text = 0 if encoder is None else round(TEXT_ENCODERS[encoder][1] * 4e6)
     peak = found.peak_of(gpus, config.sharded) + text
     rows = [
         *((f"parameters, {name}", _millions(count)) for name, count in found.parameters.items()),
@@ -114,14 +114,19 @@ def _estimated(stage: str, recipe: Any, path: Path, config: Any) -> tuple[Estima
             judge = judge and judge.to_empty(device="cpu")
             vae = vae.to_empty(device="cpu")
             return of_tokenizer(vae, judge, trainer.image_size, **how), None
+    encoder = recipe.transformer.t5_name
+    if encoder in TEXT_ENCODERS and recipe.transformer.text_embed_dim is None:
+        recipe.transformer.text_embed_dim = TEXT_ENCODERS[encoder][0]
     with sketching(10**6):
         model = make_maskgit(recipe, load=lambda name: _tokenizer(name, path, config.vae))
     with sketched():
         model = model.to_empty(device="cpu")
         found = of_maskgit(
-            model, text_len=config.text_len, checkpointed=config.checkpoint_activations, **how
+            model,
+            text_len=config.text_len,
+            checkpointed=trainer.checkpoint_activations,
+            **how | {"rows": trainer.batch_size * (1 + trainer.complementary)},
         )
-    encoder = model.transformer.text_encoder
     return found, encoder if encoder in TEXT_ENCODERS else None
 
 

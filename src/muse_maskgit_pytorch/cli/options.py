@@ -427,12 +427,6 @@ def estimate_parser() -> Parser:
     parser.add_argument(
         "--utilisation", type=float, default=0.4, help="share of the TFLOP/s that is used"
     )
-    parser.add_argument(
-        "--checkpoint_activations",
-        type=bool,
-        default=False,
-        help="keep only what goes into each block, and compute the rest again",
-    )
     parser.add_argument("--text_len", type=int, default=64, help="text tokens of a caption")
     parser.add_argument(
         "--vae", type=str | None, help="recipe of the tokenizer, where it is not trained yet"

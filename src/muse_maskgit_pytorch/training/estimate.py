@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from .. import layers
@@ -213,9 +212,8 @@ def of_maskgit(
     found.frozen = 4 * found.parameters["tokenizer"]
     in_blocks = [4 * sum(p.numel() for p in block.parameters()) for block in blocks]
     found.largest = max(max(in_blocks), found.weights - sum(in_blocks))
-    if checkpointed:
-        for block in blocks:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore
+    for block in blocks:
+        block.recomputed = checkpointed
     tokens = transformer.seq_len
 
     def conditioning(count: int) -> Conditioning:

@@ -136,6 +136,11 @@ class MaskGitTrainer(Trainer):
         )
         self.lora = whole("lora_rank", lora_rank, 0) > 0
         if self.lora:
+            if self.parallel.wants_shards:
+                raise ValueError(
+                    "lora_rank does not go with FSDP: adapters are small, so use an accelerate "
+                    "configuration with distributed_type MULTI_GPU"
+                )
             if part == "critic":
                 raise ValueError("part='critic' trains no adapter: leave out lora_rank")
             if maskgit.critic is not None:
@@ -246,8 +251,9 @@ class MaskGitTrainer(Trainer):
         if not self.lora:
             return super()._write_model(which)
         folder = self.results_folder / f"{self.name}-lora{which}"
-        with writing(folder):
-            save_lora(self.maskgit.transformer, folder, self.name)
+        if self.parallel.is_main:
+            with writing(folder):
+                save_lora(self.maskgit.transformer, folder, self.name)
 
     def collate(self, items: Any) -> Batch:
         if isinstance(items, Batch):  # from a TokenCache
@@ -351,10 +357,10 @@ class MaskGitTrainer(Trainer):
             images = self.maskgit.decode(batch.ids.to(self.device))
         else:
             items = [data[row] for row in rows]
+            texts = [item.get("text", "") for item in items]
             batch = self.collate([items[i] for i in own])
             assert batch.images is not None
             images = batch.images.to(self.device)
-            texts = self.collate(items).texts or [""] * count
         precision = self.maskgit.precision
         if self.device.type == "cuda":  # a few pictures are worth no graphs beside the training
             self.maskgit.precision = "reference"
