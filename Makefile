@@ -6,8 +6,10 @@ PYTHON := $(shell for python in python3.11 python3.12 python3.13 python3; do \
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-# Tests run tiny models: more threads only wait for one another.
+# Small models: more threads only wait for one another.
 export OMP_NUM_THREADS ?= 2
+# Tests at a time, of one thread each.
+WORKERS ?= 2
 export TOKENIZERS_PARALLELISM ?= false
 
 .PHONY: help env demo test fuzz lint format data clean
@@ -28,8 +30,9 @@ demo: env
 	$(BIN)/python examples/emoji/demo.py
 
 test: export HF_HUB_OFFLINE = 1
+test: export OMP_NUM_THREADS = 1
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 fuzz: export HF_HUB_OFFLINE = 1
 fuzz: export MUSE_FUZZ_CASES ?= 3000

@@ -67,7 +67,8 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         plain = self.conv.weight
-        with torch.autocast(plain.device.type, enabled=False):  # sums before rounding
+        kind = "cpu" if plain.is_meta else plain.device.type
+        with torch.autocast(kind, enabled=False):  # sums before rounding
             sums = plain.flatten(2) @ SUMS.to(plain)
         weight = sums.unflatten(2, (4, 4)).transpose(0, 1)
 
@@ -414,7 +415,7 @@ class VQGanVAE(ImageTokenizer):
             return self.encode(images).ids
 
     def pixels_of(self, ids: Int[Tensor, "B h w"]) -> Float[Tensor, "B 3 H W"]:
-        return self.decode(self.quantizer.decode(ids))
+        return self.decode(self.quantizer.decode(ids)).float()
 
 
 def _layers(factor: int | None, layers: int | None, patch_size: int) -> int:
