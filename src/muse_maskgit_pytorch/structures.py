@@ -136,7 +136,6 @@ class Batch:
     cond_images: Float[Tensor, "B 3 Hc Wc"] | None = None
     texts: list[str] | None = None
     ids: Int[Tensor, "B N"] | None = None
-    cond_images: Float[Tensor, "B 3 Hc Wc"] | None = None
     cond_ids: Int[Tensor, "B M"] | None = None
     text_embeds: TextEmbeds | None = None
 
