@@ -317,8 +317,12 @@ class MaskGitTrainer(Trainer):
         """
         if not self.sharded:
             return None
-        generator = torch.Generator().manual_seed(hash((self.seed, self.step, micro)) % 2**32)
-        return float(torch.rand((), generator=generator)) < self.maskgit.self_cond_prob
+        steps = self.step + self.guard.lost_steps
+        place = (self.seed * 1_000_003 + steps) * self.grad_accum_every + micro
+        generator = torch.Generator("cpu").manual_seed(place)
+        return (
+            float(torch.rand((), generator=generator, device="cpu")) < self.maskgit.self_cond_prob
+        )
 
     def validate(self, shares: Shares) -> dict[str, float]:
         """Mean loss terms, over masked tokens and over all for the critic; texts always seen.
