@@ -109,7 +109,7 @@ def measure(folder: str, steps: int) -> None:
         trainer.train()
     trained = peak()
     cache = TokenCache(folder, model)
-    batches = iter(EndlessBatches(len(cache), 64, 1, 0, 0, 1))
+    batches = iter(EndlessBatches([range(len(cache))], 64, 1, 0, 0, 1))
     count, start = 100, time.process_time()
     for _ in range(count):
         cache.__getitems__(next(batches))

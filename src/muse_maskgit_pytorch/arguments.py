@@ -65,6 +65,26 @@ def real(name: str, value: Any, low: float | None = None, high: float | None = N
     return float(_in_range(name, number, low, high))
 
 
+def ratio(name: str, value: Any, most: float = math.inf) -> float:
+    """Width / height, of a text "16:9" or a number, in [1 / most, most].
+
+    Raises:
+        ValueError: anything else.
+    """
+    width, colon, height = str(plain(value)).partition(":")
+    try:
+        found = float(width) / (float(height) if colon else 1)
+    except (ValueError, ZeroDivisionError):
+        found = math.nan
+    if not 1 / most <= found <= most:  # also of NaN
+        limit = f", at most {most:g}:1 or 1:{most:g}" if math.isfinite(most) else ""
+        raise ValueError(
+            f"{name} must be width:height, such as 16:9, or their ratio, such as 1.5{limit}, not "
+            f"{shown(value)}"
+        )
+    return found
+
+
 def _in_range(name: str, number: Any, low: Any, high: Any) -> Any:
     under = low is not None and number < low
     if not under and (high is None or number <= high):

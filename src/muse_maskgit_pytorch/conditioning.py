@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .arguments import as_tensor, as_text, plain, shown, whole
-from .geometry import Geometry, ImageSize
+from .geometry import Geometry, ImageSize, Size
 from .images import resize
 from .structures import Conditioning, TextEmbeds
 from .text import LongTexts, get_text_encoder
@@ -120,11 +120,15 @@ class Conditioner:
         return self.cond_vae.encode_to_ids(cond_images.to(self.device)).flatten(1)
 
     def dropped(
-        self, text: TextEmbeds, cond: Int[Tensor, "B M"] | None, drop_prob: float
+        self,
+        text: TextEmbeds,
+        cond: Int[Tensor, "B M"] | None,
+        drop_prob: float,
+        image_size: ImageSize | None = None,
     ) -> Conditioning:
         """For training: the text removed from a share of the rows (paper 2.7)."""
-        batch = len(text.mask)
-        return Conditioning(text, cond, torch.rand(batch, device=self.device) >= drop_prob)
+        keep = torch.rand(len(text.mask), device=self.device) >= drop_prob
+        return Conditioning(text, cond, keep, *self._grids(cond, image_size))
 
     def branches(
         self,
@@ -146,16 +150,20 @@ class Conditioner:
             written_out: whether no text is a text of which nothing is seen: the same with more
                 work, for comparison.
         """
-        grid = self.geometry.grid(image_size)
-        cond_grid = None if cond is None else self.geometry.cond_grid(image_size)
+        grids = self._grids(cond, image_size)
         seen = torch.ones(len(text.mask), dtype=torch.bool, device=self.device)
-        made = [Conditioning(text, cond, seen, grid, cond_grid)]
+        made = [Conditioning(text, cond, seen, *grids)]
         if guided:
             other = self._negative(negatives)
             if other is None and written_out:
                 other, seen = text, ~seen
-            made.append(Conditioning(other, cond, seen, grid, cond_grid))
+            made.append(Conditioning(other, cond, seen, *grids))
         return made
+
+    def _grids(self, cond: Tensor | None, image_size: ImageSize | None) -> tuple[Size, Size | None]:
+        """Tokens of the image's height and width, and of the low resolution's if there is one."""
+        grid = self.geometry.grid(image_size)
+        return grid, None if cond is None else self.geometry.cond_grid(image_size)
 
     def _negative(self, negatives: Sequence[str] | None) -> TextEmbeds | None:
         """The negative prompts; None where all are empty, which is no text at all."""

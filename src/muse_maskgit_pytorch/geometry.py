@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
-from .arguments import plain, shown, whole
+from .arguments import plain, ratio, shown, whole
 from .transformer import MaskGitTransformer
 from .vqgan_vae import ImageTokenizer
 
 ImageSize = int | tuple[int, int]  # side of a square, or height and width, in pixels
 Size = tuple[int, int]  # height and width
+MAX_ASPECT = 8  # of the longer side to the shorter
 
 
 @dataclass(frozen=True)
@@ -89,12 +92,7 @@ class Geometry:
                 f"image_size must be a number or (height, width), not {shown(image_size)}"
             )
         sides = [whole("image_size", side, 1) for side in sides]
-        step = self.factor
-        if self.cond_image_size is not None:
-            # the smallest step that is whole tokens at both resolutions
-            low = Fraction(self.cond_image_size, self.image_size)
-            factor = self.cond_factor
-            step = math.lcm(step, low.denominator * factor // math.gcd(low.numerator, factor))
+        step = self._step()
         for side in sides:
             if side % step:
                 near = max(1, round(side / step)) * step
@@ -103,6 +101,30 @@ class Geometry:
                     f"does not divide into whole tokens; the nearest size is {near}"
                 )
         return sides[0], sides[1]
+
+    def buckets(self, aspect_ratios: Sequence[Any]) -> tuple[Size, ...]:
+        """Sizes of several shapes, each with about as many pixels as the trained square.
+
+        Args:
+            aspect_ratios: width : height of each, as a number or a text such as "3:2".
+
+        Returns:
+            height and width in pixels, in whole tokens, from wide to high.
+
+        Raises:
+            ValueError: none, or what is no ratio.
+        """
+        if isinstance(aspect_ratios, str) or not len(aspect_ratios):
+            raise ValueError(
+                f"aspect_ratios must be a list such as [3:2, 1:1, 2:3], not {shown(aspect_ratios)}"
+            )
+        ratios = [ratio("each of aspect_ratios", each, MAX_ASPECT) for each in aspect_ratios]
+        step = self._step()
+        sides = [
+            (self.image_size / root, self.image_size * root) for root in map(math.sqrt, ratios)
+        ]
+        near = {tuple(max(1, round(side / step)) * step for side in pair) for pair in sides}
+        return tuple(sorted((height, width) for height, width in near))
 
     def grid(self, image_size: ImageSize | None = None) -> Size:
         """Height and width of an image in tokens; see `pixels`."""
@@ -120,3 +142,11 @@ class Geometry:
         """Height and width of the low-resolution image in tokens."""
         height, width = self.cond_pixels(image_size)
         return height // self.cond_factor, width // self.cond_factor
+
+    def _step(self) -> int:
+        """The smallest step in pixels that is whole tokens at both resolutions."""
+        if self.cond_image_size is None:
+            return self.factor
+        low, factor = Fraction(self.cond_image_size, self.image_size), self.cond_factor
+        own = low.denominator * factor // math.gcd(low.numerator, factor)
+        return math.lcm(self.factor, own)

@@ -291,14 +291,33 @@ def _check_size(image: Image.Image) -> None:
         )
 
 
-def to_tensor(image: Image.Image, image_size: int | None = None) -> Float[Tensor, "3 H W"]:
-    """Turn a PIL image into a tensor, optionally as a square of a given size.
+def header_size(source: str | PathLike[str] | io.BytesIO | Image.Image) -> tuple[int, int]:
+    """Width and height of a picture as it stands upright, from its header alone.
+
+    Raises:
+        Exception: whatever Pillow raises of what is no picture.
+    """
+    if not isinstance(source, Image.Image):
+        with Image.open(source, formats=formats()) as image:
+            return header_size(image)
+    try:  # a PNG's own way would read all of the file
+        turn = Image.Image.getexif(source).get(ExifTags.Base.Orientation, 1)
+    except Exception:  # as `_upright`
+        turn = 1
+    width, height = source.size
+    return (height, width) if turn in (5, 6, 7, 8) else (width, height)
+
+
+def to_tensor(
+    image: Image.Image, image_size: int | tuple[int, int] | None = None
+) -> Float[Tensor, "3 H W"]:
+    """Turn a PIL image into a tensor, optionally of a given size.
 
     Args:
         image: of any mode; comes in by `read_image`.
-        image_size: side of the square in pixels: the shorter side is scaled to it (bicubic,
-            antialiased; smaller images are enlarged) and the centre is kept. None keeps the image
-            as it is. An image that already has the size keeps its pixels exactly.
+        image_size: side of a square, or height and width, in pixels: the image is scaled until it
+            covers them (bicubic, antialiased; smaller images are enlarged) and the centre is kept.
+            None keeps the image as it is. One that already has the size keeps its pixels exactly.
 
     Returns:
         float32 in [0,1].
@@ -308,24 +327,45 @@ def to_tensor(image: Image.Image, image_size: int | None = None) -> Float[Tensor
     """
     image = read_image(image)
     if image_size is not None:
-        image = center_square(image, image_size)
+        size = (image_size, image_size) if isinstance(image_size, int) else image_size
+        image = center_crop(image, size)
     pixels = torch.from_numpy(np.array(image))
     return pixels.permute(2, 0, 1).contiguous().float() / 255
 
 
-def center_square(image: Image.Image, size: int) -> Image.Image:
-    """The largest square in the middle of an image, scaled to ``size`` pixels a side.
+def largest_crop(picture: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    """The largest part of a picture that has the shape of another size.
+
+    Args:
+        picture: its width and height.
+        size: height and width, whose ratio counts.
+
+    Returns:
+        width and height.
+    """
+    (width, height), (rows, columns) = picture, size
+    if width * rows <= height * columns:
+        return width, max(1, round(width * rows / columns))
+    return max(1, round(height * columns / rows)), height
+
+
+def center_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The largest part in the middle of an image that has a shape, scaled to it.
+
+    Args:
+        image: of any size.
+        size: height and width in pixels.
 
     Raises:
-        ValueError: size is not positive.
+        ValueError: a size that is not positive.
     """
-    if size < 1:
-        raise ValueError(f"image_size must be at least 1 pixel, got {size}")
+    if min(size) < 1:
+        raise ValueError(f"image_size must be at least 1 pixel, got {min(size)}")
     # Cropping first gives the same picture and keeps a 1 x 10,000 image from growing huge.
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    image = image.crop((left, top, left + side, top + side))
-    return image.resize((size, size), Image.Resampling.BICUBIC)
+    width, height = largest_crop(image.size, size)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    image = image.crop((left, top, left + width, top + height))
+    return image.resize(size[::-1], Image.Resampling.BICUBIC)
 
 
 def resize(images: Float[Tensor, "B 3 H W"], size: tuple[int, int]) -> Float[Tensor, "B 3 h w"]:

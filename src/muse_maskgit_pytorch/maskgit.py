@@ -243,9 +243,9 @@ class MaskGit(Saveable):
 
     # Training --------------------------------------------------------------------------------
 
-    def draw_mask(self, batch: int) -> Bool[Tensor, "B N"]:
+    def draw_mask(self, batch: int, image_size: ImageSize | None = None) -> Bool[Tensor, "B N"]:
         """The positions to mask in training, by the law of ``noise_schedule`` (2.6)."""
-        grid = self.geometry.grid()
+        grid = self.geometry.grid(image_size)
         return draw_mask(
             batch, math.prod(grid), self.noise_schedule, device=self.device, grid=grid,
             rectangle_prob=self.rectangle_prob,
@@ -259,10 +259,12 @@ class MaskGit(Saveable):
         text_embeds: TextEmbeds | Float[Tensor, "B L E"] | None = None,
         cond_images: Float[Tensor, "B 3 Hc Wc"] | None = None,
         cond_ids: Int[Tensor, "B ..."] | None = None,
+        image_size: ImageSize | None = None,
         cond_drop_prob: float | None = None,
         part: Part = "all",
         mask: Bool[Tensor, "R N"] | None = None,
         mask_weight: float | Tensor = 1.0,
+        token_weight: float = 1.0,
         self_cond: bool | None = None,
     ) -> LossTerms:
         """The named loss terms of one batch (2.6, 2.7).
@@ -274,6 +276,7 @@ class MaskGit(Saveable):
             cond_images: low-resolution images of ``cond_image_size``; by default ``images``
                 scaled down.
             cond_ids: their ids instead.
+            image_size: as in `generate`.
             cond_drop_prob: overrides the model's.
             part: "transformer" or "critic" leaves the other's loss out.
             mask: positions to mask; drawn by the model's law unless given. With twice as many rows
@@ -281,6 +284,7 @@ class MaskGit(Saveable):
                 `MaskGitTrainer`).
             mask_weight: factor of the cross-entropy, a mean over this batch's masked tokens. One
                 of several micro batches gets its share of all masked tokens times their number.
+            token_weight: likewise of the critic's loss, a mean over all tokens.
             self_cond: whether a transformer with self-conditioning is given its own first guess;
                 drawn by ``self_cond_prob`` unless given.
 
@@ -292,13 +296,13 @@ class MaskGit(Saveable):
         if texts is None and text_embeds is None:
             texts = self.no_texts(len(images))
         if images.is_floating_point():
-            self._check_size(images)
+            self._check_size(images, image_size)
             ids = self.vae.encode_to_ids(images).flatten(1)
-            cond = conditioner.encode_cond(cond_images, cond_ids, images)
+            cond = conditioner.encode_cond(cond_images, cond_ids, images, image_size)
         else:
             ids = self.vae.check_ids(images).flatten(1)
-            cond = conditioner.encode_cond(cond_images, cond_ids)
-        if ids.shape[1] != (wanted := math.prod(self.geometry.grid())):
+            cond = conditioner.encode_cond(cond_images, cond_ids, image_size=image_size)
+        if ids.shape[1] != (wanted := math.prod(self.geometry.grid(image_size))):
             raise ValueError(f"{ids.shape[1]} ids per image, this model has {wanted}")
         text = conditioner.embed_texts(texts, text_embeds, long="cut")
         if len(text.mask) != len(ids):
@@ -316,15 +320,15 @@ class MaskGit(Saveable):
             assert self.cond_vae is not None
             noisy = torch.rand(cond.shape, device=self.device) < self.cond_noise_prob
             cond = torch.where(noisy, torch.randint_like(cond, self.cond_vae.codebook_size), cond)
-        conditioning = conditioner.dropped(text, cond, drop)
-        mask = self.draw_mask(len(ids)) if mask is None else mask
+        conditioning = conditioner.dropped(text, cond, drop, image_size)
+        mask = self.draw_mask(len(ids), image_size) if mask is None else mask
         masked = mask_tokens(ids, mask, self.transformer.mask_id, self.no_mask_token_prob)
 
         if self.transformer.self_cond and self_cond is None:
             self_cond = bool(torch.rand((), device="cpu") < self.self_cond_prob)
         recall = bool(self.transformer.self_cond and self_cond)
         terms = compiled(_terms, self._compile)
-        return terms(self, ids, masked, conditioning, part, recall, mask_weight)
+        return terms(self, ids, masked, conditioning, part, recall, mask_weight, token_weight)
 
     def forward(
         self,
@@ -335,8 +339,8 @@ class MaskGit(Saveable):
         """The training loss, a scalar with a graph; arguments as in `losses`."""
         return self.losses(images_or_ids, texts, **conditioning).total
 
-    def _check_size(self, images: Tensor) -> None:
-        wanted = (3, self.image_size, self.image_size)
+    def _check_size(self, images: Tensor, image_size: ImageSize | None) -> None:
+        wanted = (3, *self.geometry.pixels(image_size))
         if images.ndim != 4 or images.shape[1:] != wanted:
             raise ValueError(f"images are {tuple(images.shape)}, this model takes B x {wanted}")
 
@@ -514,6 +518,7 @@ def _terms(
     part: Part,
     recall: bool,
     mask_weight: float | Tensor,
+    token_weight: float,
 ) -> LossTerms:
     """What `MaskGit.losses` computes, in one graph where it is compiled.
 
@@ -522,7 +527,7 @@ def _terms(
         masked: the corruption of them.
         conditioning: what the transformers see besides.
         recall: whether there is a previous pass to condition on.
-        part, mask_weight: as in `MaskGit.losses`.
+        part, mask_weight, token_weight: as in `MaskGit.losses`.
     """
     transformer, mask = model.transformer, masked.mask
     # counting the masked rows would break a compiled graph and let a GPU wait: there, all rows are
@@ -565,7 +570,7 @@ def _terms(
         context = model.critic.encode_context(conditioning)
     [hidden] = model.critic(filled, context)
     scores = model.critic.to_logits(hidden).squeeze(-1).float()
-    critic = F.binary_cross_entropy_with_logits(scores, genuine.float())
+    critic = token_weight * F.binary_cross_entropy_with_logits(scores, genuine.float())
     weighted = model.critic_loss_weight * critic
     return LossTerms(weighted if part == "critic" else total + weighted, ce, critic)
 

@@ -130,7 +130,11 @@ class LossTerms:
 
 @dataclass(frozen=True)
 class Batch:
-    """One batch of training data: images and texts, or the ids and embeddings cached from them."""
+    """One batch of training data: images and texts, or the ids and embeddings cached from them.
+
+    Attributes:
+        image_size: height and width of the images; if None, the trained square.
+    """
 
     images: Float[Tensor, "B 3 H W"] | None = None
     cond_images: Float[Tensor, "B 3 Hc Wc"] | None = None
@@ -138,6 +142,7 @@ class Batch:
     ids: Int[Tensor, "B N"] | None = None
     cond_ids: Int[Tensor, "B M"] | None = None
     text_embeds: TextEmbeds | None = None
+    image_size: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)

@@ -43,8 +43,10 @@ def make_trainer(results: str, t5: str, **changes: Any) -> MaskGitTrainer:
     )  # fmt: skip
     masks = torch.arange(16) < torch.tensor([1, 16, 3, 12])[:, None]
     draw = model.draw_mask
-    model.draw_mask = (  # type: ignore[method-assign]
-        lambda batch: masks[rank * batch :][:batch] if torch.is_grad_enabled() else draw(batch)
+    model.draw_mask = (
+        lambda rows, size=None: (  # type: ignore[method-assign]
+            masks[rank * rows :][:rows] if torch.is_grad_enabled() else draw(rows)
+        )
     )
     settings: dict[str, Any] = dict(
         folder="images", batch_size=BATCH // world, grad_accum_every=2, num_train_steps=STEPS,

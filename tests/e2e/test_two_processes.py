@@ -94,7 +94,7 @@ def train_all(results: str, t5: str, resnet: str) -> None:
     masks = torch.arange(16) < torch.tensor([1, 16, 3, 12])[:, None]
     draw = model.draw_mask
     model.draw_mask = (
-        lambda rows: (  # type: ignore[method-assign]
+        lambda rows, size=None: (  # type: ignore[method-assign]
             masks[rank * rows :][:rows] if torch.is_grad_enabled() else draw(rows)
         )
     )

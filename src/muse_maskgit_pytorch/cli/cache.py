@@ -38,7 +38,10 @@ def cache(parser: Parser, argv: list[str]) -> None:
         None, config.folder, classes != (), config.cond_folder, classes=classes or ()
     )
     crop = "random" if config.crops else "center"
-    view = View(size, crop, config.crop_scale, config.flip, config.seed)
+    largest = max(models, key=lambda model: (model.image_size, model.cond_image_size or 0))
+    ratios = config.aspect_ratios
+    buckets = () if ratios is None else largest.geometry.buckets(ratios)
+    view = View(size, crop, config.crop_scale, config.flip, config.seed, buckets)
     finished = write_cache(
         config.out,
         models,

@@ -19,7 +19,7 @@ from jsonargparse import Namespace
 from PIL import Image, ImageOps
 
 from .. import editing
-from ..arguments import as_path
+from ..arguments import as_path, ratio
 from ..images import image_grid, read_image, read_with_alpha, record_of, save_png
 from ..provenance import Record, from_json
 from ..request import Request
@@ -54,7 +54,7 @@ def inpaint(parser: Parser, argv: list[str]) -> None:
 def outpaint(parser: Parser, argv: list[str]) -> None:
     config = parser.read(argv)
     if config.aspect is not None:
-        config.aspect = ratio(config.aspect)
+        config.aspect = ratio("--aspect", config.aspect)
     results = draw(config, editing.outpaint, read_picture(config), steps=None)
     added = record(results[0]).request.edit or {}
     masked = Image.new("RGB", results[0].size, GREY)
@@ -153,21 +153,6 @@ def read_mask(config: Namespace, picture: Image.Image) -> editing.Mask:
         raise ValueError(
             f"--transparent {path}: it has no transparency; if its white is to be repainted, say "
             "--white"
-        ) from error
-
-
-def ratio(aspect: str | float) -> float:
-    """Width / height, of "16:9" or a number.
-
-    Raises:
-        ValueError: anything else.
-    """
-    width, colon, height = str(aspect).partition(":")
-    try:
-        return float(width) / (float(height) if colon else 1)
-    except (ValueError, ZeroDivisionError) as error:
-        raise ValueError(
-            f"--aspect {aspect!r} must be width:height, such as 16:9, or their ratio, such as 1.5"
         ) from error
 
 

@@ -390,6 +390,12 @@ def cache_parser() -> Parser:
         help="smallest and largest side of a random crop, as a share of the picture's shorter side",
     )
     parser.add_argument("--flip", type=bool, default=False, help="mirror half of the crops")
+    parser.add_argument(
+        "--aspect_ratios",
+        type=str,
+        nargs="+",
+        help="width:height of the shapes that pictures get instead of squares, 3:2 1:1 2:3 say",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the crops")
     parser.add_argument("--batch_size", type=int, default=64, help="images encoded at a time")
     parser.add_argument("--num_workers", type=int, default=0, help="processes that read images")

@@ -12,7 +12,7 @@ import copy
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 
 from ..arguments import as_path, plain, printable, shown, whole
 from ..files import digest_text, replacing
+from ..geometry import Size
 from ..maskgit import MaskGit
 from ..structures import Batch, TextEmbeds
 from ..vqgan_vae import ImageTokenizer
@@ -147,7 +148,15 @@ class Plan:
     @staticmethod
     def view_of(tree: dict[str, Any]) -> View:
         low, high = tree["crop_scale"]
-        return View(**tree | {"crop_scale": (low, high)})
+        pairs = [[whole("buckets", side, 1) for side in pair] for pair in tree.get("buckets", ())]
+        buckets = tuple((height, width) for height, width in pairs)
+        return View(**tree | {"crop_scale": (low, high), "buckets": buckets})
+
+    @staticmethod
+    def tree_of(view: View) -> dict[str, Any]:
+        """A view as the manifest says it; without buckets as before there were any."""
+        tree = json.loads(json.dumps(asdict(view)))
+        return {name: value for name, value in tree.items() if name != "buckets" or value}
 
     def differences(self, other: Plan) -> str:
         """What is other than in another plan, with both values."""
@@ -236,10 +245,11 @@ def shard_path(folder: Path, number: int) -> Path:
 class TokenCache(Dataset[Batch]):
     """What `MaskGit.losses` needs of each image, read from a cache on disk.
 
-    Indexing with a list of rows (as a DataLoader does) gives a `Batch`; texts are padded to the
-    longest of that batch. Of several crops and captions of an image, one each is drawn by the
-    sample's place in the training order; where it has none, the first are taken. A broken image
-    is answered with the next readable one, as in `ImageDataset`.
+    Indexing with a list of rows of one bucket (as a DataLoader does) gives a `Batch`; texts are
+    padded to the longest of that batch. Of several crops and captions of an image, one each is
+    drawn by the sample's place in the training order; where it has none, the first are taken. A
+    broken image is answered with the next readable one of its size, as in `ImageDataset`; where
+    none of a size is readable, that size is left out.
 
     Args:
         folder: of the cache.
@@ -267,8 +277,17 @@ class TokenCache(Dataset[Batch]):
                 f"the cache {folder} was made with another text encoder, {plan.texts}, than this "
                 f"model has, {texts}: make it anew with muse cache"
             )
-        self.view = replace(Plan.view_of(plan.view), size=maskgit.image_size)
+        self.view = Plan.view_of(plan.view).scaled(maskgit.image_size)
         self._digest = plan.digest
+        self._bucket = np.zeros(plan.images, np.uint16)  # of each image, its place in view.sizes
+        if self.view.buckets:
+            self._bucket = self._gathered("buckets")
+            if self._bucket.max() >= len(self.view.sizes):
+                raise CacheError(f"{self.folder} is damaged: it has images of no size of its own")
+        grids = [[maskgit.geometry.grid(size) for size in self.view.sizes]]
+        if maskgit.cond_image_size is not None:
+            grids.append([maskgit.geometry.cond_grid(size) for size in self.view.sizes])
+        self._tokens = [[math.prod(grid) for grid in each] for each in grids]
         self._keep(np.arange(plan.images))
 
     def _name_of(self, wanted: IdSet) -> str:
@@ -313,11 +332,23 @@ class TokenCache(Dataset[Batch]):
     def _keep(self, rows: np.ndarray) -> None:
         self._wanted = self._rows = rows
         if len(rows) and self._broken():
-            good = np.flatnonzero(self._gathered("readable")[rows])
-            if not len(good):
+            readable, buckets = self._gathered("readable")[rows] > 0, self._bucket[rows]
+            if not readable.any():
                 raise CacheError(f"the cache {self.folder} has no readable image in a part of it")
-            after = np.searchsorted(good, np.arange(len(rows)))
-            self._rows = rows[good[after % len(good)]]
+            # of a size of which no image can be read there is nothing to train on
+            keep = np.isin(buckets, buckets[readable])
+            self._wanted, readable, buckets = rows[keep], readable[keep], buckets[keep]
+            self._rows = self._wanted.copy()
+            for bucket in np.unique(buckets):
+                here = np.flatnonzero(buckets == bucket)
+                good = here[readable[here]]
+                after = np.searchsorted(good, here)
+                self._rows[here] = self._wanted[good[after % len(good)]]
+
+    @property
+    def buckets(self) -> dict[Size, Sequence[int]]:
+        """See `ImageDataset.buckets`."""
+        return self.view.grouped(self._bucket[self._wanted])
 
     def _broken(self) -> int:
         return sum(count for _, count, _ in self.manifest.shards or ())
@@ -370,8 +401,9 @@ class TokenCache(Dataset[Batch]):
             crop = 0
             if self.plan.crops and isinstance(row, Sample):
                 crop = math.floor(draws(self.seed, row.position, 1)[0] * self.plan.crops)
-            for name, each in zip(self._names, ids, strict=True):
-                each.append(shard.read(name, at, at + 1)[0, crop])
+            bucket = int(self._bucket[self._rows[row]])
+            for name, tokens, each in zip(self._names, self._tokens, ids, strict=True):
+                each.append(shard.read(name, at, at + 1)[0, crop, : tokens[bucket]])
             text = self._text(shard, at, row)
             start, stop = shard.read("text_starts", text, text + 2)
             texts.append(shard.read("texts", start, stop))
@@ -385,6 +417,7 @@ class TokenCache(Dataset[Batch]):
             ids=image,
             cond_ids=low[0] if low else None,
             text_embeds=TextEmbeds(torch.from_numpy(embeds), torch.from_numpy(mask)),
+            image_size=self.view.sizes[bucket],
         )
 
     def captions(self, rows: Sequence[int]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -13,11 +13,12 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from ..arguments import printable
-from ..images import to_tensor
+from ..geometry import Size
+from ..images import largest_crop, to_tensor
 from .order import Sample, drawn
 from .pixels import View
 from .rows import captions_of, embeds_of
-from .source import BROKEN, Item, Source, fingerprint, place, warn
+from .source import BROKEN, Item, Source, facts_of, fingerprint, place, warn
 from .wording import Wording
 
 if TYPE_CHECKING:
@@ -25,21 +26,24 @@ if TYPE_CHECKING:
 
 
 class ImageDataset(Dataset[dict[str, Any]]):
-    """The items of a source as square tensors.
+    """The items of a source as tensors: squares, or of the nearest of a view's shapes.
 
-    An item is `{"image": float (3,S,S) in [0,1]}`, with "text": str if there are captions, and
-    with "cond_image": float (3,C,C) if a low resolution is asked for. Of several captions one is
+    An item is `{"image": float (3,H,W) in [0,1]}`, with "text": str if there are captions, and
+    with "cond_image": float (3,h,w) if a low resolution is asked for. Of several captions one is
     drawn. An item with embeddings of its own has "text_embeds", float (L,E), in place of a text.
 
     A broken item never ends a run. It is named in a warning once and from then on answered with
-    the next readable one, so every index stays valid and the answer is the same in every epoch.
-    `broken` lists their keys; with `DataLoader` workers each worker keeps its own list.
+    the next readable one of its shape, or else of any, cropped to it, so every index stays valid
+    and the answer is the same in every epoch. `broken` lists their keys; with `DataLoader` workers
+    each worker keeps its own list.
 
     Args:
         source: where the items come from.
-        view: how a picture becomes a square; a number S is the centre square of S pixels.
+        view: how a picture becomes a tensor; a number S is the centre square of S pixels. Where it
+            has several shapes, the pictures' sizes are asked for once, at construction.
         captions: every item must have a text, which is given with it.
-        cond_size: side C of the low-resolution images. They come from the item's own `cond_image`,
+        cond_size: side of the low-resolution images, where that of the view's square is its
+            ``size``; other shapes are as much lower. They come from the item's own `cond_image`,
             else from its image, scaled exactly as the images of a base of that size.
         cache: prepare all pictures at construction and keep them as bytes: 3 * S * S for each.
             Broken ones are then all found at once. Random crops keep more, see `View.prepare`:
@@ -48,6 +52,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
 
     Attributes:
         keys: the items' keys, in the order of the source.
+        bucket: uint16 (N,), of each item which of the view's sizes it has.
         broken: keys of the items that could not be read.
 
     Raises:
@@ -69,6 +74,10 @@ class ImageDataset(Dataset[dict[str, Any]]):
         self.broken: list[str] = []
         self.keys = list(source.keys)
         self._rows = list(range(len(source)))
+        self.bucket = np.zeros(len(source), np.uint16)
+        if self.view.buckets:
+            shapes = (facts_of(source, row)[1] for row in self._rows)
+            self.bucket[:] = [self.view.nearest(shape) for shape in shapes]
         self._cache: list[dict[str, Any]] | None = None
         if not self.keys:
             raise ValueError(f"{source} holds no images")
@@ -93,30 +102,43 @@ class ImageDataset(Dataset[dict[str, Any]]):
         if not -len(self) <= index < len(self):
             raise IndexError(f"item {index} of {len(self)}")
         position = index.position if isinstance(index, Sample) else None
-        for step in range(len(self)):
-            if (item := self.views((index + step) % len(self), [position])) is not None:
+        bucket = int(self.bucket[index])
+        for row in self._instead(index % len(self)):
+            if (item := self.views(row, [position], bucket)) is not None:
                 if "text" in item:
                     item["text"] = self._worded(item["text"], position)
                 return item | {"image": item["image"][0]}
         raise ValueError(f"{self.source} holds no image that can be read")
 
-    def views(self, row: int, positions: Sequence[int | None]) -> dict[str, Any] | None:
+    def _instead(self, index: int) -> Iterator[int]:
+        """An item, and what may take its place: those that follow, of its bucket first."""
+        for same in (True, False):
+            for step in range(len(self)):
+                row = (index + step) % len(self)
+                if (self.bucket[row] == self.bucket[index]) == same:
+                    yield row
+
+    def views(
+        self, row: int, positions: Sequence[int | None], bucket: int | None = None
+    ) -> dict[str, Any] | None:
         """One item as it is seen at several positions of the training order, read once.
 
         Args:
             row: 0 <= row < len.
             positions: K of them; None: the centre crop.
+            bucket: which of the view's sizes it is given, if not its own.
 
         Returns:
-            the item, its "image" (K,3,S,S), with all of its captions; None if it is broken.
+            the item, its "image" (K,3,H,W), with all of its captions; None if it is broken.
 
         Raises:
             ValueError: the item has no caption.
         """
-        if (prepared := self._prepared(row)) is None:
+        bucket = int(self.bucket[row]) if bucket is None else bucket
+        if (prepared := self._prepared(row, bucket)) is None:
             return None
         picture = Image.fromarray(prepared["picture"])
-        images = torch.stack([self.view.finish(picture, position) for position in positions])
+        images = torch.stack([self.view.finish(picture, at, bucket) for at in positions])
         rest = {name: value for name, value in prepared.items() if name != "picture"}
         return {"image": images} | rest
 
@@ -124,6 +146,15 @@ class ImageDataset(Dataset[dict[str, Any]]):
     def rows(self) -> Sequence[int]:
         """The numbers of the items in their source."""
         return self._rows
+
+    @property
+    def buckets(self) -> dict[Size, Sequence[int]]:
+        """Numbers of the items by the height and width that they have as tensors."""
+        return self.view.grouped(self.bucket)
+
+    def size(self, row: int) -> Size:
+        """Height and width of an item as a tensor."""
+        return self.view.sizes[self.bucket[row]]
 
     def places(self, seed: int) -> np.ndarray:
         """Where each item stands in a split: float64 (N,) in [0,1), of its key and the seed."""
@@ -157,16 +188,21 @@ class ImageDataset(Dataset[dict[str, Any]]):
         return part
 
     def sides(self, count: int = 16) -> list[int]:
-        """Shorter sides in pixels of about so many pictures from all over the set, as stored."""
-        rows = self._rows[:: max(1, len(self) // count)]
+        """How large about so many pictures from all over the set are, as stored.
+
+        Returns:
+            for squares the shorter sides in pixels; of other shapes the side of the square of
+            which as much is left.
+        """
         found = []
-        for row in rows:
+        for row in range(0, len(self), max(1, len(self) // count)):
             with suppress(ValueError):  # it is broken; `__getitem__` says so when it is asked for
-                found.append(min(self.source.item(row).image.size))
+                picture, size = self.source.item(self._rows[row]).image.size, self.size(row)
+                found.append(self.view.size * largest_crop(picture, size)[0] // size[1])
         return found
 
     def viewed(self, view: View, cache: bool = False) -> Self:
-        """Give the same items, seen in another way."""
+        """Give the same items, seen in another way, in the same shapes."""
         other = copy.copy(self)
         other.view, other._cache = view, None
         if cache:
@@ -182,10 +218,11 @@ class ImageDataset(Dataset[dict[str, Any]]):
     def _keep(self, rows: Sequence[int]) -> None:
         self.keys = [self.keys[row] for row in rows]
         self._rows = [self._rows[row] for row in rows]
+        self.bucket = self.bucket[rows]
         if self._cache is not None:
             self._cache = [self._cache[row] for row in rows]
 
-    def _prepared(self, row: int) -> dict[str, Any] | None:
+    def _prepared(self, row: int, bucket: int) -> dict[str, Any] | None:
         if self._cache is not None:
             return self._cache[row]
         key = self.keys[row]
@@ -197,10 +234,11 @@ class ImageDataset(Dataset[dict[str, Any]]):
             self.broken.append(key)
             warn(f"{error}; the next readable one takes its place")
             return None
-        return self._prepare(key, item)
+        return self._prepare(key, item, bucket)
 
-    def _prepare(self, key: str, item: Item) -> dict[str, Any]:
-        prepared: dict[str, Any] = {"picture": np.asarray(self.view.prepare(item.image))}
+    def _prepare(self, key: str, item: Item, bucket: int) -> dict[str, Any]:
+        picture = self.view.prepare(item.image, bucket)
+        prepared: dict[str, Any] = {"picture": np.asarray(picture)}
         if self.captions:
             what = f"item {key!r} of {self.source}"
             if item.embeds is None:
@@ -208,7 +246,8 @@ class ImageDataset(Dataset[dict[str, Any]]):
             else:
                 prepared["text_embeds"] = embeds_of(item, what)
         if self.cond_size is not None:
-            prepared["cond_image"] = to_tensor(item.cond_image or item.image, self.cond_size)
+            size = self.view.scaled(self.cond_size).sizes[bucket]
+            prepared["cond_image"] = to_tensor(item.cond_image or item.image, size)
         return prepared
 
     def _fill_cache(self) -> None:
@@ -219,7 +258,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
             except ValueError:
                 broken.append(key)
             else:
-                cache.append(self._prepare(key, item))
+                cache.append(self._prepare(key, item, int(self.bucket[row])))
                 rows.append(row)
         if broken:
             self.broken += broken

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -226,8 +224,8 @@ class _Encoder:
             rows: images of each shard.
             source: fingerprint of the data.
         """
-        images, size = len(self.dataset), self.dataset.view.size
-        view = self.dataset.view if self.crops else View(size)
+        images, view = len(self.dataset), self.dataset.view
+        view = view if self.crops else View(view.size, buckets=view.buckets)
         cond = getattr(self.dataset.source, "cond", None) if self.low else None
         row = sum(4 * max(1, self.crops) * ids.tokens for ids in self.tokenizers)
         row += 2 * TYPICAL * self.texts.width
@@ -235,7 +233,7 @@ class _Encoder:
         return Plan(
             images=images,
             crops=self.crops,
-            view=json.loads(json.dumps(asdict(view))),  # as it will be read
+            view=Plan.tree_of(view),  # as it will be read
             ids=list(self.tokenizers),
             texts=self.texts,
             source=source,
@@ -246,40 +244,50 @@ class _Encoder:
     @torch.no_grad()
     def encode(self, rows: Sequence[int], items: Sequence[dict[str, Any] | None]) -> Part:
         """What becomes of some items; of a broken one no text."""
-        size = self.dataset.view.size
-        blank: dict[str, Any] = {
-            "image": torch.zeros(max(1, self.crops), 3, size, size),
-            "text": [],
-        }
-        if self.dataset.cond_size is not None:
-            blank["cond_image"] = torch.zeros(3, self.dataset.cond_size, self.dataset.cond_size)
-        given = [blank if item is None else item for item in items]
+        pairs = zip(rows, items, strict=True)
+        given = [self._blank(row) if item is None else item for row, item in pairs]
         texts = [item.get("text", "") for item in given]
         texts = [[text] if isinstance(text, str) else list(text) for text in texts]
         keys = [self.dataset.keys[row] for row in rows]
         return {
-            "ids": [self._ids(ids, given) for ids in self.tokenizers],
+            "ids": [self._ids(ids, rows, given) for ids in self.tokenizers],
             "texts": self._embeds([text for each in texts for text in each], len(rows)),
             "counts": [len(each) for each in texts],
             "captions": [encoded(text) for each in texts for text in each],
             "keys": [encoded(key) for key in keys],
             "places": [place(key, SPLIT_SEED) for key in keys],
             "readable": [item is not None for item in items],
+            "buckets": self.dataset.bucket[list(rows)],
         }
 
-    def _ids(self, ids: IdSet, items: Sequence[dict[str, Any]]) -> np.ndarray:
-        """(B, K, N), one crop of all images at a time."""
-        vae, found = self.tokenizers[ids], []
-        low = ids.image_size == self.low
-        for crop in range(max(1, self.crops)):
-            if low and "cond_image" in items[0]:
-                images = torch.stack([item["cond_image"] for item in items])
-            else:
-                images = torch.stack([item["image"][crop] for item in items])
-                images = resize(images, (ids.image_size, ids.image_size)) if low else images
-            found.append(vae.encode_to_ids(images.to(vae.device)).flatten(1).cpu())
+    def _blank(self, row: int) -> dict[str, Any]:
+        """What stands for a broken item."""
+        height, width = self.dataset.size(row)
+        blank = {"image": torch.zeros(max(1, self.crops), 3, height, width), "text": []}
+        if (low := self.dataset.cond_size) is not None:
+            size = self.dataset.view.scaled(low).sizes[self.dataset.bucket[row]]
+            blank["cond_image"] = torch.zeros(3, *size)
+        return blank
+
+    def _ids(self, ids: IdSet, rows: Sequence[int], items: Sequence[dict[str, Any]]) -> np.ndarray:
+        """(B, K, N), one crop of all images of a size at a time; shorter ones end with zeros."""
+        vae, low = self.tokenizers[ids], ids.image_size == self.low
+        sizes = self.dataset.view.scaled(ids.image_size).sizes
+        most = max(height * width for height, width in sizes) // vae.factor**2
         kind = np.uint16 if ids.codes <= 2**16 else np.int32
-        return torch.stack(found, dim=1).numpy().astype(kind)
+        found = np.zeros((len(items), max(1, self.crops), most), kind)
+        buckets = self.dataset.bucket[list(rows)]
+        for bucket in np.unique(buckets):
+            at = np.flatnonzero(buckets == bucket).tolist()
+            for crop in range(max(1, self.crops)):
+                if low and "cond_image" in items[0]:
+                    images = torch.stack([items[i]["cond_image"] for i in at])
+                else:
+                    images = torch.stack([items[i]["image"][crop] for i in at])
+                    images = resize(images, sizes[bucket]) if low else images
+                encoded = vae.encode_to_ids(images.to(vae.device)).flatten(1).cpu().numpy()
+                found[at, crop, : encoded.shape[1]] = encoded
+        return found
 
     def _embeds(self, texts: Sequence[str], batch: int) -> list[np.ndarray]:
         """The states of captions, so many at a time, in half precision and without padding."""
@@ -307,6 +315,7 @@ def _joined(parts: Sequence[Part]) -> dict[str, np.ndarray]:
         "key_starts": _starts(lists["keys"]),
         "places": np.array(lists["places"]),
         "readable": np.array(lists["readable"], np.uint8),
+        "buckets": np.array(lists["buckets"], np.uint16),
     }
 
 

@@ -7,10 +7,8 @@ from os import PathLike
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from PIL import Image
-
 from ..arguments import as_path, shown
-from ..images import check_image, read_image, suffixes
+from ..images import check_image, header_size, read_image, suffixes
 from .captions import Tables, read_texts
 from .dataset import ImageDataset
 from .listing import Listing, counted
@@ -108,8 +106,8 @@ class Folder:
 
     def facts(self, index: int) -> tuple[Mapping[str, Any], tuple[int, int]]:
         """What a `Filter` judges an item by: its row in the tables, and its size."""
-        with Image.open(self.folder / self.names[index]) as image:
-            return self._values.get(self.names[index], {}), image.size
+        name = self.names[index]
+        return self._values.get(name, {}), header_size(self.folder / name)
 
     def _has_header(self, name: str) -> bool:
         try:

@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..arguments import real, shown, whole
-from ..images import read_image, to_pil
-from .source import Item, Source, few, warn
+from ..images import header_size, read_image, to_pil
+from .source import Item, Source, facts_of, few, warn
 
 # What a column is called where it is not named; of those that there are, the first.
 IMAGES = ("image", "jpg", "jpeg", "png", "webp")
@@ -143,10 +143,7 @@ class Columns:
         try:
             if isinstance(value, Tensor):
                 return value.shape[-1], value.shape[-2]
-            if isinstance(value, Image.Image):
-                return value.size
-            with Image.open(io.BytesIO(value) if isinstance(value, bytes) else value) as image:
-                return image.size
+            return header_size(io.BytesIO(value) if isinstance(value, bytes) else value)
         except Exception:  # decoders raise all sorts; reading the picture will say what it is
             return None
 
@@ -215,15 +212,10 @@ class Kept:
     """
 
     def __init__(self, source: Source, keep: Filter):
-        facts = getattr(source, "facts", lambda row: ({}, source.item(row).image.size))
         gone: dict[str, list[str]] = {}
         self.source, self.rows, keys = source, [], source.keys
         for row, key in enumerate(keys):
-            try:
-                values, size = facts(row)
-            except (OSError, SyntaxError):
-                values, size = {}, None
-            why = keep.objection(values, size)
+            why = keep.objection(*facts_of(source, row))
             if why is None:
                 self.rows.append(row)
             else:
@@ -245,6 +237,9 @@ class Kept:
 
     def __str__(self) -> str:
         return str(self.source)
+
+    def facts(self, index: int) -> tuple[Mapping[str, Any], tuple[int, int] | None]:
+        return facts_of(self.source, self.rows[index])
 
     def item(self, index: int) -> Item:
         return self.source.item(self.rows[index])

@@ -47,7 +47,9 @@ class Source(Protocol):
     shared, such as an open file (open it in `item`, once per process).
 
     It may have two more attributes, for `ImageDataset.summary`: ``texts``, all captions in the
-    order of the keys, and ``left_out``, names of what is no item by the reason why.
+    order of the keys, and ``left_out``, names of what is no item by the reason why. With a method
+    ``facts``, of an item its values by column and its picture's width and height, no picture is
+    decoded to learn its shape.
     """
 
     @property
@@ -105,12 +107,20 @@ class WithCondImages:
 
     def facts(self, index: int) -> Any:
         """As of the first source."""
-        facts = getattr(self.source, "facts", None)
-        return facts(index) if facts else ({}, self.source.item(index).image.size)
+        return facts_of(self.source, index)
 
     def item(self, index: int) -> Item:
         cond = self.cond.item(self._cond_index[index])
         return replace(self.source.item(index), cond_image=cond.image)
+
+
+def facts_of(source: Source, index: int) -> tuple[Mapping[str, Any], tuple[int, int] | None]:
+    """Values of an item by column, and width and height of its picture; None: it is broken."""
+    facts = getattr(source, "facts", None)
+    try:
+        return facts(index) if facts else ({}, source.item(index).image.size)
+    except (OSError, SyntaxError, ValueError):  # of Pillow and of sources
+        return {}, None
 
 
 def fingerprint(keys: Sequence[str], texts: Sequence[str] = ()) -> str:

@@ -28,7 +28,7 @@ from ..checkpoint import (
     state_of,
     unwrapped,
 )
-from ..data.order import EndlessBatches, Shares
+from ..data.order import EndlessBatches, Shares, buckets_of
 from ..data.rows import Filter
 from ..data.source import few
 from ..data.stream import Held, RowStream, Stream
@@ -447,6 +447,10 @@ class Trainer:
             file.write(now, self.step, before)
         size, sides = self.dataset.view.size, self.dataset.sides()
         lines = summary(now, size, sides)
+        if self.dataset.view.buckets:
+            shapes = self.dataset.buckets.items()
+            each = (f"{len(rows):,} of {w} x {h} px" for (h, w), rows in shapes)
+            lines.append(f"shapes: {', '.join(each)}")
         if resumed:
             lines.append(f"going on from step {self.step:,} of {self.num_train_steps:,}")
             if strangers := self.checkpoints.strangers():
@@ -476,7 +480,7 @@ class Trainer:
         loader = DataLoader(
             train_set,
             batch_sampler=EndlessBatches(
-                len(train_set),  # type: ignore[arg-type]
+                list(buckets_of(train_set).values()),
                 self.batch_size,
                 self.seed,
                 self.samples,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -21,7 +22,7 @@ from ..data.pixels import Crop, View
 from ..data.source import few
 from ..data.stream import RowStream
 from ..data.wording import Wording
-from ..images import image_grid
+from ..images import image_grid, to_pil
 from ..layers import Block
 from ..lora import add_lora, save_lora
 from ..maskgit import MaskGit, Part
@@ -66,6 +67,10 @@ class MaskGitTrainer(Trainer):
         checkpoint_activations: keep only each block's input for the way back and compute the block
             again there: less memory, more work, the same gradients.
         num_samples: images in the pictures of ``results_folder/samples``.
+        aspect_ratios: train on pictures in their own shapes instead of squares: each is cropped to
+            the nearest of these (width:height, such as [3:2, 1:1, 2:3]), with about as many pixels
+            as the square (`Geometry.buckets`). All pictures of a step on all processes, or of one
+            of its ``grad_accum_every`` parts, have the same.
         crop: "center", or "random", see `View`; with ``cache_tokens=False``, as the next five.
         crop_scale: smallest and largest side of random crops, as a share of the shorter side.
         flip: mirror half of the training images, left to right.
@@ -97,6 +102,7 @@ class MaskGitTrainer(Trainer):
         complementary: bool = False,
         checkpoint_activations: bool = False,
         num_samples: int = 8,
+        aspect_ratios: list[str] | None = None,
         crop: Crop = "center",
         crop_scale: tuple[float, float] = (0.5, 1.0),
         flip: bool = False,
@@ -127,7 +133,8 @@ class MaskGitTrainer(Trainer):
                 "cond_folder is given, but the model has no cond_image_size: leave it out"
             )
         self._own: TokenCache | None = None
-        self.view = View(maskgit.image_size, crop, crop_scale, flip, self.seed)
+        buckets = () if aspect_ratios is None else maskgit.geometry.buckets(aspect_ratios)
+        self.view = View(maskgit.image_size, crop, crop_scale, flip, self.seed, buckets)
         self.wording = Wording(shuffle_tags, tag_dropout, keep_tags, self.seed)
         self.dataset: Any = (
             self._open_images(data, folder, cond_folder)
@@ -180,9 +187,14 @@ class MaskGitTrainer(Trainer):
                 )
             cond_size = None
         if isinstance(source, RowStream):
+            if self.view.buckets:
+                raise ValueError(
+                    f"aspect_ratios need data with a length, and {source} is a stream: leave out "
+                    "streaming, or aspect_ratios"
+                )
             return self._take_stream(source, self.view, captions, cond_size, self.wording)
         self._check_cached(source)
-        view = View(maskgit.image_size, seed=self.seed)
+        view = View(maskgit.image_size, seed=self.seed, buckets=self.view.buckets)
         return ImageDataset(source, view, captions, cond_size, wording=self.wording)
 
     def _check_cached(self, source: Any) -> None:
@@ -201,6 +213,11 @@ class MaskGitTrainer(Trainer):
             raise ValueError(
                 f"cache {cache} is given together with images, {images}: leave one of them out "
                 "(trainer.folder: null)"
+            )
+        if self.view.is_random or self.view.buckets or self.wording:
+            raise ValueError(
+                f"cache {cache} has its own crops, shapes and captions: leave out crop, flip, "
+                "aspect_ratios, shuffle_tags and tag_dropout, or give them to muse cache"
             )
         return TokenCache(cache, self.maskgit, self.seed)
 
@@ -268,6 +285,7 @@ class MaskGitTrainer(Trainer):
             cond_images=joined.get("cond_image"),
             texts=None if embeds else joined.get("text") or self.maskgit.no_texts(len(items)),
             text_embeds=TextEmbeds.padded(embeds) if embeds else None,
+            image_size=tuple(joined["image"].shape[-2:]),
         )
 
     def _arguments(self, batch: Batch) -> dict[str, Any]:
@@ -281,6 +299,7 @@ class MaskGitTrainer(Trainer):
             text_embeds=batch.text_embeds,
             cond_images=cond_images,
             cond_ids=cond_ids,
+            image_size=batch.image_size,
             part=self.part,
         )
 
@@ -288,23 +307,24 @@ class MaskGitTrainer(Trainer):
         """One optimizer step on the mean over all its masked tokens, however they are divided.
 
         A mean of the micro batches' means would count a token more where few others are masked.
-        The critic's loss is a mean over all tokens, as many in each micro batch and process, so
-        there a mean of means is exact.
+        The critic's loss is a mean over all tokens, as many on each process.
         """
         micros = [next(batches) for _ in range(self.grad_accum_every)]
-        masks = [self.maskgit.draw_mask(_rows(batch)) for batch in micros]
+        masks = [self.maskgit.draw_mask(_rows(batch), batch.image_size) for batch in micros]
         if self.complementary:
             masks = [torch.cat([mask, ~mask]) for mask in masks]
         counts = torch.stack([mask.sum() for mask in masks])
         total = self.parallel.reduce(counts.sum())
         weights = counts * len(micros) * self.parallel.world / total
+        tokens = sum(mask.numel() for mask in masks) / len(micros)
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
         for micro, (batch, mask, weight) in enumerate(zip(micros, masks, weights, strict=True)):
             arguments = self._arguments(batch)  # one micro batch at a time on the device
             arguments["self_cond"] = self._guesses(micro)
+            arguments |= dict(mask=mask, mask_weight=weight, token_weight=mask.numel() / tokens)
             with self.accumulating(self.wrapped["model"], micro):
                 with self.autocast():
-                    terms = self.wrapped["model"](**arguments, mask=mask, mask_weight=weight)
+                    terms = self.wrapped["model"](**arguments)
                 self.backward(terms["loss"])
             for name, value in terms.items():
                 sums[name] += value.detach() / len(micros)
@@ -329,18 +349,22 @@ class MaskGitTrainer(Trainer):
 
         With self-conditioning as in drawing.
         """
-        masks = self.maskgit.draw_mask(shares.count)
+        masks: dict[int, Tensor] = {}
+        for size, bucket in shares.buckets.items():
+            masks |= zip(map(int, bucket), self.maskgit.draw_mask(len(bucket), size), strict=True)
+        tokens = sum(mask.numel() for mask in masks.values()) / shares.count  # of an image
+        masked = torch.stack([mask.sum() for mask in masks.values()]).float().mean()
         sums: dict[str, float] = defaultdict(float)
         for rows, counted, batch in shares:
-            mask = masks[rows.start : rows.stop]
-            weight = mask.float().mean() / masks.float().mean()
+            mask = torch.stack([masks[row] for row in rows])
             # a batch draws the same numbers whichever process has it
-            torch.manual_seed(self.seed * 1_000_003 + rows.start + 1)
+            torch.manual_seed(self.seed * 1_000_003 + rows[0] + 1)
             terms = self.maskgit.losses(
                 **self._arguments(batch),
                 cond_drop_prob=0.0,
                 mask=mask,
-                mask_weight=weight,
+                mask_weight=mask.sum() / len(rows) / masked,
+                token_weight=mask.shape[1] / tokens,
                 self_cond=True,
             )
             for name, value in vars(terms).items():
@@ -354,15 +378,34 @@ class MaskGitTrainer(Trainer):
         """Real images above those generated from their captions (and low-resolution ids)."""
         data, count = self.dataset, self.num_samples
         rows = [i * len(data) // count for i in range(count)]
-        own = self.parallel.share(list(range(count)))
-        if isinstance(data, TokenCache):  # without the images: as the tokenizer decodes them
-            batch, texts = data.__getitems__([rows[i] for i in own]), data.captions(rows)
-            assert batch.ids is not None
-            images = self.maskgit.decode(batch.ids.to(self.device))
+        if isinstance(data, TokenCache):
+            texts = data.captions(rows)
         else:
-            items = [data[row] for row in rows]
-            texts = [item.get("text", "") for item in items]
-            batch = self.collate([items[i] for i in own])
+            texts = [data[row].get("text", "") for row in rows]
+        sheet: dict[int, Image.Image] = {}
+        for bucket in data.buckets.values():  # the processes share out those of one size
+            here = [i for i in range(count) if rows[i] in bucket]
+            if here:
+                own = self.parallel.share(here)
+                for part, images in enumerate(self._pictures([rows[i] for i in own], own)):
+                    joined = self.parallel.joined(images.float().to(self.device), len(here))
+                    sheet |= zip(
+                        [i + part * count for i in here], to_pil(joined.cpu()), strict=True
+                    )
+        if self.parallel.is_main:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pictures, labels = [sheet[i] for i in range(2 * count)], [*texts, *[""] * count]
+            image_grid(pictures, columns=count, labels=labels).save(path)
+
+    def _pictures(self, rows: Sequence[int], seeds: list[int]) -> tuple[Tensor, Tensor]:
+        """Images of one size, and what is drawn from their captions."""
+        data = self.dataset
+        if isinstance(data, TokenCache):  # without the images: as the tokenizer decodes them
+            batch = data.__getitems__(rows)
+            assert batch.ids is not None
+            images = self.maskgit.decode(batch.ids.to(self.device), batch.image_size)
+        else:
+            batch = self.collate([data[row] for row in rows])
             assert batch.images is not None
             images = batch.images.to(self.device)
         precision = self.maskgit.precision
@@ -371,21 +414,15 @@ class MaskGitTrainer(Trainer):
         try:
             with self.autocast():
                 cond_ids = self.maskgit.encode_cond(
-                    batch.cond_images, batch.cond_ids, None if batch.images is None else images
-                )
-                drawn = self.maskgit.generate(
-                    batch.texts, text_embeds=batch.text_embeds, cond_ids=cond_ids, seeds=own
-                )
+                    batch.cond_images, batch.cond_ids, None if batch.images is None else images,
+                    batch.image_size,
+                )  # fmt: skip
+                return images, self.maskgit.generate(
+                    batch.texts, text_embeds=batch.text_embeds, cond_ids=cond_ids, seeds=seeds,
+                    image_size=batch.image_size,
+                )  # fmt: skip
         finally:
             self.maskgit.precision = precision
-        both = [
-            self.parallel.joined(part.float().to(self.device), count).cpu()
-            for part in (images, drawn)
-        ]
-        if self.parallel.is_main:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            sheet = image_grid(torch.cat(both), columns=count, labels=[*texts, *[""] * count])
-            sheet.save(path)
 
 
 def _rows(batch: Batch) -> int:

@@ -12,7 +12,7 @@ from muse_maskgit_pytorch.data.order import EndlessBatches, Order, Sample
 def order(
     size: int, batch: int, count: int, *, seed=0, start=0, rank=0, world=1
 ) -> list[list[int]]:
-    return list(islice(EndlessBatches(size, batch, seed, start, rank, world), count))
+    return list(islice(EndlessBatches([range(size)], batch, seed, start, rank, world), count))
 
 
 def flat(batches: list[list[int]]) -> list[int]:

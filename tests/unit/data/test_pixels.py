@@ -40,7 +40,7 @@ def dataset(cache: bool = False, **changes: Any) -> ImageDataset:
 
 
 def stream(data: ImageDataset, count: int, *, batch=2, start=0, rank=0, world=1, workers=0):
-    sampler = EndlessBatches(len(data), batch, 0, start, rank, world)
+    sampler = EndlessBatches([range(len(data))], batch, 0, start, rank, world)
     loader = DataLoader(data, batch_sampler=sampler, num_workers=workers)
     return [item["image"] for item in islice(loader, count)]
 

@@ -130,7 +130,7 @@ def test_each_masked_token_of_a_step_counts_alike(
             grad_accum_every=accumulate, num_train_steps=1, valid_fraction=0,
         )  # fmt: skip
         shares = iter(masks.split(batch_size))
-        monkeypatch.setattr(model, "draw_mask", lambda rows, shares=shares: next(shares))
+        monkeypatch.setattr(model, "draw_mask", lambda *_, shares=shares: next(shares))
         grads: dict[str, Tensor] = {}
 
         def keep(name: str, model=model, grads=grads) -> Tensor:
