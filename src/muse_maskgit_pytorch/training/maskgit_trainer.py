@@ -163,6 +163,11 @@ class MaskGitTrainer(Trainer):
                 )
         self.terms = NamedTerms(maskgit)
         if compile:
+            if self.view.buckets and maskgit.transformer.config.get("multi_axis"):
+                raise ValueError(
+                    "compile, aspect_ratios and multi_axis do not go together, since torch's "
+                    "compiler fails on windows of several shapes: leave one of them out"
+                )
             maskgit.compile()
         self.num_samples = min(num_samples, len(self.dataset))
 
