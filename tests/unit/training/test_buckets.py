@@ -372,8 +372,8 @@ def test_what_has_no_sizes_in_advance_is_refused(folder: Path, tmp_path: Path):
 
     with pytest.raises(ValueError, match="aspect_ratios need data with a length"):
         trainer(base(), tmp_path, data=Endless())
+    windows = base(model=transformer(multi_axis=2))
     with pytest.raises(ValueError, match="compile, aspect_ratios and multi_axis do not go"):
-        windows = base(model=transformer(multi_axis=2))
         trainer(windows, tmp_path, folder=str(folder), compile=True)
     data = ImageDataset(Folder(folder, True, classes=CLASSES), 16, True)
     write_cache(tmp_path / "cache", base(), data, say=None)
