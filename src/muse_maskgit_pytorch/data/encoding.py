@@ -22,7 +22,7 @@ from .cache import MANIFEST, SPLIT_SEED, IdSet, Manifest, Plan, Texts, shard_pat
 from .dataset import ImageDataset
 from .pixels import View
 from .shards import CacheError, Shard, write_shard
-from .source import encoded, place
+from .source import encoded, has_cond, place
 from .workers import leave_signals_to_the_run, starting_processes
 
 BATCH = 64  # images encoded at a time; the images of a shard are a multiple of it
@@ -213,6 +213,11 @@ class _Encoder:
             raise ValueError(
                 f"low-resolution images of {dataset.cond_size} px do not fit: the models' are of "
                 f"{self.low} px, and with crops they are made from these"
+            )
+        if crops and self.low is not None and has_cond(dataset.source):
+            raise ValueError(
+                f"{dataset.source} has low-resolution images of its own (cond_image), which do not "
+                "fit random crops: leave them out, and the crops are scaled down"
             )
         if crops and not dataset.view.is_random:
             raise ValueError(f"crops={crops}, but the view shows the centre alone: crop='random'")

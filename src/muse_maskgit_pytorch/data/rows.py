@@ -77,12 +77,14 @@ class Columns:
         text: column of its caption, of several, or of a class; None: there is none.
         labels: names of the classes that whole numbers stand for.
         name: of the data set, in messages.
+        cond: whether the rows have low-resolution images of their own ("cond_image").
     """
 
     image: str
     text: str | None
     labels: Sequence[str]
     name: str
+    cond: bool = False
 
     @classmethod
     def of(
@@ -111,11 +113,11 @@ class Columns:
             raise ValueError(
                 f"{name} yields {shown(row)}: its items must be dicts with an image and a text"
             )
-        found = _column(row, image, IMAGES, "image_column", name)
+        found, cond = _column(row, image, IMAGES, "image_column", name), "cond_image" in row
         if not captions or (text is None and "text_embeds" in row):
-            return cls(found, None, labels, name)
+            return cls(found, None, labels, name, cond)
         known = (*TEXTS, "label") if labels else TEXTS
-        return cls(found, _column(row, text, known, "text_column", name), labels, name)
+        return cls(found, _column(row, text, known, "text_column", name), labels, name, cond)
 
     def item(self, row: Mapping[str, Any], key: str) -> Item:
         """The item of a row.

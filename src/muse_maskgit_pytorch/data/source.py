@@ -10,6 +10,7 @@ import hashlib
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any, Protocol
@@ -121,6 +122,14 @@ def facts_of(source: Source, index: int) -> tuple[Mapping[str, Any], tuple[int, 
         return facts(index) if facts else ({}, source.item(index).image.size)
     except (OSError, SyntaxError, ValueError):  # of Pillow and of sources
         return {}, None
+
+
+def has_cond(source: Source) -> bool:
+    """Whether the first item that can be read has a low-resolution image of its own."""
+    for row in range(len(source)):
+        with suppress(ValueError):
+            return source.item(row).cond_image is not None
+    return False
 
 
 def fingerprint(keys: Sequence[str], texts: Sequence[str] = ()) -> str:

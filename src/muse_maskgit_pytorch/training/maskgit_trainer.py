@@ -19,7 +19,7 @@ from ..data.encoding import write_cache
 from ..data.folder import open_source
 from ..data.order import Shares
 from ..data.pixels import Crop, View
-from ..data.source import few
+from ..data.source import few, has_cond
 from ..data.stream import RowStream
 from ..data.wording import Wording
 from ..images import image_grid, to_pil
@@ -184,11 +184,12 @@ class MaskGitTrainer(Trainer):
                 f"its classes are {few(classes)}"
             )
         cond_size = maskgit.cond_image_size
-        if self.view.is_random:
-            if cond_folder is not None:
+        if self.view.is_random and cond_size is not None:
+            if source.columns.cond if isinstance(source, RowStream) else has_cond(source):
                 raise ValueError(
-                    "cond_folder has whole images, which do not fit random crops and flips: leave "
-                    "it out, and the crops are scaled down"
+                    f"{source} has low-resolution images of its own (cond_folder or cond_image), "
+                    "which do not fit random crops and flips: leave them out, and the crops are "
+                    "scaled down"
                 )
             cond_size = None
         if isinstance(source, RowStream):

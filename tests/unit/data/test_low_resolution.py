@@ -8,9 +8,11 @@ import torch
 from PIL import Image
 from skimage import data
 
-from muse_maskgit_pytorch import ImageFolder, MaskGitTrainer
+from muse_maskgit_pytorch import ImageFolder, MaskGitTrainer, write_cache
 from muse_maskgit_pytorch import testing as tiny
-from muse_maskgit_pytorch.data import Item
+from muse_maskgit_pytorch.data import ImageDataset, Item
+from muse_maskgit_pytorch.data.pixels import View
+from muse_maskgit_pytorch.data.rows import Rows
 from muse_maskgit_pytorch.images import resize, to_tensor
 
 SMALL, LARGE = 32, 64
@@ -96,6 +98,29 @@ def test_low_resolution_images_can_be_given(photos: Path, tmp_path: Path, stage:
 
     given = dict(data=Pairs(), cache_tokens=cached)
     assert torch.equal(trained_ids(stage, tmp_path / "r", **given).long(), expected)
+
+
+def test_low_resolution_images_of_ones_own_are_no_random_crops(
+    photos: Path, tmp_path: Path, stage: Any
+):
+    small = [{"image": photo(name), "text": name, "cond_image": photo(name)} for name in PHOTOS]
+
+    class Endless:
+        def __iter__(self) -> Any:
+            yield from small
+
+    ways: list[dict[str, Any]] = [
+        dict(folder=str(photos), cond_folder=str(photos)),
+        dict(data=small, min_size=10),
+        dict(data=Endless()),
+    ]
+    for way in ways:
+        for view in ({"crop": "random"}, {"flip": True}):
+            with pytest.raises(ValueError, match=r"low-resolution images of its own .* leave them"):
+                trainer(stage, tmp_path / "r", cache_tokens=False, **way, **view)
+    data = ImageDataset(Rows(small, captions=True), View(LARGE, "random"), True)
+    with pytest.raises(ValueError, match="do not fit random crops: leave them out"):
+        write_cache(tmp_path / "cache", stage, data, crops=2, say=None)
 
 
 def test_tensors_scaled_down_have_the_ids_of_files(stage: Any):
