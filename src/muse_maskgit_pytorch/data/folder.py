@@ -254,11 +254,11 @@ def open_source(
             "(muse_maskgit_pytorch.data.Source)"
         )
     keep = Filter(min_size, where)
-    named = isinstance(data, str | PathLike)
+    named, name = isinstance(data, str | PathLike), str(data)
     if streaming and not named:
         raise ValueError("streaming is for data that are named by a text: leave it out")
     if named:
-        data = open_named(str(data), streaming)
+        data = open_named(name, streaming)
     if data is None or isinstance(data, Path):
         if streaming:
             raise ValueError(
@@ -279,7 +279,7 @@ def open_source(
                 raise ValueError(
                     "cond_folder cannot be matched with a stream: give each row a cond_image"
                 )
-            return RowStream(data, *columns, keep)
+            return RowStream(data, *columns, keep, name if named else None)
         else:
             raise ValueError(
                 f"data must be a source, a list or stream of dicts, or a name, not {shown(data)}"

@@ -49,19 +49,9 @@ def open_named(what: str, streaming: bool = False) -> Any:
         ImportError: it takes the datasets library, which is not installed.
     """
     path = as_path(what, "data")
-    if path.is_dir():
-        if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
-            return _from_disk(path, streaming)
-        files = sorted(
-            file
-            for file in path.iterdir()
-            if file.suffix.lower() in READERS and file.name != "metadata.parquet"
-        )
-        return _from_files([str(file) for file in files], streaming) if files else path
-    if path.suffix.lower() in READERS:
-        names = [
-            file for name in _expanded(str(path)) for file in sorted(glob.glob(name)) or [name]
-        ]
+    if path.is_dir() and _is_saved(path):
+        return _from_disk(path, streaming)
+    if names := files_of(what):
         if lost := [name for name in names if not Path(name).is_file()]:
             raise ValueError(f"data {shown(what, 400)}: there is no file {shown(lost[0], 400)}")
         return _from_files(names, streaming)
@@ -75,6 +65,23 @@ def open_named(what: str, streaming: bool = False) -> Any:
             f"data {shown(what, 400)} is no file or folder, and cannot be had from the hub: "
             f"{_line(error)}"
         ) from error
+
+
+def files_of(what: str) -> list[str]:
+    """The Parquet files or tars that a name stands for; none where it is something else."""
+    path = as_path(what, "data")
+    if path.is_dir():
+        found = sorted(path.iterdir()) if not _is_saved(path) else []
+        found = [file for file in found if file.suffix.lower() in READERS]
+        return [str(file) for file in found if file.name != "metadata.parquet"]
+    if path.suffix.lower() not in READERS:
+        return []
+    return [file for name in _expanded(str(path)) for file in sorted(glob.glob(name)) or [name]]
+
+
+def _is_saved(path: Path) -> bool:
+    """Whether `datasets.save_to_disk` wrote this folder."""
+    return any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
 def _from_disk(path: Path, streaming: bool) -> Any:
@@ -101,13 +108,15 @@ def _from_files(names: list[str], streaming: bool) -> Any:
 
 
 def damage(names: list[str]) -> str:
-    """Which of some files cannot be read, and why; empty if all can."""
+    """Which of some files cannot be read to the end, and why; empty if all can."""
     for name in names:
         try:
             if name.endswith(".parquet"):
                 import pyarrow.parquet
 
-                pyarrow.parquet.ParquetFile(name)
+                with pyarrow.parquet.ParquetFile(name) as file:
+                    for _ in file.iter_batches(64):
+                        pass
             else:
                 with tarfile.open(name) as tar:
                     for member in tar:

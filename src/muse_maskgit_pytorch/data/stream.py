@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ..arguments import printable, whole
 from .dataset import ImageDataset
+from .opening import damage, files_of
 from .order import Sample
 from .pixels import View
 from .rows import Columns, Filter, labels_of, name_of, undecoded
@@ -31,6 +32,10 @@ from .workers import leave_signals_to_the_run, starting_processes
 PICTURES = 8  # that are kept to be looked at, where nothing is held back
 
 Mark = dict[str, Any]  # where a block begins: samples, epoch, rows, block, and the source's own
+
+
+class StreamError(ValueError):
+    """A stream that cannot be read on, or has nothing for one of the processes."""
 
 
 class RowStream:
@@ -44,6 +49,7 @@ class RowStream:
         captions: whether items have captions.
         classes: names of classes.
         keep: which rows to use.
+        named: the name that it was opened by (`open_named`).
 
     Raises:
         ValueError: it can be read only once, yields nothing, or lacks a column.
@@ -57,15 +63,16 @@ class RowStream:
         captions: bool = False,
         classes: Sequence[str] = (),
         keep: Filter | None = None,
+        named: str | None = None,
     ):
-        name = name_of(data)
+        name, self.named = name_of(data), named
         if isinstance(data, Iterator):
             raise ValueError(
                 f"{name} can be read only once: give an object whose __iter__ begins anew"
             )
         self.data, self.keep = undecoded(data), keep or Filter()
         labels = labels_of(data, text_column) or classes
-        with _reading(name):
+        with _reading(name, named):
             first = next(iter(self.data), None)
         if first is None:
             raise ValueError(f"{name} yields nothing")
@@ -116,7 +123,7 @@ class _Reader:
         worker: int,
         workers: int,
     ):
-        self.name, self.wanted, self.data = str(rows), wanted, rows.data
+        self.rows, self.wanted, self.data = rows, wanted, rows.data
         self.epoch = self.seen = 0
         self.index, self.count = rank * workers + worker, world * workers
         self.who = f"process {rank} of {world}, loading process {worker} of {workers}"
@@ -147,7 +154,7 @@ class _Reader:
                 skip = state["seen"]
             fresh, found = state is None or state["seen"] == 0, False
             state = None
-            with _reading(self.name):
+            with _reading(str(self.rows), self.rows.named):
                 rows = self._pass(skip)
                 while True:
                     before = self.state()
@@ -157,8 +164,8 @@ class _Reader:
                     found = True
                     yield before, block
             if fresh and not found:
-                raise ValueError(
-                    f"{self.name} has no rows to train on for {self.who}: use fewer processes and "
+                raise StreamError(
+                    f"{self.rows} has no rows to train on for {self.who}: use fewer processes and "
                     "num_workers, or a filter that keeps more"
                 )
             self.epoch += 1
@@ -237,7 +244,7 @@ class Stream(IterableDataset):
         return Held(source, view, self.captions, self.cond_size, held=len(found))
 
     def _first(self, wanted: Callable[[Any], bool], limit: int) -> list[Any]:
-        with _reading(str(self.rows)):
+        with _reading(str(self.rows), self.rows.named):
             kept = (row for row in self.rows.data if self.rows.wanted(row) and wanted(row))
             return list(islice(kept, limit))
 
@@ -282,6 +289,8 @@ class Stream(IterableDataset):
         self._seen = {}
 
         def joined(items: list[Any]) -> Any:
+            if failed := [item for item in items if isinstance(item, ValueError)]:
+                return failed[0]
             return None if items[0] is None else (items[-1][0], collate([i for _, i in items]))
 
         loader = DataLoader(
@@ -298,6 +307,8 @@ class Stream(IterableDataset):
 
     def _marking(self, found: Iterator[Any]) -> Iterator[Any]:
         for each in found:
+            if isinstance(each, ValueError):
+                raise each
             if each is not None:
                 mark, batch = each
                 self._seen[mark["worker"]] = mark
@@ -330,7 +341,15 @@ class Stream(IterableDataset):
 
     def __iter__(self) -> Iterator[Any]:
         info = get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        if info is None:
+            yield from self._samples(0, 1)
+            return
+        try:
+            yield from self._samples(info.id, info.num_workers)
+        except ValueError as error:  # raised here, it would come with this process's traceback
+            yield from [error] * self.layout["batch_size"]
+
+    def _samples(self, worker: int, workers: int) -> Iterator[Any]:
         size, rank, world = (self.layout[name] for name in ("batch_size", "rank", "world"))
         # batches come from the loading processes in turn, and the next may not be the first one's
         if worker < self.batches % workers:
@@ -398,15 +417,18 @@ class _Block:
 
 
 @contextmanager
-def _reading(name: str) -> Iterator[None]:
-    """Whatever a stream raises while it is read is a ValueError with its name."""
+def _reading(name: str, named: str | None) -> Iterator[None]:
+    """Whatever a stream raises while it is read is a `StreamError` that names it, or its file."""
     try:
         yield
-    except ValueError:
-        raise
     except Exception as error:
+        if type(error) in (ValueError, StreamError):  # of our own; Arrow's are ValueErrors too
+            raise
         said = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ValueError(f"{printable(name)} cannot be read on: {said}") from error
+        files = files_of(named) if named and not isinstance(error, FileNotFoundError) else []
+        raise StreamError(
+            damage(files) or f"{printable(name)} cannot be read on: {said}"
+        ) from error
 
 
 def is_of_datasets(data: Any) -> bool:

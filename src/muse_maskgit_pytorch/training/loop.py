@@ -31,7 +31,7 @@ from ..checkpoint import (
 from ..data.order import EndlessBatches, Shares, buckets_of
 from ..data.rows import Filter
 from ..data.source import few
-from ..data.stream import Held, RowStream, Stream
+from ..data.stream import Held, RowStream, Stream, StreamError
 from ..data.workers import leave_signals_to_the_run, starting_processes
 from ..devices import cores
 from ..files import check_output, digest_state
@@ -573,6 +573,11 @@ class Trainer:
                         )
                 except CheckpointError as failure:
                     error.add_note(str(failure))
+            if isinstance(error, StreamError) and self._saved_at == self.step:
+                raise StreamError(
+                    f"{error}; step {self.step} is saved, and once the data are whole again "
+                    "resume=True goes on from there as if nothing had happened"
+                ) from error
             raise
 
     def changing(self) -> None:

@@ -21,7 +21,7 @@ from muse_maskgit_pytorch.data.folder import open_source
 from muse_maskgit_pytorch.data.order import Sample
 from muse_maskgit_pytorch.data.pixels import View
 from muse_maskgit_pytorch.data.rows import Filter, Rows
-from muse_maskgit_pytorch.data.stream import RowStream, Stream
+from muse_maskgit_pytorch.data.stream import RowStream, Stream, StreamError
 from muse_maskgit_pytorch.data.wording import Wording
 from muse_maskgit_pytorch.images import to_tensor
 
@@ -431,12 +431,50 @@ def test_files_that_are_damaged_or_gone_are_named(tmp_path: Path):
         examples(str(tmp_path / "nowhere"))
 
 
-def test_a_file_that_vanishes_ends_a_stream_in_words(tmp_path: Path):
-    write_parquet(tmp_path / "parquet")
-    stream = open_source(str(tmp_path / "parquet"), None, True, streaming=True)
-    (tmp_path / "parquet/2.parquet").unlink()
-    with pytest.raises(ValueError, match=r"cannot be read on: .*2\.parquet"):
-        taken(stream.data, 20)
+@pytest.mark.parametrize(("harm", "workers"), [("holed", 0), ("gone", 2), ("tar", 0)])
+def test_a_shard_that_is_damaged_ends_a_run_that_goes_on_once_it_is_whole(
+    tmp_path: Path, harm: str, workers: int
+):
+    """One sentence names it, the last whole step is saved, and in the end the weights are equal."""
+    write_parquet(tmp_path / "shards")
+    if harm == "tar":
+        for number in range(3):
+            (tmp_path / f"shards/{number}.parquet").unlink()
+            write_tar(tmp_path / f"shards/{number}.tar")
+    victim = sorted((tmp_path / "shards").iterdir())[2]
+    raw = victim.read_bytes()
+    half = len(raw) // 2
+    classes = [row["text"] for row in rows()]
+    shape: dict[str, Any] = dict(classes=classes, text_embed_dim=COUNT)
+    weights = tiny.maskgit(tiny.transformer(**shape)).state_dict()
+
+    def trainer(name: str, **changes: Any) -> MaskGitTrainer:
+        model = tiny.maskgit(tiny.transformer(**shape))
+        model.load_state_dict(weights)
+        settings: dict[str, Any] = dict(
+            batch_size=2, warmup_steps=0, sample_every=0, save_every=100, valid_fraction=0,
+            num_train_steps=16 if harm == "tar" else 6, results_folder=str(tmp_path / name),
+            shuffle_buffer=3, num_workers=workers, num_samples=1, streaming=True,
+        )  # fmt: skip
+        return MaskGitTrainer(model, data=str(tmp_path / "shards"), **(settings | changes))
+
+    trainer("whole").train()
+    broken = trainer("parts")
+    if harm == "gone":
+        victim.unlink()
+    else:
+        victim.write_bytes(
+            raw[: half + 700] if harm == "tar" else raw[:99] + bytes(half) + raw[99 + half :]
+        )
+    with pytest.raises(StreamError, match=rf"{victim.name}.*; step \d+ is saved, and once") as says:
+        broken.train()
+    victim.write_bytes(raw)
+    assert "\n" not in str(says.value)
+    [saved] = (tmp_path / "parts").glob("*checkpoint*")
+    assert f"step {int(saved.stem[-8:])} is saved" in str(says.value)
+    trainer("parts", resume=True).train()
+    whole, parts = (load_file(tmp_path / name / "base.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
 def test_streams_that_cannot_be_used():

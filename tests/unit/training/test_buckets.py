@@ -70,7 +70,7 @@ def trainer(model: Any, results: Path, **changes: Any) -> MaskGitTrainer:
     return MaskGitTrainer(model, results_folder=str(results), **settings)
 
 
-def order(counts: list[int], batch: int, number: int, **where: int) -> list[list[int]]:
+def order(counts: list[int], batch: int, number: int, **where: int) -> list[list[Any]]:
     """Batches of buckets with so many items: 0 to 9 in the first, 100 to 109 in the next."""
     settings = {"start": 0, "rank": 0, "world": 1, **where}
     buckets = [range(100 * i, 100 * i + count) for i, count in enumerate(counts)]
@@ -280,10 +280,14 @@ def test_tokens_of_all_shapes_count_alike_in_a_step(folder: Path, tmp_path: Path
         # the mean of the two is a sum over masked tokens, and over all, divided by their number
         assert float(call["mask_weight"]) / 2 == pytest.approx(float(mask.sum() / masked))
         assert call["token_weight"] / 2 == pytest.approx(mask.numel() / tokens)
-    terms = []
+    terms: list[Any] = []
     for weight in (1.0, 3.0):
         torch.manual_seed(0)
-        arguments = {**taken["calls"][0], "token_weight": weight, "mask_weight": 1.0}
+        arguments: dict[str, Any] = {
+            **taken["calls"][0],
+            "token_weight": weight,
+            "mask_weight": 1.0,
+        }
         terms.append(made.maskgit.losses(**arguments))
     assert torch.equal(terms[1].critic, 3 * terms[0].critic)
     assert torch.equal(terms[1].ce, terms[0].ce)
@@ -396,6 +400,9 @@ def test_muse_cache_serves_both_stages(folder: Path, tmp_path: Path, capsys):
     caches = [TokenCache(out, model) for model in (high, small)]
     assert list(caches[1].buckets) == [(6, 12), (8, 8), (12, 6)]
     for a, b in zip(*(cache.buckets.values() for cache in caches), strict=True):
-        first, second = (c.__getitems__(list(rows)) for c, rows in zip(caches, (a, b), strict=True))
+        pair: list[Any] = [
+            c.__getitems__(list(rows)) for c, rows in zip(caches, (a, b), strict=True)
+        ]
+        first, second = pair
         assert torch.equal(first.cond_ids, second.ids)
         assert math.prod(first.ids.shape) == len(a) * math.prod(first.image_size) // 16
