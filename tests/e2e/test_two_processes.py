@@ -27,6 +27,7 @@ from muse_maskgit_pytorch import (
     VQGanVAE,
     VQGanVAETrainer,
 )
+from muse_maskgit_pytorch import testing as tiny
 from muse_maskgit_pytorch.checkpoint import load_tree, save_tree
 from muse_maskgit_pytorch.data import split
 from muse_maskgit_pytorch.quantizer import QuantizerName
@@ -34,6 +35,7 @@ from muse_maskgit_pytorch.quantizer import QuantizerName
 ROOT = Path(__file__).parents[2]
 QUANTIZERS: dict[QuantizerName, int] = dict(vq=64, simvq=64, lfq=64, bsq=64, fsq=60)  # and codes
 STEPS = 6
+ROWS = 8  # of a stream
 RATE = 1e-3  # peak learning rate
 BATCH = 4  # on all processes together
 VALID = 0.3
@@ -120,6 +122,65 @@ def train_all(results: str, t5: str, resnet: str) -> None:
         )
         stage.train()
         keep(name, stage)
+    train_streams(results, rank)
+
+
+class Stream:
+    """Pictures of classes, which know their place among them."""
+
+    def __init__(self, count: int):
+        self.count = count
+        self.at = self.start = 0
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        self.at, self.start = self.start, 0
+        while self.at < self.count:
+            self.at += 1
+            at = self.at
+            yield {"image": torch.full((3, 16, 16), at / self.count), "text": str(at - 1)}
+
+    def state_dict(self) -> dict[str, int]:
+        return {"at": self.at}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.start = state["at"]
+
+
+def train_streams(results: str, rank: int) -> None:
+    """A run that is broken off and one that is not, and one in which a process has no data."""
+
+    def train(name: str, rows: int, **changes: Any) -> None:
+        torch.manual_seed(7)
+        model = tiny.maskgit(tiny.transformer(classes=ROWS, text_embed_dim=ROWS))
+        settings: dict[str, Any] = dict(
+            batch_size=2, num_train_steps=8, lr=RATE, warmup_steps=0, lr_schedule="constant",
+            sample_every=0, save_every=3, valid_fraction=0.0, shuffle_buffer=4, num_samples=2,
+            results_folder=f"{results}/{name}",
+        )  # fmt: skip
+        trainer = MaskGitTrainer(model, data=Stream(rows), **(settings | changes))
+        step, seen = trainer.train_step, []
+
+        def seeing(batches: Iterator[Any]) -> dict[str, Tensor]:
+            batch = next(batches)
+            seen.append(batch.texts)
+            return step(iter([batch]))
+
+        trainer.train_step = seeing  # type: ignore[method-assign]
+        trainer.train()
+        state = {"ema": trainer.ema.average, "seen": [int(text) for each in seen for text in each]}
+        save_tree(f"{results}/{name}/rank{rank}.safetensors", state, kind="state")
+
+    train("stream", ROWS)
+    train("parts", ROWS, num_train_steps=4)
+    train("parts", ROWS, resume=True)
+    try:
+        train("starved", 1)
+        said = "trained"
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+    Path(f"{results}/starved-{rank}.txt").write_text(said)
+    sys.stdout.flush()
+    os._exit(0)  # the other process is gone, and torch would wait for it
 
 
 # The test ----------------------------------------------------------------------------------------
@@ -201,6 +262,23 @@ def test_two_processes_train_as_one(tmp_path: Path, t5: str, resnet: str):
         )
         for part in ("modules", "ema"):
             torch.testing.assert_close(first[part], second[part], rtol=0, atol=0.2 * RATE)
+
+    # a stream: no row on both, each as often as the others, and broken off or not the same
+    whole, parts = (
+        [load_tree(two / name / f"rank{rank}.safetensors")[0] for rank in (0, 1)]
+        for name in ("stream", "parts")
+    )
+    for first, second in zip(whole, parts, strict=True):
+        for key, value in first["ema"].items():
+            assert torch.equal(value, second["ema"][key]), key
+        assert second["seen"] == first["seen"][-len(second["seen"]) :]
+    seen = [state["seen"] for state in whole]
+    for start in (0, ROWS // 2):
+        one_pass = [each[start : start + ROWS // 2] for each in seen]
+        assert sorted(one_pass[0] + one_pass[1]) == list(range(ROWS))
+    starved = [(two / f"starved-{rank}.txt").read_text() for rank in (0, 1)]
+    assert "has no rows to train on for process 1 of 2" in starved[1]
+    assert starved[0] != "trained"  # it ended too, and did not wait
 
     codebook = load_tree(two / "vq" / "rank0.safetensors")[0]["ema"]
     assert log(two / "vq")[0]["codebook_usage"] < 1
