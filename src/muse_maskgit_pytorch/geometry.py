@@ -114,11 +114,12 @@ class Geometry:
         Raises:
             ValueError: none, or what is no ratio.
         """
-        if isinstance(aspect_ratios, str) or not len(aspect_ratios):
+        given = plain(aspect_ratios)
+        if not isinstance(given, list) or not given:
             raise ValueError(
                 f"aspect_ratios must be a list such as [3:2, 1:1, 2:3], not {shown(aspect_ratios)}"
             )
-        ratios = [ratio("each of aspect_ratios", each, MAX_ASPECT) for each in aspect_ratios]
+        ratios = [ratio("each of aspect_ratios", each, MAX_ASPECT) for each in given]
         step = self._step()
         sides = [
             (self.image_size / root, self.image_size * root) for root in map(math.sqrt, ratios)

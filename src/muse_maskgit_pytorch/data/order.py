@@ -82,15 +82,18 @@ class Turns:
 
     def __getitem__(self, number: int) -> tuple[int, int]:
         """The bucket of a turn, and how many turns it had before."""
+        if len(self.counts) == 1:
+            return 0, number
         last = (number + 1 + len(self.counts)) * self.batch // sum(self.counts) + 1
         epoch = bisect_right(range(last), number, key=lambda e: sum(self._before(e))) - 1
         before = self._before(epoch)
         if epoch != self._epoch:
             generator = torch.Generator("cpu").manual_seed(self.seed * 1_000_003 + epoch)
-            pairs = enumerate(zip(before, self._before(epoch + 1), strict=True))
-            turns = [bucket for bucket, (low, high) in pairs for _ in range(high - low)]
-            order = torch.randperm(len(turns), generator=generator, device="cpu")
-            self._epoch, self._turns = epoch, torch.tensor(turns, device="cpu")[order]
+            pairs = zip(before, self._before(epoch + 1), strict=True)
+            turns = torch.tensor([after - low for low, after in pairs], device="cpu")
+            buckets = torch.arange(len(turns), device="cpu").repeat_interleave(turns)
+            order = torch.randperm(len(buckets), generator=generator, device="cpu")
+            self._epoch, self._turns = epoch, buckets[order]
         place = number - sum(before)
         bucket = int(self._turns[place])
         return bucket, before[bucket] + int((self._turns[:place] == bucket).sum())

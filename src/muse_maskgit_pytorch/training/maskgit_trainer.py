@@ -223,7 +223,7 @@ class MaskGitTrainer(Trainer):
         if self.view.is_random or self.view.buckets or self.wording:
             raise ValueError(
                 f"cache {cache} has its own crops, shapes and captions: leave out crop, flip, "
-                "aspect_ratios, shuffle_tags and tag_dropout, or give them to muse cache"
+                "aspect_ratios, shuffle_tags and tag_dropout (muse cache takes the first three)"
             )
         return TokenCache(cache, self.maskgit, self.seed)
 

@@ -449,7 +449,7 @@ def test_a_shard_that_is_damaged_ends_a_run_that_goes_on_once_it_is_whole(
     weights = tiny.maskgit(tiny.transformer(**shape)).state_dict()
 
     def trainer(name: str, **changes: Any) -> MaskGitTrainer:
-        model = tiny.maskgit(tiny.transformer(**shape))
+        model = tiny.maskgit(tiny.transformer(**shape), sample_options={"timesteps": 1})
         model.load_state_dict(weights)
         settings: dict[str, Any] = dict(
             batch_size=2, warmup_steps=0, sample_every=0, save_every=100, valid_fraction=0,

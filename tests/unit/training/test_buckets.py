@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from muse_maskgit_pytorch import MaskGitTrainer, TokenCache
 from muse_maskgit_pytorch import testing as tiny
 from muse_maskgit_pytorch.cli.main import run
+from muse_maskgit_pytorch.cli.options import maskgit_parser
 from muse_maskgit_pytorch.data import Folder, ImageDataset
 from muse_maskgit_pytorch.data.cache import Manifest
 from muse_maskgit_pytorch.data.encoding import write_cache
@@ -96,9 +97,11 @@ def test_buckets_have_the_shapes_and_about_the_pixels_of_the_square(geometry: Ge
     assert Geometry(16, 4).buckets(RATIOS) == SIZES
 
 
-@pytest.mark.parametrize("ratios", ["3:2", [], ["3x2"], ["3:0"], ["9:1"], [-1], [None], ["1:2:3"]])
+@pytest.mark.parametrize(
+    "ratios", ["3:2", 3, [], ["3x2"], ["3:0"], ["9:1"], [-1], [None], ["1:2:3"]]
+)
 def test_what_is_no_list_of_ratios_is_refused(ratios: Any):
-    with pytest.raises(ValueError, match="aspect_ratios must be"):
+    with pytest.raises(ValueError, match=r"aspect_ratios must be .* not"):
         base().geometry.buckets(ratios)
 
 
@@ -345,8 +348,8 @@ def test_it_overfits_wide_pictures_by_their_captions_and_draws_them(tmp_path: Pa
     ]
     model = base(model=transformer(dim=32, depth=1), cond_drop_prob=0.0)
     trainer(
-        model, tmp_path, data=pictures, num_train_steps=80, lr=1e-2, warmup_steps=5, batch_size=8,
-        valid_fraction=0, log_every=80, aspect_ratios=["2:1"],
+        model, tmp_path, data=pictures, num_train_steps=60, lr=1e-2, warmup_steps=5, batch_size=8,
+        valid_fraction=0, log_every=60, aspect_ratios=["2:1"],
     ).train()  # fmt: skip
     model.eval()
     images = torch.stack([View(16, buckets=((12, 24),)).finish(p["image"], None) for p in pictures])
@@ -357,7 +360,7 @@ def test_it_overfits_wide_pictures_by_their_captions_and_draws_them(tmp_path: Pa
     def loss(texts: list[str], size: tuple[int, int]) -> float:
         return float(model.losses(ids, texts, image_size=size, mask=mask, cond_drop_prob=0).ce)
 
-    assert loss(CLASSES, (12, 24)) < 0.2
+    assert loss(CLASSES, (12, 24)) < 0.5
     assert loss(CLASSES[::-1], (12, 24)) > 2  # the caption matters
     assert loss(CLASSES, (24, 12)) > 2  # and so does the shape
     drawn = model.generate_ids(
@@ -384,6 +387,15 @@ def test_what_has_no_sizes_in_advance_is_refused(folder: Path, tmp_path: Path):
     for given in ({"aspect_ratios": RATIOS}, {"aspect_ratios": None, "flip": True}):
         with pytest.raises(ValueError, match="has its own crops, shapes and captions: leave out"):
             trainer(base(), tmp_path, cache=str(tmp_path / "cache"), **given)
+
+
+def test_ratios_need_no_quotes_in_a_recipe(tmp_path: Path):
+    """Where YAML by itself would read 3:2 as sixty times three, and two."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("trainer: {aspect_ratios: [3:2, 1:1, 0.5]}\n")
+    words = ["--config", str(recipe), "--maskgit.image_size", "16", "--transformer.dim", "8"]
+    config = maskgit_parser(superres=False).read([*words, "--transformer.depth", "1"])
+    assert config.trainer.aspect_ratios == ["3:2", "1:1", "0.5"]
 
 
 def test_muse_cache_serves_both_stages(folder: Path, tmp_path: Path, capsys):
