@@ -108,7 +108,7 @@ class EndlessBatches(Sampler[list[int]]):
 
     The start is counted in samples. So a run that is resumed with another batch size, accumulation
     or number of processes goes on with the sample at which it had stopped; where there are several
-    buckets, to within a batch of each.
+    buckets, at the same place of its epoch, in which some items may then come twice or not at all.
 
     Args:
         buckets: numbers of the items in each; of all items, `range(size)` in a list.
