@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import glob
+import math
 import re
 import tarfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -107,9 +109,12 @@ def _from_files(names: list[str], streaming: bool) -> Any:
         raise ValueError(damage(names) or f"cannot read {few_of(names)}: {_line(error)}") from error
 
 
-def damage(names: list[str]) -> str:
-    """Which of some files cannot be read to the end, and why; empty if all can."""
+def damage(names: list[str], seconds: float = math.inf) -> str:
+    """Which of some files cannot be read to the end, and why; empty if none is found in time."""
+    began = time.monotonic()
     for name in names:
+        if time.monotonic() - began > seconds:
+            break
         try:
             if name.endswith(".parquet"):
                 import pyarrow.parquet

@@ -29,6 +29,7 @@ from .source import Item, place
 from .wording import Wording
 from .workers import leave_signals_to_the_run, starting_processes
 
+LOOKING = 30  # seconds for the file at fault, while the steps that are done wait to be saved
 PICTURES = 8  # that are kept to be looked at, where nothing is held back
 
 Mark = dict[str, Any]  # where a block begins: samples, epoch, rows, block, and the source's own
@@ -427,7 +428,7 @@ def _reading(name: str, named: str | None) -> Iterator[None]:
         said = " ".join(str(error).split())[:300] or type(error).__name__
         files = files_of(named) if named and not isinstance(error, FileNotFoundError) else []
         raise StreamError(
-            damage(files) or f"{printable(name)} cannot be read on: {said}"
+            damage(files, LOOKING) or f"{printable(name)} cannot be read on: {said}"
         ) from error
 
 

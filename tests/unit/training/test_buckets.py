@@ -351,8 +351,8 @@ def test_it_overfits_wide_pictures_by_their_captions_and_draws_them(tmp_path: Pa
     ]
     model = base(model=transformer(dim=32, depth=1), cond_drop_prob=0.0)
     trainer(
-        model, tmp_path, data=pictures, num_train_steps=60, lr=1e-2, warmup_steps=5, batch_size=8,
-        valid_fraction=0, log_every=60, aspect_ratios=["2:1"],
+        model, tmp_path, data=pictures, num_train_steps=80, lr=1e-2, warmup_steps=5, batch_size=8,
+        valid_fraction=0, log_every=80, aspect_ratios=["2:1"],
     ).train()  # fmt: skip
     model.eval()
     images = torch.stack([View(16, buckets=((12, 24),)).finish(p["image"], None) for p in pictures])
