@@ -6,6 +6,7 @@ The test launches this very file, once on two processes and once on one.
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -93,14 +94,18 @@ def train_all(results: str, t5: str, resnet: str) -> None:
         image_size=16,
         cond_drop_prob=0.0,
     )
-    masks = torch.arange(16) < torch.tensor([1, 16, 3, 12])[:, None]
-    draw = model.draw_mask
+    counts, draw = torch.tensor([1, 16, 3, 12])[:, None], model.draw_mask
     model.draw_mask = (
         lambda rows, size=None: (  # type: ignore[method-assign]
-            masks[rank * rows :][:rows] if torch.is_grad_enabled() else draw(rows)
+            torch.arange(math.prod(size) // 16) < counts[rank * rows :][:rows]
+            if torch.is_grad_enabled()
+            else draw(rows, size)
         )
     )
-    stage = MaskGitTrainer(model, num_samples=2, results_folder=f"{results}/masked", **common)
+    stage = MaskGitTrainer(
+        model, num_samples=5, results_folder=f"{results}/masked", aspect_ratios=["2:1", "1:1"],
+        **common,
+    )  # fmt: skip
     stage.train()
     keep("masked", stage)
 
@@ -203,7 +208,8 @@ def log(folder: Path) -> list[dict[str, float]]:
 def test_two_processes_train_as_one(tmp_path: Path, t5: str, resnet: str):
     (tmp_path / "images").mkdir()
     for i in range(15):
-        pixels = torch.randint(256, (16, 16, 3), generator=torch.Generator().manual_seed(i))
+        size = (16, 16 if i % 3 else 32, 3)  # some are wide
+        pixels = torch.randint(256, size, generator=torch.Generator().manual_seed(i))
         Image.fromarray(pixels.to(torch.uint8).numpy()).save(tmp_path / "images" / f"{i}.png")
         (tmp_path / "images" / f"{i}.txt").write_text(f"picture {i}")
     train, valid = split(ImageFolder(tmp_path / "images", 16), VALID)
