@@ -180,7 +180,7 @@ class Manifest:
     Attributes:
         plan: what decides its content.
         summary: of the images that it was made of (`ImageDataset.summary`).
-        sides: shorter sides of some of them as they were stored, in pixels.
+        sides: of the largest crops of some of them, as they were stored, in pixels.
         shards: of each its images, how many of these are broken, and its bytes; None: it is not
             finished.
     """
@@ -372,7 +372,7 @@ class TokenCache(Dataset[Batch]):
         return {**summary, "left_out": left_out}
 
     def sides(self) -> list[int]:
-        """Shorter sides in pixels of some of the pictures, as they were stored."""
+        """See `ImageDataset.sides`."""
         return self.manifest.sides
 
     def nbytes(self) -> int:

@@ -188,11 +188,9 @@ class ImageDataset(Dataset[dict[str, Any]]):
         return part
 
     def sides(self, count: int = 16) -> list[int]:
-        """How large about so many pictures from all over the set are, as stored.
+        """Sides in pixels of the largest crops of about so many pictures from all over the set.
 
-        Returns:
-            for squares the shorter sides in pixels; of other shapes the side of the square of
-            which as much is left.
+        Of another shape than a square, the side of a square that would be scaled as much.
         """
         found = []
         for row in range(0, len(self), max(1, len(self) // count)):

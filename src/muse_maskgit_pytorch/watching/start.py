@@ -17,7 +17,7 @@ def summary(run: Mapping[str, Any], image_size: int, sides: Sequence[int]) -> li
     Args:
         run: its description, as its `RunFile` holds it.
         image_size: side of the squares that it trains on, in pixels.
-        sides: shorter sides of some of its images as they are stored.
+        sides: of the largest crops of some of its images, as they are stored.
     """
     settings, data, device = run["settings"], run["data"], run["device"]
     endless = data["items"] is None
@@ -31,7 +31,7 @@ def summary(run: Mapping[str, Any], image_size: int, sides: Sequence[int]) -> li
         f"{data['held_back']:,} held back for "
         f"validation, of {data['source']}",
         f"left out: {left_out}" if left_out else "",
-        f"sizes: shorter sides of {_span(sides)} px, trained at {image_size}" if sides else "",
+        f"sizes: largest crops of {_span(sides)} px, trained at {image_size}" if sides else "",
         f"parameters: {trained}" + (f"; {frozen} stay as they are" if frozen else ""),
         f"device: {device['kind']}, {PRECISIONS[settings['mixed_precision']]}{processes}",
         f"steps: {steps:,} of {batch:,} image{'s' * (batch > 1)} each, "

@@ -37,7 +37,7 @@ def test_the_summary():
     assert summary(described(), 256, [300, 640, 256]) == [
         "base: 3,600 images to train on, 73 held back for validation, of image folder 'cats'",
         "left out: 12 that have no caption",
-        "sizes: shorter sides of 256 to 640 px, trained at 256",
+        "sizes: largest crops of 256 to 640 px, trained at 256",
         "parameters: transformer 12.3 M, critic 940; vae 4.56 M stay as they are",
         "device: cuda (A Card), bfloat16, 2 processes",
         "steps: 900 of 32 images each, 112 to an epoch: 8 epochs in all",
