@@ -26,6 +26,7 @@ from muse_maskgit_pytorch.data.encoding import write_cache
 from muse_maskgit_pytorch.data.order import EndlessBatches, Sample, Shares
 from muse_maskgit_pytorch.data.pixels import View
 from muse_maskgit_pytorch.geometry import Geometry
+from muse_maskgit_pytorch.images import resize
 from tests.runs import COMMON, assert_same, interrupt, last_state, metrics
 
 RATIOS = ["2:1", "1:1", "1:2"]
@@ -230,17 +231,20 @@ def test_validation_has_every_row_once_in_batches_of_one_size(folder: Path):
 def stretched(model: Any, height: int, width: int) -> Any:
     """The same transformer with position tables of another grid, interpolated by hand."""
     made = copy.deepcopy(model)
-    for name, size in (("row", height), ("column", width)):
-        table = getattr(model.embed, name).detach().flatten(0, 1)
-        at = torch.linspace(0, len(table) - 1, size)
-        low = at.floor().long().clamp(max=len(table) - 2)
-        rows = torch.lerp(table[low], table[low + 1], (at - low)[:, None])
-        setattr(made.embed, name, nn.Parameter(rows[:, None] if name == "row" else rows[None]))
+    encoders = () if made.cond_encoder is None else (made.cond_encoder,)
+    for embed in (part.embed for part in (made, *encoders)):
+        for name, size in (("row", height), ("column", width)):
+            table = getattr(embed, name).detach().flatten(0, 1)
+            at = torch.linspace(0, len(table) - 1, size)
+            low = at.floor().long().clamp(max=len(table) - 2)
+            rows = torch.lerp(table[low], table[low + 1], (at - low)[:, None])
+            setattr(embed, name, nn.Parameter(rows[:, None] if name == "row" else rows[None]))
     return made
 
 
-def test_the_loss_of_a_wide_batch_is_that_of_interpolated_positions():
-    model = base(model=transformer(multi_axis=None)).eval()
+@pytest.mark.parametrize("make", [base, superres])
+def test_the_loss_of_a_wide_batch_is_that_of_interpolated_positions(make: Any):
+    model = make().eval()
     images = torch.rand(2, 3, 12, 24)
     mask = torch.rand(2, 18) < 0.5
     loss = model.losses(
@@ -249,7 +253,11 @@ def test_the_loss_of_a_wide_batch_is_that_of_interpolated_positions():
     ids = model.vae.encode_to_ids(images).flatten(1)
     text = model.embed_texts(["owl", "kite"])
     plain = stretched(model.transformer, 3, 6)
-    context = plain.encode_context(tiny.conditioning(text))
+    cond = None
+    if make is superres:
+        small = resize(images, (6, 12))
+        cond = model.cond_vae.encode_to_ids(small).flatten(1)
+    context = plain.encode_context(tiny.conditioning(text, cond))
     [hidden] = plain(torch.where(mask, plain.mask_id, ids), context)
     expected = F.cross_entropy(plain.to_logits(hidden[mask]), ids[mask])
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
