@@ -96,7 +96,7 @@ def train_all(results: str, t5: str, resnet: str) -> None:
     )
     counts, draw = torch.tensor([1, 16, 3, 12])[:, None], model.draw_mask
     model.draw_mask = (
-        lambda rows, size=None: (  # type: ignore[method-assign]
+        lambda rows, size=(16, 16): (  # type: ignore[method-assign]
             torch.arange(math.prod(size) // 16) < counts[rank * rows :][:rows]
             if torch.is_grad_enabled()
             else draw(rows, size)
