@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from muse_maskgit_pytorch import MaskGit, MaskGitTransformer, TextEmbeds, VQGanVAE
-from muse_maskgit_pytorch.training.ema import EMA
+from muse_maskgit_pytorch.training.ema import EMA, warmed_up
 from muse_maskgit_pytorch.training.estimate import of_maskgit, sketched
 from muse_maskgit_pytorch.training.optimizers import make_optimizer, trained_state
 from muse_maskgit_pytorch.weights import sketching
@@ -67,7 +67,7 @@ def step(model: MaskGit, optimizer: torch.optim.Optimizer, ema: EMA, rows: int) 
 def train(model: MaskGit, rows: int) -> None:
     optimizer = make_optimizer("adamw", model, 1e-4, (0.9, 0.96), 0.045)
     names = {name for name, p in model.named_parameters() if p.requires_grad}
-    ema = EMA(trained_state(model), names, 0.999)
+    ema = EMA(trained_state(model), names, warmed_up(0.999))
     for _ in range(2):
         step(model, optimizer, ema, rows)
 

@@ -723,7 +723,7 @@ def _near(path: Path) -> str:
         entry.relative_to(folder).as_posix()
         for pattern in ("*", "*/*")
         for entry in sorted(itertools.islice(folder.glob(pattern), 10_000))
-        if entry.suffix in ENDINGS and "-checkpoint-" not in entry.name
+        if entry.suffix in ENDINGS and not {"checkpoint", "snapshot"} & {*entry.name.split("-")}
     ]
     likeness = difflib.SequenceMatcher(b=path.name)
 

@@ -54,7 +54,7 @@ def test_memory_by_part():
     assert found.optimizer == 8 * count
     assert 4 * count < estimated(optimizer="adafactor").optimizer < 5 * count
     assert 4 * count < estimated(optimizer="muon").optimizer < 7 * count
-    assert estimated(averaged=False).averages == 0
+    assert estimated(averages=0).averages == 0
     twice = estimated(rows=8)
     assert twice.activations == pytest.approx(2 * found.activations, rel=0.1)
     again = estimated(checkpointed=True)

@@ -10,6 +10,7 @@ import yaml
 
 from ..arguments import as_path, real, shown, whole
 from ..foreign import load_tokenizer
+from ..training.checkpoints import KEPT
 from ..training.estimate import Estimate, of_maskgit, of_tokenizer, sketched
 from ..training.gan import Discriminator
 from ..vqgan_vae import ImageTokenizer, VQGanVAE
@@ -103,7 +104,7 @@ def _estimated(stage: str, recipe: Any, path: Path, config: Any) -> tuple[Estima
         rows=trainer.batch_size,
         optimizer=trainer.optimizer,
         half=trainer.mixed_precision != "no",
-        averaged=trainer.ema_decay > 0,
+        averages=(trainer.ema_decay > 0) + len(KEPT) * (trainer.posthoc_every > 0),
     )
     if stage == "vae":
         with sketching(10**6):

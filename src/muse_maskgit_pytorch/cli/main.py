@@ -31,6 +31,7 @@ COMMANDS = {
     ("train", "superres"): ("train", "train_superres", "train the super-resolution stage"),
     ("cache",): ("cache", "cache", "encode images and captions once, for all training runs"),
     ("estimate",): ("estimate", "estimate", "say what a recipe takes of memory, time and money"),
+    ("average",): ("average", "average", "average the weights of a run, after it"),
     ("eval", "vae"): ("evaluate", "eval_vae", "judge an image tokenizer by figures"),
     ("tune",): ("tune", "tune", "search a model's sampling options, store them as a preset"),
     ("report",): ("report", "report", "draw a run's curves and pictures as one HTML page"),

@@ -544,6 +544,31 @@ def tune_parser() -> Parser:
     return parser
 
 
+def average_parser() -> Parser:
+    parser = Parser("muse average", "Average the weights of a training, after it.")
+    parser.add_argument(
+        "sources",
+        type=str,
+        nargs="+",
+        help="with --length a run's results folder; else saved models or checkpoints of one "
+        "training, the earliest first",
+    )
+    parser.add_argument(
+        "--length",
+        type=float | None,
+        help="of a run with posthoc_every: how far back to reach, as a share of the training "
+        "(sigma_rel, up to 0.2887)",
+    )
+    parser.add_argument("--stage", type=str | None, help="of the run, where it has several")
+    parser.add_argument(
+        "--decay",
+        type=float | Literal["uniform"] | None,
+        help="over files: weight of the average so far (the paper's 0.7 if not given), or uniform",
+    )
+    parser.add_argument("--out", type=str, required=True, help="file to write, .safetensors")
+    return parser
+
+
 def report_parser() -> Parser:
     parser = Parser("muse report", "Draw a training run's curves and pictures as one HTML page.")
     parser.add_argument("results_folder", type=str, help="where the training wrote metrics.jsonl")

@@ -1,4 +1,7 @@
-"""The checkpoints of a run: their names, how many are kept, and what killed processes left."""
+"""The checkpoints of a run: their names, how many are kept, and what killed processes left.
+
+And the snapshots of its averages, all of which stay.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -14,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..arguments import fitting, whole
-from ..checkpoint import load_tree, save_tree
+from ..arguments import fitting, real, whole
+from ..checkpoint import load_tree, save_tree, state_of
 from ..watching.log import writing
 from ..weights import CheckpointError, reading, safetensors_file
 from .shards import divided, joined, read, write
@@ -37,6 +40,8 @@ FIELDS = {
 }
 
 
+KEPT = (0.05, 0.1)  # relative lengths of the averages that a training keeps, as in the paper
+KIND = "training snapshot"
 TREE, SHARDS = "tree.safetensors", "shards"  # in the folder of a sharded checkpoint
 
 
@@ -222,6 +227,63 @@ class Checkpoints:
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
+
+
+class Snapshots:
+    """Files ``NAME-snapshot-########.safetensors`` in a run's folder, numbered by step.
+
+    Args:
+        folder: the run's results folder.
+        name: of the stage.
+    """
+
+    def __init__(self, folder: Path, name: str):
+        self.folder, self.name = folder, name
+
+    def found(self) -> dict[int, Path]:
+        """Those of this stage by step, the earliest first."""
+        pattern = re.compile(rf"{re.escape(self.name)}-snapshot-(\d{{8,18}})\.safetensors")
+        names = {path: pattern.fullmatch(path.name) for path in self.folder.glob("*-snapshot-*")}
+        return dict(sorted((int(match[1]), path) for path, match in names.items() if match))
+
+    def write(
+        self, step: int, averages: Mapping[str, Mapping[str, Tensor]], averaged: Collection[str]
+    ) -> None:
+        """Write the snapshot of a step.
+
+        Args:
+            step: done.
+            averages: weights by name, by length.
+            averaged: names of those that are averages; the others are the same in all.
+        """
+        path = self.folder / f"{self.name}-snapshot-{step:08d}.safetensors"
+        copied = next(iter(averages.values()))
+        tree = {
+            "step": step,
+            "averages": {
+                length: {name: value for name, value in state.items() if name in averaged}
+                for length, state in averages.items()
+            },
+            "copied": {name: value for name, value in copied.items() if name not in averaged},
+        }
+        with writing(path):
+            save_tree(path, tree, kind=KIND)
+
+    def drop_after(self, step: int) -> None:
+        """Remove those of later steps: the run goes on from this one."""
+        for later, path in self.found().items():
+            if later > step:
+                path.unlink()
+
+    def read(self, path: Path) -> tuple[dict[float, dict[str, Tensor]], dict[str, Tensor]]:
+        """Averages by length, and what is not averaged."""
+        tree, _ = load_tree(path, kind=KIND)
+        with reading(path):
+            states = {
+                real("length", float(length)): state_of(state, path)
+                for length, state in tree["averages"].items()
+            }
+            return states, state_of(tree.get("copied"), path)
 
 
 def _step_of(path: Path) -> int | None:

@@ -185,7 +185,7 @@ def of_maskgit(
     optimizer: str = "adamw",
     half: bool = False,
     checkpointed: bool = False,
-    averaged: bool = True,
+    averages: int = 1,
 ) -> Estimate:
     """The step of a base or super-resolution stage, made within `sketched`.
 
@@ -196,7 +196,7 @@ def of_maskgit(
         optimizer: of the trainer.
         half: bfloat16 where autocast has it.
         checkpointed: activations within a block are computed again on the way back.
-        averaged: whether averaged weights are kept.
+        averages: how many averages of the weights are kept.
     """
     transformer, found = model.transformer, Estimate()
     blocks = [m for m in model.modules() if isinstance(m, layers.Block)]
@@ -204,7 +204,7 @@ def of_maskgit(
         if part is not None:
             found.parameters[name] = sum(p.numel() for p in part.parameters())
             _count(found, part, optimizer)
-    found.averages = found.weights if averaged else 0
+    found.averages = found.weights * averages
     tokenizers = {id(vae): vae for vae in (model.vae, model.cond_vae) if vae is not None}
     found.parameters["tokenizer"] = sum(
         p.numel() for vae in tokenizers.values() for p in vae.parameters()
@@ -262,7 +262,7 @@ def of_tokenizer(
     *,
     optimizer: str = "adamw",
     half: bool = False,
-    averaged: bool = True,
+    averages: int = 1,
 ) -> Estimate:
     """The step of a tokenizer with its discriminator, made within `sketched`.
 
@@ -271,7 +271,7 @@ def of_tokenizer(
     found = Estimate()
     found.parameters["tokenizer"] = sum(p.numel() for p in vae.parameters())
     _count(found, vae, optimizer)
-    found.averages = found.weights if averaged else 0
+    found.averages = found.weights * averages
     if judge is not None:
         found.parameters["discriminator"] = sum(p.numel() for p in judge.parameters())
         _count(found, judge, optimizer)

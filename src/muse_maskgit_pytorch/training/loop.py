@@ -50,8 +50,8 @@ from ..watching.run_file import (
 )
 from ..watching.start import count_parameters, defeats, summary
 from ..weights import check_weights, reading
-from .checkpoints import Checkpoints
-from .ema import EMA
+from .checkpoints import KEPT, Checkpoints, Snapshots
+from .ema import EMA, power, warmed_up
 from .guard import MAX_RESTARTS, Diverged, Guard
 from .lock import locked
 from .optimizers import (
@@ -110,6 +110,10 @@ class Trainer:
         max_skips: after this many skipped steps in a row the run returns to its last checkpoint
             and goes on with the data that follow, other random numbers and half the learning rate.
         ema_decay: of the averaged weights, saved next to the raw ones.
+        posthoc_every: optimizer steps between snapshots of two further averages, which stay in
+            ``results_folder``: from them `averages.posthoc_average` makes an average of any length
+            afterwards. They take as much memory as the weights twice, and each snapshot as much on
+            the disk. 0: none.
         mixed_precision: "no", "fp16" or "bf16" (autocast; weights stay float32).
         seed: of everything random in the training.
         num_workers: data loading processes, at most one for each core.
@@ -162,6 +166,7 @@ class Trainer:
         max_spike: float = 10.0,
         max_skips: int = 5,
         ema_decay: float = 0.999,
+        posthoc_every: int = 0,
         mixed_precision: Precision = "no",
         seed: int = 0,
         num_workers: int = 0,
@@ -210,6 +215,7 @@ class Trainer:
         self.max_grad_norm = real("max_grad_norm", max_grad_norm, 0)
         self.guard = Guard(real("max_spike", max_spike, 0), whole("max_skips", max_skips, 1))
         self.ema_decay = _share("ema_decay", ema_decay)
+        self.posthoc_every = whole("posthoc_every", posthoc_every, 0)
         self.seed = whole("seed", seed, 0, 2**32 - 1)
         self.num_workers = min(whole("num_workers", num_workers, 0, 1024), cores())
         self.log_every = whole("log_every", log_every, 1)
@@ -323,11 +329,13 @@ class Trainer:
     def _train(self) -> None:
         kind = f"{type(self).__name__} checkpoint"
         self.checkpoints = Checkpoints(self.results_folder, self.name, kind, self.keep_checkpoints)
+        self.snapshots = Snapshots(self.results_folder, self.name)
         newest = self.checkpoints.newest()
         main = self.parallel.is_main
-        if newest and not self.resume:
+        held = [*filter(None, [newest]), *self.snapshots.found().values()]
+        if held and not self.resume:
             raise CheckpointError(
-                f"{self.results_folder} already holds a run ({newest.name}): set resume=True to "
+                f"{self.results_folder} already holds a run ({held[0].name}): set resume=True to "
                 "continue it, or choose another results_folder"
             )
         train_set, valid_set = self.make_datasets()
@@ -338,6 +346,7 @@ class Trainer:
             self.checkpoints.sweep()
             if self.resume:  # what a killed process wrote beyond its last checkpoint comes again
                 drop_lines_after(self.results_folder, self.name, self.step)
+                self.snapshots.drop_after(self.step)
         health = Health(
             self.name,
             history=read_curves(self.results_folder, self.name) if newest else None,
@@ -394,7 +403,8 @@ class Trainer:
                 if self.guard.in_a_row == 0:  # what the guard skips has done no harm
                     self._loss = terms["loss"]
                 self.step += 1
-                self.ema.update(self.step)
+                for average in (self.ema, *self.posthoc.values()):
+                    average.update(self.step)
                 self._changing = False
                 self.progress.step_to(self.step)
                 if self.step % self.log_every == 0 or self.step in (1, self.num_train_steps):
@@ -410,6 +420,8 @@ class Trainer:
                     break  # saved, validated and drawn below
                 if self.sample_every and self.step % self.sample_every == 0:
                     self._look()
+                if self.posthoc_every and self.step % self.posthoc_every == 0:
+                    self._save_snapshot()
                 # weights whose gradients are being skipped may be at fault
                 if self.step % self.save_every == 0 and self.guard.in_a_row == 0:
                     self._check_loss()
@@ -422,6 +434,7 @@ class Trainer:
                     self._report()
                     raise KeyboardInterrupt
         self._check_loss()
+        self._save_snapshot()
         self._save_checkpoint()  # first: nothing that fails below may cost the last steps
         self._look()
         self.checkpoints.finish()
@@ -517,6 +530,7 @@ class Trainer:
         self.interval.start(self.step)
         self.progress.step_to(self.step)
         if self.parallel.is_main:
+            self.snapshots.drop_after(self.step)
             self.log.warn(
                 self.step,
                 f"{self.guard.max_skips} steps in a row were skipped at step {failed}: back to "
@@ -654,7 +668,10 @@ class Trainer:
         first = next(iter(self.modules().values()))
         names = [name for name, _ in first.named_parameters(remove_duplicate=False)]
         averaged = set(plain_names(first, names).values())
-        self.ema = EMA(trained_state(first), averaged, self.ema_decay)
+        tensors = trained_state(first)
+        self.ema = EMA(tensors, averaged, warmed_up(self.ema_decay))
+        lengths = KEPT if self.posthoc_every else ()
+        self.posthoc = {str(of): EMA(tensors, averaged, power(of)) for of in lengths}
         self._frozen = digest_state(
             {k: v for k, v in plain_state(first).items() if k not in self.ema.tensors}
         )
@@ -731,6 +748,14 @@ class Trainer:
             self._streams = self.parallel.gathered(self.stream.state())
         self._write_checkpoint()
 
+    def _save_snapshot(self) -> None:
+        """Write the further averages, if there are any. Every process must call it."""
+        states = {
+            length: self.parallel.whole_state(ema.average) for length, ema in self.posthoc.items()
+        }
+        if states and self.parallel.is_main:
+            self.snapshots.write(self.step, states, self.ema.averaged)
+
     def _write_checkpoint(self) -> None:
         if self._saved_at == self.step or not (self.parallel.is_main or self.sharded):
             return
@@ -742,6 +767,7 @@ class Trainer:
                 n: named_state(m, self.optimizers[n]) for n, m in self.modules().items()
             },
             "ema": self.ema.average,
+            "posthoc": {length: ema.average for length, ema in self.posthoc.items()},
             "scaler": self.parallel.scaler_state(),
             "guard": self.guard.state(),
             "windows": {name: window.state() for name, window in self.windows().items()},
@@ -769,6 +795,8 @@ class Trainer:
         Of an optimizer's state by the place of the parameter.
         """
         like = {f"ema/{name}": value for name, value in self.ema.average.items()}
+        for length, ema in self.posthoc.items():
+            like |= {f"posthoc/{length}/{name}": value for name, value in ema.average.items()}
         for module, inner in self.modules().items():
             for name, value in trained_state(inner).items():
                 like[f"modules/{module}/{name}"] = like[f"optimizers/{module}/{name}"] = value
@@ -788,6 +816,15 @@ class Trainer:
             check_weights(trained_state(module), saved_of[name], path, f"this {name}", advice)
         averages = state_of(tree["ema"], path)
         check_weights(self.ema.average, averages, path, "these averages", advice)
+        posthoc = tree.get("posthoc", {})
+        if self.posthoc.keys() - posthoc.keys():
+            raise CheckpointError(
+                f"{path} is of a run that was begun without posthoc_every, and averages that reach "
+                "back to the first step cannot begin now: leave it at 0"
+            )
+        kept = {length: state_of(posthoc[length], path) for length in self.posthoc}
+        for state in kept.values():
+            check_weights(self.ema.average, state, path, "these averages", advice)
         for name, module in self.modules().items():
             saved = saved_of[name]
             names = plain_names(module)
@@ -796,6 +833,8 @@ class Trainer:
             load_named_state(module, self.optimizers[name], tree["optimizers"][name])
         self.parallel.load_scaler(tree["scaler"])
         self.ema.load(averages)
+        for length, state in kept.items():
+            self.posthoc[length].load(state)
         self.guard.load(tree["guard"])
         for name, window in self.windows().items():
             if name in tree.get("windows", {}):

@@ -143,6 +143,11 @@ class MaskGitTrainer(Trainer):
         )
         self.lora = whole("lora_rank", lora_rank, 0) > 0
         if self.lora:
+            if self.posthoc_every:
+                raise ValueError(
+                    "posthoc_every averages models, and lora_rank trains an adapter: leave one of "
+                    "them out"
+                )
             if self.parallel.wants_shards:
                 raise ValueError(
                     "lora_rank does not go with FSDP: adapters are small, so use an accelerate "

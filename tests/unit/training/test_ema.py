@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from muse_maskgit_pytorch.training.ema import EMA
+from muse_maskgit_pytorch.training.ema import EMA, warmed_up
 
 
 def test_ema_follows_its_formula():
     weight, counter = torch.zeros(3), torch.tensor(0)
-    ema = EMA({"weight": weight, "counter": counter}, {"weight"}, decay=0.5)
+    ema = EMA({"weight": weight, "counter": counter}, {"weight"}, decay=warmed_up(0.5))
     expected = torch.zeros(3)
     for step in range(1, 20):
         weight.fill_(float(step))
@@ -28,7 +28,7 @@ def test_ema_decay_is_obeyed():
     ends = {}
     for decay in (0.0, 0.999):
         weight = torch.zeros(1)
-        ema = EMA({"weight": weight}, {"weight"}, decay)
+        ema = EMA({"weight": weight}, {"weight"}, warmed_up(decay))
         weight.fill_(1.0)
         ema.update(10**6)
         ends[decay] = ema.average["weight"].item()
@@ -38,7 +38,7 @@ def test_ema_decay_is_obeyed():
 
 def test_ema_is_applied_within_the_block_alone():
     weight = torch.ones(2)
-    ema = EMA({"weight": weight}, {"weight"}, 0.9)
+    ema = EMA({"weight": weight}, {"weight"}, warmed_up(0.9))
     weight.fill_(5.0)
 
     def fail():
@@ -54,4 +54,4 @@ def test_ema_is_applied_within_the_block_alone():
 @pytest.mark.parametrize("decay", [-0.1, 1.0, 2])
 def test_ema_refuses(decay: float):
     with pytest.raises(ValueError, match="ema_decay"):
-        EMA({}, (), decay)
+        warmed_up(decay)
