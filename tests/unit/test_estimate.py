@@ -40,8 +40,8 @@ def small(**changes) -> MaskGit:
         return MaskGit(vae=tiny.vae(), transformer=MaskGitTransformer(**shape), image_size=16)
 
 
-def estimated(rows: int = 4, depth: int = 2, **how) -> Estimate:
-    model = small(depth=depth)
+def estimated(rows: int = 4, depth: int = 2, dim: int = 32, **how) -> Estimate:
+    model = small(depth=depth, dim=dim)
     with sketched():
         return of_maskgit(model.to_empty(device="cpu"), rows, 5, **how)
 
@@ -54,6 +54,9 @@ def test_memory_by_part():
     assert found.optimizer == 8 * count
     assert 4 * count < estimated(optimizer="adafactor").optimizer < 5 * count
     assert 4 * count < estimated(optimizer="muon").optimizer < 7 * count
+    large: Any = dict(dim=128, depth=1)  # of which small tensors stay in float32
+    eight, full = (estimated(optimizer=o, **large).optimizer for o in ("adamw8bit", "adamw"))
+    assert 0.25 < eight / full < 0.35
     assert estimated(averages=0).averages == 0
     twice = estimated(rows=8)
     assert twice.activations == pytest.approx(2 * found.activations, rel=0.1)

@@ -29,7 +29,7 @@ from ..structures import Conditioning, TextEmbeds
 from ..transformer import TokenCritic
 from ..vqgan_vae import VQGanVAE
 from .gan import Discriminator
-from .optimizers import block_matrices, factors, trained
+from .optimizers import block_matrices, factors, moment8bit, trained
 
 MASKED = 0.64  # mean share of masked tokens under the cosine law (2.6)
 
@@ -173,6 +173,8 @@ def _count(found: Estimate, module: nn.Module, optimizer: str) -> None:
         found.gradients += size
         if optimizer == "adafactor":
             found.optimizer += size + 4 * sum(math.prod(f) for f in factors(p).values())
+        elif optimizer == "adamw8bit" and (parts := moment8bit(p)):
+            found.optimizer += 2 * (p.numel() + 4 * math.prod(parts["scale"]))
         else:
             found.optimizer += size if name in matrices else 2 * size
 

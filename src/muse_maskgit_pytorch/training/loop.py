@@ -94,8 +94,9 @@ class Trainer:
         grad_accum_every: forward passes per optimizer step.
         num_train_steps: optimizer steps in all.
         lr: peak learning rate.
-        optimizer: "adamw"; "adafactor", the paper's, which remembers half as much; or "muon" for
-            the matrices of transformer blocks, with AdamW for the rest.
+        optimizer: "adamw"; "adafactor", the paper's, which remembers half as much; "muon" for the
+            matrices of transformer blocks, with AdamW for the rest; or "adamw8bit", torchao's,
+            which remembers a quarter.
         betas: of AdamW and Adafactor.
         weight_decay: on matrices and convolutions (not on norms, biases, embeddings, position
             tables and null keys).

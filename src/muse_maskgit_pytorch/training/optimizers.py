@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from importlib.util import find_spec
+from itertools import product
 from typing import Any, Literal
 
 import torch
@@ -11,7 +14,8 @@ from ..checkpoint import plain_names, plain_state, unwrapped
 from ..layers import Block
 from ..weights import is_finite
 
-OptimizerName = Literal["adamw", "adafactor", "muon"]
+OptimizerName = Literal["adamw", "adafactor", "muon", "adamw8bit"]
+BLOCK = 256  # numbers of 8 bits that share a scale
 TABLES = ("row", "column", "null_kv")  # learned positions and null keys
 
 
@@ -166,6 +170,79 @@ class MuonAdamW(torch.optim.Optimizer):
             part.step()
 
 
+class AdamW8bit(torch.optim.Optimizer):
+    """torchao's AdamW, whose moments have 8 bits in blocks with a scale each.
+
+    The method is that of Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization". On a
+    GPU torch's compiler makes one kernel of it; elsewhere it is computed as it is written: slower,
+    but without minutes of compiling.
+
+    Args:
+        groups: parameter groups.
+        lr: learning rate.
+        betas: decay of both moments.
+        weight_decay: of all but the groups that say otherwise.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        lr: float,
+        betas: tuple[float, float],
+        weight_decay: float,
+    ):
+        from torchao import optim
+
+        self._part: Any = optim.AdamW8bit(
+            groups, lr=lr, betas=betas, weight_decay=weight_decay, block_size=BLOCK
+        )
+        super().__init__(self._part.param_groups, {})
+        self._share()
+
+    def _share(self) -> None:
+        self._part.param_groups, self._part.state = self.param_groups, self.state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._share()
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step."""
+        for group in self.param_groups:  # torchao refuses a rate that is a number
+            group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32)
+        compiled = self.param_groups[0]["params"][0].is_cuda
+        with nullcontext() if compiled else torch.compiler.set_stance("force_eager"):
+            self._part.step()
+
+    def joined(self, parameter: Tensor, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the optimizer remembers of a parameter, from the parts that `apart` made."""
+        state = {name: value for name, value in parts.items() if "." not in name}
+        for name in {name.partition(".")[0] for name in parts} - state.keys():
+            state[name] = moment = self._part._new_buffer(parameter, name == "exp_avg")
+            moment.codes.copy_(parts[f"{name}.codes"])
+            moment.scale.copy_(parts[f"{name}.scale"])
+        return state
+
+
+def apart(state: dict[str, Any]) -> dict[str, Tensor]:
+    """A parameter's state in plain tensors: moments of 8 bits as their codes and scales."""
+    parts = {}
+    for name, value in state.items():
+        if hasattr(value, "codes"):
+            parts |= {f"{name}.codes": value.codes, f"{name}.scale": value.scale}
+        else:
+            parts[name] = value
+    return parts
+
+
+def moment8bit(parameter: Tensor) -> dict[str, tuple[int, ...]]:
+    """Shapes of the parts of a moment of 8 bits; none where torchao leaves it in float32."""
+    count = parameter.numel()
+    if count < 4096 or count % BLOCK:
+        return {}
+    return {"codes": tuple(parameter.shape), "scale": (count // BLOCK,)}
+
+
 def check_optimizer(name: OptimizerName) -> None:
     """Refuse an optimizer that this installation lacks.
 
@@ -176,6 +253,11 @@ def check_optimizer(name: OptimizerName) -> None:
         raise ValueError(
             f"optimizer 'muon' needs torch 2.9, this is {torch.__version__}: "
             "pip install 'torch>=2.9', or use 'adamw'"
+        )
+    if name == "adamw8bit" and find_spec("torchao") is None:
+        raise ValueError(
+            "optimizer 'adamw8bit' needs torchao: pip install 'muse-maskgit-pytorch[torchao]', or "
+            "use 'adamw'"
         )
 
 
@@ -189,7 +271,8 @@ def make_optimizer(
     """The optimizer of a module's trained parameters; arguments as in `Trainer`.
 
     Raises:
-        ValueError: "muon" for a module without transformer blocks, or without torch 2.9.
+        ValueError: "muon" for a module without transformer blocks, or without torch 2.9;
+            "adamw8bit" without torchao.
     """
     check_optimizer(name)
     parameters, with_decay = trained(module), decayed(module)
@@ -210,6 +293,8 @@ def make_optimizer(
         return MuonAdamW([parameters[n] for n in parameters if n in matrices], groups, **settings)
     if name == "adafactor":
         return Adafactor(groups, **settings)
+    if name == "adamw8bit":
+        return AdamW8bit(groups, **settings)
     return torch.optim.AdamW(groups, **settings, fused=True)
 
 
@@ -226,13 +311,16 @@ def _layout(optimizer: Any, parameter: Tensor, of_muon: bool) -> dict[str, tuple
         return {"momentum_buffer": shape}
     if isinstance(optimizer, Adafactor):
         return {"step": (), "exp_avg": shape, **factors(parameter)}
+    if isinstance(optimizer, AdamW8bit) and (parts := moment8bit(parameter)):
+        moments = product(("exp_avg", "exp_avg_sq"), parts.items())
+        return {"step": ()} | {f"{name}.{part}": size for name, (part, size) in moments}
     return {"step": (), "exp_avg": shape, "exp_avg_sq": shape}
 
 
 def named_state(module: nn.Module, optimizer: Any) -> dict[str, Any]:
     """What the optimizer remembers of each parameter, by the parameter's name."""
     names = _names(module, optimizer)
-    return {names[i]: state for i, state in optimizer.state_dict()["state"].items()}
+    return {names[i]: apart(state) for i, state in optimizer.state_dict()["state"].items()}
 
 
 def load_named_state(module: nn.Module, optimizer: Any, saved: dict[str, Any]) -> None:
@@ -259,9 +347,12 @@ def load_named_state(module: nn.Module, optimizer: Any, saved: dict[str, Any]) -
                 "resume with the optimizer that the run was begun with"
             )
         for key, wanted in layout.items():
-            if own[key].shape != wanted or not is_finite(own[key]):
+            of_kind = key.endswith(".codes") != own[key].is_floating_point()
+            if own[key].shape != wanted or not is_finite(own[key]) or not of_kind:
                 raise ValueError(f"the optimizer's {key} of {name} is of another parameter")
     names = _names(module, optimizer)
+    if isinstance(inner, AdamW8bit):
+        saved = {name: inner.joined(parameters[name], own) for name, own in saved.items()}
     state = {i: saved[name] for i, name in enumerate(names) if name in saved}
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})

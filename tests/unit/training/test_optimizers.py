@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from muse_maskgit_pytorch import testing
-from muse_maskgit_pytorch.checkpoint import CheckpointError
+from muse_maskgit_pytorch.checkpoint import CheckpointError, load_tree, save_tree
+from muse_maskgit_pytorch.training import optimizers
 from muse_maskgit_pytorch.training.optimizers import (
     Adafactor,
     OptimizerName,
@@ -185,6 +186,64 @@ def test_states_of_other_shapes_or_without_numbers_are_refused(name: OptimizerNa
                 with pytest.raises(ValueError, match=f"{key} of {parameter}"):
                     load_named_state(model, optimizer, changed)
     load_named_state(model, optimizer, good)
+
+
+def linear(name: OptimizerName, steps: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A layer whose matrix has 4,096 numbers, trained to copy."""
+    torch.manual_seed(0)
+    model = nn.Linear(64, 64)
+    optimizer = make_optimizer(name, model, *SETTINGS)
+    for _ in range(steps):
+        copy(model, optimizer)
+    return model, optimizer
+
+
+def copy(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
+    x = torch.randn(128, 64)
+    loss = (model(x) - x).square().mean()
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return float(loss.detach())
+
+
+def test_moments_of_8_bits_are_stored_as_they_are(tmp_path: Path):
+    model, optimizer = linear("adamw8bit", steps=3)
+    state = named_state(model, optimizer)
+    assert {key: value.dtype for key, value in state["weight"].items()} == {
+        "step": torch.float32,
+        "exp_avg.codes": torch.uint8, "exp_avg.scale": torch.float32,
+        "exp_avg_sq.codes": torch.uint8, "exp_avg_sq.scale": torch.float32,
+    }  # fmt: skip
+    path = save_tree(tmp_path / "state.safetensors", {"state": state}, kind="state")
+    other, fresh = linear("adamw8bit", steps=0)
+    other.load_state_dict(model.state_dict())
+    load_named_state(other, fresh, load_tree(path)[0]["state"])
+    assert_same(named_state(other, fresh), state)
+    for each in ((model, optimizer), (other, fresh)):
+        torch.manual_seed(1)
+        copy(*each)
+    assert_same(dict(other.state_dict()), dict(model.state_dict()))
+    parts = state["weight"]
+    for bad in (parts["exp_avg.codes"].float(), parts["exp_avg.codes"][:-1]):
+        changed = {"weight": parts | {"exp_avg.codes": bad}}
+        with pytest.raises(ValueError, match=r"exp_avg.codes of weight is of another"):
+            load_named_state(other, fresh, changed)
+    with pytest.raises(ValueError, match="another optimizer"):
+        load_named_state(*linear("adamw", steps=0), state)
+
+
+def test_adam_of_8_bits_learns_as_adam_does():
+    last = {name: copy(*linear(name, steps=60)) for name in ("adamw", "adamw8bit")}
+    first = copy(*linear("adamw", steps=0))
+    assert last["adamw"] < 0.2 * first
+    assert last["adamw8bit"] == pytest.approx(last["adamw"], rel=0.05)
+
+
+def test_adam_of_8_bits_needs_torchao(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(optimizers, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"adamw8bit.*pip install.*torchao"):
+        make_optimizer("adamw8bit", nn.Linear(2, 2), *SETTINGS)
 
 
 def test_muon_is_refused_where_it_has_nothing_to_do(
