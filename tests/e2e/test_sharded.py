@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from muse_maskgit_pytorch import MaskGit, MaskGitTrainer, MaskGitTransformer, TokenCritic
 from muse_maskgit_pytorch import testing as tiny
 from muse_maskgit_pytorch.checkpoint import CheckpointError
+from muse_maskgit_pytorch.training.averages import posthoc_average
 from muse_maskgit_pytorch.training.losses import NamedTerms
 from muse_maskgit_pytorch.training.parallel import shard
 
@@ -51,7 +52,7 @@ def make_trainer(results: str, t5: str, **changes: Any) -> MaskGitTrainer:
     settings: dict[str, Any] = dict(
         folder="images", batch_size=BATCH // world, grad_accum_every=2, num_train_steps=STEPS,
         lr=RATE, warmup_steps=2, log_every=1, sample_every=3, save_every=2, valid_fraction=0.3,
-        num_samples=3, lr_schedule="constant",
+        num_samples=3, lr_schedule="constant", posthoc_every=3,
     )  # fmt: skip
     return MaskGitTrainer(model, results_folder=results, **settings | changes)
 
@@ -179,6 +180,10 @@ def test_two_that_share_a_model_train_as_one(
                 MaskGit.from_pretrained(tmp_path / run / file).state_dict() for run in (name, "one")
             )
             torch.testing.assert_close(mine, theirs, rtol=0, atol=0.2 * RATE)
+        mine, theirs = (
+            posthoc_average(tmp_path / run, 0.08)[0].state_dict() for run in (name, "one")
+        )
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0.2 * RATE)
     assert any("valid_loss" in line for line in log(two))
     losses = [line["loss"] for line in log(tmp_path / "superres") if "loss" in line]
     assert len(losses) == 4

@@ -283,6 +283,10 @@ class Snapshots:
                 real("length", float(length)): state_of(state, path)
                 for length, state in tree["averages"].items()
             }
+            if self.found().get(tree["step"]) != path:
+                raise CheckpointError(
+                    f"{path} is of step {tree['step']}: give it its own name back"
+                )
             return states, state_of(tree.get("copied"), path)
 
 

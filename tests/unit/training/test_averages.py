@@ -147,6 +147,10 @@ def test_snapshots_that_cannot_be_averaged(trainer, tmp_path: Path):
         CheckpointError, match=r"does not fit base-snapshot-00000002.*missing there"
     ):
         posthoc_average(tmp_path / "other", 0.1)
+    first, last = Snapshots(tmp_path / "other", "base").found().values()
+    last.replace(first)
+    with pytest.raises(CheckpointError, match="is of step 2: give it its own name"):
+        posthoc_average(tmp_path / "other", 0.1)
     for path in (tmp_path / "other").glob("base-checkpoint-*"):
         path.unlink()
     with pytest.raises(CheckpointError, match=r"already holds a run .*snapshot"):
