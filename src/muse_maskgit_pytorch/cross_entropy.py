@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+TINY = 1e-12  # instead of no weight at all
 ROWS = 512  # at a time on a CPU; the gradient of the weight is gone through once for each chunk
 
 
@@ -23,6 +24,7 @@ def cross_entropy(
     labels: Int[Tensor, " R"],
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    weights: Float[Tensor, " R"] | None = None,
 ) -> Float[Tensor, ""]:
     """``F.cross_entropy(head(hidden), labels)``, the mean over rows with a label, in float32.
 
@@ -34,12 +36,23 @@ def cross_entropy(
         label_smoothing: share of the target that is spread over all codes.
         z_loss: adds so many times the mean squared log of softmax's denominator, which keeps
             logits from drifting (Chowdhery et al. 2022, 5).
+        weights: of the rows in that mean, at least 0; all count alike by default. Where none
+            counts the loss is 0.
     """
     if type(head) is not nn.Linear or head.bias is not None or not len(labels):
         logits = head(hidden).float()
+        if weights is not None:
+            each = F.cross_entropy(
+                logits, labels, label_smoothing=label_smoothing, reduction="none"
+            )
+            if z_loss:
+                each = each + z_loss * logits.logsumexp(-1).square()
+            weights = weights * (labels >= 0)
+            return (each * weights).sum() / weights.sum().clamp(min=TINY)
         loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
         return loss + z_loss * logits.logsumexp(-1)[labels >= 0].square().mean() if z_loss else loss
-    return _Chunked.apply(hidden, head.weight, labels, label_smoothing, z_loss)  # type: ignore[return-value]
+    weights = (labels >= 0).float() if weights is None else weights * (labels >= 0)
+    return _Chunked.apply(hidden, head.weight, labels, weights, label_smoothing, z_loss)  # type: ignore[return-value]
 
 
 class _Chunked(torch.autograd.Function):
@@ -47,7 +60,13 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, smoothing: float, z_loss: float
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        weights: Tensor,
+        smoothing: float,
+        z_loss: float,
     ) -> Tensor:
         codes = len(weight)
         size = ROWS if hidden.device.type == "cpu" else 8 * ROWS
@@ -55,21 +74,24 @@ class _Chunked(torch.autograd.Function):
         by_hidden = torch.empty_like(hidden) if wants[0] else None
         by_weight = torch.zeros_like(weight) if wants[1] else None
         total = torch.zeros((), device=hidden.device)
-        counts = labels >= 0
-        number = counts.sum().clamp(min=1)
-        divisor = torch.where(counts, number, torch.inf)
+        counts = weights > 0
+        number = weights.sum().clamp(min=TINY)
+        divisor = torch.where(counts, number / weights, torch.inf)
         for start in range(0, len(labels), size):
             rows = slice(start, start + size)
             logits = F.linear(hidden[rows], weight)  # in autocast's type, where there is any
             dtype, logits = logits.dtype, logits.float()
             log_sum = logits.logsumexp(dim=-1, keepdim=True) if z_loss else None
             log_probs = logits.log_softmax(dim=-1)
-            here, count = labels[rows, None].clamp(min=0), counts[rows, None]
-            total -= (1 - smoothing) * log_probs.gather(1, here).masked_fill(~count, 0).sum()
+            here, share = labels[rows, None].clamp(min=0), weights[rows, None]
+            count = counts[rows, None]
+            total -= (1 - smoothing) * (log_probs.gather(1, here) * share).masked_fill(
+                ~count, 0
+            ).sum()
             if smoothing:
-                total -= smoothing / codes * log_probs.masked_fill(~count, 0).sum()
+                total -= smoothing / codes * (log_probs * share).masked_fill(~count, 0).sum()
             if log_sum is not None:
-                total += z_loss * log_sum.masked_fill(~count, 0).square().sum()
+                total += z_loss * (log_sum.square() * share).masked_fill(~count, 0).sum()
             if not any(wants):
                 continue
             # softmax minus target, of the mean over all rows that count
@@ -93,6 +115,7 @@ class _Chunked(torch.autograd.Function):
         return (
             None if by_hidden is None else by_hidden * grad.to(by_hidden.dtype),
             None if by_weight is None else by_weight * grad.to(by_weight.dtype),
+            None,
             None,
             None,
             None,

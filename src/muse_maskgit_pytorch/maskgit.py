@@ -18,7 +18,7 @@ from torch import Tensor
 from .arguments import as_tensor, one_of, real
 from .checkpoint import Saveable
 from .conditioning import Conditioner, check_pixels, one_each
-from .cross_entropy import cross_entropy
+from .cross_entropy import TINY, cross_entropy
 from .geometry import Geometry, ImageSize
 from .inference.compiling import compiled
 from .inference.graphs import GRAPHS, by_graphs
@@ -265,6 +265,7 @@ class MaskGit(Saveable):
         mask: Bool[Tensor, "R N"] | None = None,
         mask_weight: float | Tensor = 1.0,
         token_weight: float = 1.0,
+        loss_mask: Float[Tensor, "B 1 H W"] | None = None,
         self_cond: bool | None = None,
     ) -> LossTerms:
         """The named loss terms of one batch (2.6, 2.7).
@@ -285,6 +286,8 @@ class MaskGit(Saveable):
             mask_weight: factor of the cross-entropy, a mean over this batch's masked tokens. One
                 of several micro batches gets its share of all masked tokens times their number.
             token_weight: likewise of the critic's loss, a mean over all tokens.
+            loss_mask: in [0, 1], of the images' size: a token counts in the cross-entropy by the
+                mean of its patch. The critic's loss does not heed it.
             self_cond: whether a transformer with self-conditioning is given its own first guess;
                 drawn by ``self_cond_prob`` unless given.
 
@@ -315,6 +318,7 @@ class MaskGit(Saveable):
             drop = real("cond_drop_prob", cond_drop_prob, 0, 1)
         if mask is not None and len(mask) == 2 * len(ids):
             ids, text = ids.repeat(2, 1), text.cat(text)
+            loss_mask = None if loss_mask is None else loss_mask.repeat(2, 1, 1, 1)
             cond = None if cond is None else cond.repeat(2, 1)
         if cond is not None and self.cond_noise_prob and self.training:
             assert self.cond_vae is not None
@@ -327,8 +331,17 @@ class MaskGit(Saveable):
         if self.transformer.self_cond and self_cond is None:
             self_cond = bool(torch.rand((), device="cpu") < self.self_cond_prob)
         recall = bool(self.transformer.self_cond and self_cond)
+        shares = None if loss_mask is None else self.token_shares(loss_mask, image_size)
         terms = compiled(_terms, self._compile)
-        return terms(self, ids, masked, conditioning, part, recall, mask_weight, token_weight)
+        weights = mask_weight, token_weight, shares
+        return terms(self, ids, masked, conditioning, part, recall, *weights)
+
+    def token_shares(
+        self, loss_mask: Float[Tensor, "B 1 H W"], image_size: ImageSize | None = None
+    ) -> Float[Tensor, "B N"]:
+        """What each token counts in the loss: the mean of a mask over its patch."""
+        grid = self.geometry.grid(image_size)
+        return F.adaptive_avg_pool2d(loss_mask.to(self.device), grid).flatten(1)
 
     def forward(
         self,
@@ -519,6 +532,7 @@ def _terms(
     recall: bool,
     mask_weight: float | Tensor,
     token_weight: float,
+    shares: Float[Tensor, "B N"] | None,
 ) -> LossTerms:
     """What `MaskGit.losses` computes, in one graph where it is compiled.
 
@@ -528,6 +542,7 @@ def _terms(
         conditioning: what the transformers see besides.
         recall: whether there is a previous pass to condition on.
         part, mask_weight, token_weight: as in `MaskGit.losses`.
+        shares: what the tokens count, see `MaskGit.token_shares`; None: all alike.
     """
     transformer, mask = model.transformer, masked.mask
     # counting the masked rows would break a compiled graph and let a GPU wait: there, all rows are
@@ -548,13 +563,20 @@ def _terms(
                 torch.clear_autocast_cache()
         [states] = transformer(masked.input_ids, context, self_cond)
         hidden, head = rows(states), transformer.to_logits
-        settings = model.label_smoothing, model.z_loss
-        ce = mask_weight * cross_entropy(head, hidden, rows(masked.labels), *settings)
+        counted = mask if shares is None else mask * shares
+        left = ~mask if shares is None else ~mask * shares
+
+        def loss(labels: Tensor, which: Tensor, weights: Tensor) -> Tensor:
+            weighted = None if shares is None else rows(weights, which)
+            here = rows(states, which), rows(labels, which)
+            return cross_entropy(head, *here, model.label_smoothing, model.z_loss, weighted)
+
+        ce = mask_weight * loss(masked.labels, mask, counted)
         total = ce
         if model.unmasked_weight and not (alone and mask.all()):
-            labels = torch.where(mask, IGNORE_INDEX, ids)
-            seen = cross_entropy(head, rows(states, ~mask), rows(labels, ~mask), *settings)
-            total = ce + mask_weight * model.unmasked_weight * (~mask).sum() / mask.sum() * seen
+            seen = loss(torch.where(mask, IGNORE_INDEX, ids), ~mask, left)
+            ratio = left.sum() / counted.sum().clamp(min=TINY)
+            total = ce + mask_weight * model.unmasked_weight * ratio * seen
 
     if model.critic is None or part == "transformer":
         return LossTerms(total, ce)

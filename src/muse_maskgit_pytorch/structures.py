@@ -134,6 +134,7 @@ class Batch:
 
     Attributes:
         image_size: height and width of the images; if None, the trained square.
+        loss_mask: what their pixels count in the loss, in [0, 1]; None: all alike.
     """
 
     images: Float[Tensor, "B 3 H W"] | None = None
@@ -143,6 +144,7 @@ class Batch:
     cond_ids: Int[Tensor, "B M"] | None = None
     text_embeds: TextEmbeds | None = None
     image_size: tuple[int, int] | None = None
+    loss_mask: Float[Tensor, "B 1 H W"] | None = None
 
 
 @dataclass(frozen=True)

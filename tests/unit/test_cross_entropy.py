@@ -26,6 +26,29 @@ def test_it_is_the_loss_of_all_logits(monkeypatch, smoothing, z_loss, rows):
     torch.testing.assert_close(*slopes, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("bias", [False, True])  # in chunks, and with all logits
+def test_rows_count_by_their_weights(monkeypatch, bias):
+    """As often as they would stand there; all alike is bit for bit what it is without weights."""
+    monkeypatch.setattr(module, "ROWS", 4)
+    head, hidden = nn.Linear(12, 50, bias=bias), torch.randn(9, 12, requires_grad=True)
+    labels, often = torch.arange(9), torch.tensor([3, 0, 1, 2, 0, 1, 1, 5, 1])
+    labels[2] = -100
+    given = [hidden, head.weight]
+    loss = cross_entropy(head, hidden, labels, 0.1, 0.02, weights=often / 4)
+    more, again = (x.repeat_interleave(often, 0) for x in (hidden, labels))
+    expected = cross_entropy(head, more, again, 0.1, 0.02)
+    torch.testing.assert_close(loss, expected)
+    slopes = [torch.autograd.grad(value, given) for value in (loss, expected)]
+    torch.testing.assert_close(*slopes, atol=1e-6, rtol=1e-5)
+    assert not slopes[0][0][[1, 2, 4]].any()
+    assert cross_entropy(head, hidden, labels, weights=torch.zeros(9)) == 0
+    if not bias:
+        assert torch.equal(
+            cross_entropy(head, hidden, labels, weights=torch.ones(9)),
+            cross_entropy(head, hidden, labels),
+        )
+
+
 def test_what_needs_no_gradient_gets_none():
     head, labels = nn.Linear(12, 50, bias=False), torch.randint(50, (9,))
     for learns in ([True, False], [False, True]):

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from ..arguments import printable
 from ..geometry import Size
-from ..images import largest_crop, to_tensor
+from ..images import largest_crop, read_image, to_tensor
 from .order import Sample, drawn
 from .pixels import View
 from .rows import captions_of, embeds_of
@@ -30,7 +30,8 @@ class ImageDataset(Dataset[dict[str, Any]]):
 
     An item is `{"image": float (3,H,W) in [0,1]}`, with "text": str if there are captions, and
     with "cond_image": float (3,h,w) if a low resolution is asked for. Of several captions one is
-    drawn. An item with embeddings of its own has "text_embeds", float (L,E), in place of a text.
+    drawn. An item with embeddings of its own has "text_embeds", float (L,E), in place of a text,
+    and one with a mask of its loss "loss_mask", float (1,H,W) in [0,1].
 
     A broken item never ends a run. It is named in a warning once and from then on answered with
     the next readable one of its shape, or else of any, cropped to it, so every index stays valid
@@ -107,7 +108,8 @@ class ImageDataset(Dataset[dict[str, Any]]):
             if (item := self.views(row, [position], bucket)) is not None:
                 if "text" in item:
                     item["text"] = self._worded(item["text"], position)
-                return item | {"image": item["image"][0]}
+                first = {name: item[name][0] for name in ("image", "loss_mask") if name in item}
+                return item | first
         raise ValueError(f"{self.source} holds no image that can be read")
 
     def _instead(self, index: int) -> Iterator[int]:
@@ -140,6 +142,10 @@ class ImageDataset(Dataset[dict[str, Any]]):
         picture = Image.fromarray(prepared["picture"])
         images = torch.stack([self.view.finish(picture, at, bucket) for at in positions])
         rest = {name: value for name, value in prepared.items() if name != "picture"}
+        if "loss_mask" in rest:  # the same crops: it has the picture's size
+            counted = Image.fromarray(rest["loss_mask"])
+            views = [self.view.finish(counted, at, bucket)[:1] for at in positions]
+            rest["loss_mask"] = torch.stack(views)
         return {"image": images} | rest
 
     @property
@@ -237,6 +243,14 @@ class ImageDataset(Dataset[dict[str, Any]]):
     def _prepare(self, key: str, item: Item, bucket: int) -> dict[str, Any]:
         picture = self.view.prepare(item.image, bucket)
         prepared: dict[str, Any] = {"picture": np.asarray(picture)}
+        if (counted := item.loss_mask) is not None:
+            counted = read_image(counted)
+            if counted.size != (size := read_image(item.image).size):
+                raise ValueError(
+                    f"the loss_mask of item {key!r} of {self.source} is {counted.size} pixels, its "
+                    f"image {size}: give both the same size"
+                )
+            prepared["loss_mask"] = np.asarray(self.view.prepare(counted, bucket))
         if self.captions:
             what = f"item {key!r} of {self.source}"
             if item.embeds is None:

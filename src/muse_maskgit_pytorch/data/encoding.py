@@ -179,7 +179,13 @@ class _Views(Dataset[Any]):
 
     def __getitem__(self, index: int) -> dict[str, Any] | None:
         crops = range(index * self.crops, (index + 1) * self.crops)
-        return self.dataset.views(index, crops or [None])
+        item = self.dataset.views(index, crops or [None])
+        if item is not None and "loss_mask" in item:
+            raise ValueError(
+                f"{self.dataset.source} has a loss_mask, which a cache does not hold: set "
+                "cache_tokens=False"
+            )
+        return item
 
 
 class _Encoder:

@@ -128,13 +128,14 @@ class Columns:
         what = f"image {key} of {self.name}"
         if not isinstance(row, Mapping) or self.image not in row:
             raise ValueError(f"item {key} of {self.name} has no {self.image}")
-        cond = row.get("cond_image")
+        cond, counted = row.get("cond_image"), row.get("loss_mask")
         return Item(
             as_picture(row[self.image], what),
             self._text(row),
             None if cond is None else as_picture(cond, f"low-resolution {what}"),
             row.get("text_embeds"),
             row.get("text_mask"),
+            None if counted is None else as_picture(counted, f"loss_mask of {what}"),
         )
 
     def size(self, row: Mapping[str, Any]) -> tuple[int, int] | None:

@@ -32,6 +32,7 @@ class Item:
         cond_image: its low-resolution image, for super-resolution; None: ``image`` scaled down.
         embeds: what a text encoder of one's own made of the caption, in its place: float (L,E).
         mask: which of these L are tokens, bool (L,); None: all.
+        loss_mask: of the image's size: white counts in the loss, black does not; None: all counts.
     """
 
     image: Image.Image
@@ -39,6 +40,7 @@ class Item:
     cond_image: Image.Image | None = None
     embeds: Any = None
     mask: Any = None
+    loss_mask: Image.Image | None = None
 
 
 class Source(Protocol):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ..arguments import one_of, whole
+from ..cross_entropy import TINY
 from ..data.cache import TokenCache
 from ..data.dataset import ImageDataset, split
 from ..data.encoding import write_cache
@@ -50,7 +51,8 @@ class MaskGitTrainer(Trainer):
             stream of dicts with "image" (a PIL image, a float tensor (3,H,W) in [0,1], or encoded
             bytes), "text" (a caption, or several, of which one is drawn each time; a class or its
             number) or "text_embeds" (float (L,E), with "text_mask" or without), and, if there is
-            one, "cond_image"; or a name of files or of a data set (`data.open_named`). A stream
+            one, "cond_image", and "loss_mask", a picture of the image's size: white counts in the
+            loss, black does not; or a name of files or of a data set (`data.open_named`). A stream
             has no length; it is not cached, and `num_train_steps` decides the end.
         cond_folder: low-resolution images for super-resolution, found by the name of the image
             (its path relative to the folder, without the suffix). Without it: the items' own
@@ -287,6 +289,9 @@ class MaskGitTrainer(Trainer):
         if isinstance(items, Batch):  # from a TokenCache
             return items
         given = [item.pop("text_embeds", None) for item in items]
+        if any("loss_mask" in item for item in items):
+            white = torch.ones_like(items[0]["image"][:1])
+            items = [{"loss_mask": white} | item for item in items]
         joined = torch.utils.data.default_collate(items)
         embeds = [embeds for embeds in given if embeds is not None]
         if 0 < len(embeds) < len(items):
@@ -297,6 +302,7 @@ class MaskGitTrainer(Trainer):
             texts=None if embeds else joined.get("text") or self.maskgit.no_texts(len(items)),
             text_embeds=TextEmbeds.padded(embeds) if embeds else None,
             image_size=tuple(joined["image"].shape[-2:]),
+            loss_mask=joined.get("loss_mask"),
         )
 
     def _arguments(self, batch: Batch) -> dict[str, Any]:
@@ -311,6 +317,7 @@ class MaskGitTrainer(Trainer):
             cond_images=cond_images,
             cond_ids=cond_ids,
             image_size=batch.image_size,
+            loss_mask=batch.loss_mask,
             part=self.part,
         )
 
@@ -324,9 +331,11 @@ class MaskGitTrainer(Trainer):
         masks = [self.maskgit.draw_mask(_rows(batch), batch.image_size) for batch in micros]
         if self.complementary:
             masks = [torch.cat([mask, ~mask]) for mask in masks]
-        counts = torch.stack([mask.sum() for mask in masks])
+        counts = torch.stack(
+            [self._counted(mask, batch) for mask, batch in zip(masks, micros, strict=True)]
+        )
         total = self.parallel.reduce(counts.sum())
-        weights = counts * len(micros) * self.parallel.world / total
+        weights = counts * len(micros) * self.parallel.world / total.clamp(min=TINY)
         tokens = sum(mask.numel() for mask in masks) / len(micros)
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
         for micro, (batch, mask, weight) in enumerate(zip(micros, masks, weights, strict=True)):
@@ -340,6 +349,13 @@ class MaskGitTrainer(Trainer):
             for name, value in terms.items():
                 sums[name] += value.detach() / len(micros)
         return {**sums, "grad_norm": self.optimizer_step("model")}
+
+    def _counted(self, mask: Tensor, batch: Batch) -> Tensor:
+        """What the masked tokens of a batch count in all."""
+        if batch.loss_mask is None:
+            return mask.sum()
+        shares = self.maskgit.token_shares(batch.loss_mask, batch.image_size)
+        return (mask * shares.repeat(len(mask) // len(shares), 1)).sum()
 
     def _guesses(self, micro: int) -> bool | None:
         """Whether a micro batch trains with self-conditioning; None: the model draws it.
@@ -358,7 +374,7 @@ class MaskGitTrainer(Trainer):
     def validate(self, shares: Shares) -> dict[str, float]:
         """Mean loss terms, over masked tokens and over all for the critic; texts always seen.
 
-        With self-conditioning as in drawing.
+        With self-conditioning as in drawing, and without masks of the loss.
         """
         masks: dict[int, Tensor] = {}
         for size, bucket in shares.buckets.items():
@@ -371,7 +387,7 @@ class MaskGitTrainer(Trainer):
             # a batch draws the same numbers whichever process has it
             torch.manual_seed(self.seed * 1_000_003 + rows[0] + 1)
             terms = self.maskgit.losses(
-                **self._arguments(batch),
+                **self._arguments(batch) | {"loss_mask": None},
                 cond_drop_prob=0.0,
                 mask=mask,
                 mask_weight=mask.sum() / len(rows) / masked,
