@@ -9,13 +9,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import GifImagePlugin, Image, ImageCms, ImageFile, ImageFont, PngImagePlugin
+from PIL import (
+    GifImagePlugin,
+    Image,
+    ImageCms,
+    ImageFile,
+    ImageFont,
+    JpegImagePlugin,
+    PngImagePlugin,
+)
 from skimage import data
 
 from muse_maskgit_pytorch import images
 from muse_maskgit_pytorch.images import (
     RECORD,
     check_image,
+    header_size,
     image_grid,
     read_image,
     read_record,
@@ -649,3 +658,40 @@ def test_scaling_keeps_what_fits_and_clamps(photo: Image.Image):
     assert resize(edge, (4, 9)).shape == (1, 3, 4, 9)
     with pytest.raises(ValueError, match="size must be"):
         resize(whole, (0, 8))
+
+
+@pytest.mark.parametrize("turn", [1, 6])
+def test_large_jpegs_are_decoded_at_reduced_scale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, turn: int
+):
+    """A fraction of the pixels is decoded; the square is the same to less than a level."""
+    exif = Image.Exif()
+    exif[274] = turn
+    sizes = {"even": (1008, 672), "odd": (1003, 677)}
+    asked: list[tuple[int, int]] = []
+    original = JpegImagePlugin.JpegImageFile.draft
+
+    def draft(self, mode, size):
+        asked.append(size)
+        return original(self, mode, size)
+
+    monkeypatch.setattr(JpegImagePlugin.JpegImageFile, "draft", draft)
+    for name, size in sizes.items():
+        path = tmp_path / f"{name}.jpg"
+        photo = Image.fromarray(data.astronaut()).resize(size, Image.Resampling.LANCZOS)
+        photo.save(path, quality=92, exif=exif)
+        whole = to_tensor(read_image(path), 64)
+        assert not asked
+        difference = (to_tensor(path, 64) - whole).abs() * 255
+        if turn == 6 and name == "odd":  # only the first column and row are at block edges
+            assert not asked
+            assert not difference.any()
+        else:
+            assert asked.pop() == (size[0] // 4, size[1] // 4)
+            assert difference.mean() < 1
+        assert header_size(path) == (size if turn == 1 else size[::-1])
+        assert torch.equal(to_tensor(path, 500), to_tensor(read_image(path), 500))
+
+    png = Image.fromarray(data.astronaut())
+    png.save(tmp_path / "a.png")
+    assert torch.equal(to_tensor(tmp_path / "a.png", 64), to_tensor(png, 64))

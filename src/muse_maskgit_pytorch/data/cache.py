@@ -33,6 +33,7 @@ from .source import BROKEN
 
 FORMAT, VERSION = "muse token cache", 1
 MANIFEST = "manifest.json"
+DECODING = "reduced"  # of large JPEGs (`images.read_reduced`); "whole" before a plan said so
 SPLIT_SEED = 0  # of the places in a split that are stored
 
 
@@ -106,6 +107,7 @@ class Plan:
         source: fingerprint of keys and captions (`ImageDataset.summary`).
         cond_source: what the low-resolution images come from; None: the images scaled down.
         rows: images of each shard but the last.
+        decoding: how pictures become pixels.
     """
 
     images: int
@@ -116,6 +118,7 @@ class Plan:
     source: str
     cond_source: str | None
     rows: int
+    decoding: str = DECODING
 
     @property
     def views(self) -> int:
@@ -142,7 +145,7 @@ class Plan:
         texts = Texts(**tree["texts"])
         whole("width", texts.width, 1)
         cls.view_of(tree["view"])
-        read: dict[str, Any] = {**tree, "ids": ids, "texts": texts}
+        read: dict[str, Any] = {"decoding": "whole", **tree, "ids": ids, "texts": texts}
         return cls(**read)
 
     @staticmethod

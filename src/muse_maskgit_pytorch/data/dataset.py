@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from ..arguments import printable
 from ..geometry import Size
-from ..images import largest_crop, read_image, to_tensor
+from ..images import center_crop, header_size, largest_crop, read_reduced, reduction, to_tensor
 from .order import Sample, drawn
 from .pixels import View
 from .rows import captions_of, embeds_of
@@ -201,7 +201,8 @@ class ImageDataset(Dataset[dict[str, Any]]):
         found = []
         for row in range(0, len(self), max(1, len(self) // count)):
             with suppress(ValueError):  # it is broken; `__getitem__` says so when it is asked for
-                picture, size = self.source.item(self._rows[row]).image.size, self.size(row)
+                picture = header_size(self.source.item(self._rows[row]).image)
+                size = self.size(row)
                 found.append(self.view.size * largest_crop(picture, size)[0] // size[1])
         return found
 
@@ -233,44 +234,57 @@ class ImageDataset(Dataset[dict[str, Any]]):
         if key in self.broken:
             return None
         try:
-            item = self.source.item(self._rows[row])
+            item, pictures = self._decoded(row, bucket)
         except ValueError as error:
             self.broken.append(key)
             warn(f"{error}; the next readable one takes its place")
             return None
-        return self._prepare(key, item, bucket)
+        return pictures | self._beside(key, item, bucket)
 
-    def _prepare(self, key: str, item: Item, bucket: int) -> dict[str, Any]:
-        picture = self.view.prepare(item.image, bucket)
-        prepared: dict[str, Any] = {"picture": np.asarray(picture)}
-        if (counted := item.loss_mask) is not None:
-            counted = read_image(counted)
-            if counted.size != (size := read_image(item.image).size):
-                raise ValueError(
-                    f"the loss_mask of item {key!r} of {self.source} is {counted.size} pixels, its "
-                    f"image {size}: give both the same size"
-                )
-            prepared["loss_mask"] = np.asarray(self.view.prepare(counted, bucket))
-        if self.captions:
-            what = f"item {key!r} of {self.source}"
-            if item.embeds is None:
-                prepared["text"] = captions_of(item.text, what)
-            else:
-                prepared["text_embeds"] = embeds_of(item, what)
+    def _decoded(self, row: int, bucket: int) -> tuple[Item, dict[str, Any]]:
+        """An item, and its pictures as they are kept.
+
+        Raises:
+            ValueError: it is broken.
+        """
+        item = self.source.item(self._rows[row])
+        picture = read_reduced(item.image, self.view.wanted(bucket))
+        pictures: dict[str, Any] = {"picture": np.asarray(self.view.prepare(picture, bucket))}
         if self.cond_size is not None:
-            size = self.view.scaled(self.cond_size).sizes[bucket]
-            prepared["cond_image"] = to_tensor(item.cond_image or item.image, size)
-        return prepared
+            size, low = self.view.scaled(self.cond_size).sizes[bucket], item.cond_image
+            if low is None:  # to the last bit as the images of a base of that size
+                same = reduction(item.image, size) == picture.scale
+                low = picture if same else item.image
+            pictures["cond_image"] = to_tensor(center_crop(low, size))
+        return item, pictures
+
+    def _beside(self, key: str, item: Item, bucket: int) -> dict[str, Any]:
+        """What stands beside an item's pictures; what is wrong with it ends the run."""
+        beside: dict[str, Any] = {}
+        what = f"item {key!r} of {self.source}"
+        if (counted := item.loss_mask) is not None:
+            sizes = header_size(counted), header_size(item.image)
+            if sizes[0] != sizes[1]:
+                raise ValueError(
+                    f"the loss_mask of {what} is {sizes[0]} pixels, its image {sizes[1]}: give "
+                    "both the same size"
+                )
+            beside["loss_mask"] = np.asarray(self.view.prepare(counted, bucket))
+        if self.captions and item.embeds is None:
+            beside["text"] = captions_of(item.text, what)
+        elif self.captions:
+            beside["text_embeds"] = embeds_of(item, what)
+        return beside
 
     def _fill_cache(self) -> None:
         cache, rows, broken = [], [], []
         for row, key in enumerate(self.keys):
             try:
-                item = self.source.item(self._rows[row])
+                item, pictures = self._decoded(row, int(self.bucket[row]))
             except ValueError:
                 broken.append(key)
             else:
-                cache.append(self._prepare(key, item, int(self.bucket[row])))
+                cache.append(pictures | self._beside(key, item, int(self.bucket[row])))
                 rows.append(row)
         if broken:
             self.broken += broken

@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..arguments import as_path, shown
-from ..images import check_image, header_size, read_image, suffixes
+from ..images import check_image, header_size, suffixes
 from .captions import Tables, read_texts
 from .dataset import ImageDataset
 from .listing import Listing, counted
@@ -101,8 +101,9 @@ class Folder:
         return f"image folder {shown(str(self.folder), 400)}"
 
     def item(self, index: int) -> Item:
-        image = read_image(self.folder / self.names[index])
-        return Item(image, None if self.texts is None else self.texts[index])
+        return Item(
+            self.folder / self.names[index], None if self.texts is None else self.texts[index]
+        )
 
     def facts(self, index: int) -> tuple[Mapping[str, Any], tuple[int, int]]:
         """What a `Filter` judges an item by: its row in the tables, and its size."""

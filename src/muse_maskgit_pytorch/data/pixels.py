@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..geometry import Size
-from ..images import center_crop, largest_crop, read_image, to_tensor
+from ..images import Picture, Reduced, center_crop, largest_crop, read_reduced, to_tensor
 from .order import draws
 
 Crop = Literal["center", "random"]
@@ -64,6 +64,12 @@ class View:
         """Height and width of all shapes."""
         return self.buckets or ((self.size, self.size),)
 
+    def wanted(self, bucket: int = 0) -> Size:
+        """Height and width that a picture must cover for its smallest crop not to be enlarged."""
+        height, width = self.sizes[bucket]
+        share = 1.0 if self.crop == "center" else self.crop_scale[0]
+        return math.ceil(height / share), math.ceil(width / share)
+
     def nearest(self, picture: tuple[int, int] | None) -> int:
         """Which of the `sizes` a picture gets: the nearest in shape, by the logarithm.
 
@@ -91,7 +97,7 @@ class View:
         buckets = tuple((h * size // self.size, w * size // self.size) for h, w in self.buckets)
         return replace(self, size=size, buckets=buckets)
 
-    def prepare(self, image: Image.Image, bucket: int = 0) -> Image.Image:
+    def prepare(self, image: Picture | Reduced, bucket: int = 0) -> Image.Image:
         """The centre at its size; for random crops the whole picture, without excess pixels.
 
         The latter is scaled down until its smallest crop has the size, and never scaled up.
@@ -100,17 +106,16 @@ class View:
             image: as it is stored.
             bucket: which of the `sizes` it gets.
         """
-        image, size = read_image(image), self.sizes[bucket]
+        wanted = self.wanted(bucket)
+        picture = image if isinstance(image, Reduced) else read_reduced(image, wanted)
         if self.crop == "center":
-            return center_crop(image, size)
-        least = [math.ceil(side / self.crop_scale[0]) for side in size[::-1]]
-        ratio = max(low / side for low, side in zip(least, image.size, strict=True))
+            return center_crop(picture, wanted)
+        pairs = list(zip(wanted[::-1], picture.size, strict=True))
+        ratio = max(low / side for low, side in pairs)
         if ratio >= 1:
-            return image
-        width, height = (
-            max(low, round(s * ratio)) for low, s in zip(least, image.size, strict=True)
-        )
-        return image.resize((width, height), Image.Resampling.BICUBIC)
+            return picture.image
+        width, height = (max(low, round(side * ratio)) for low, side in pairs)
+        return picture.part((0, 0, *picture.size), (width, height))
 
     def finish(
         self, image: Image.Image, position: int | None, bucket: int = 0

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..arguments import real, shown, whole
-from ..images import header_size, read_image, to_pil
+from ..images import Picture, header_size, to_pil
 from .source import Item, Source, facts_of, few, warn
 
 # What a column is called where it is not named; of those that there are, the first.
@@ -123,7 +123,7 @@ class Columns:
         """The item of a row.
 
         Raises:
-            ValueError: the picture cannot be read.
+            ValueError: it has no picture.
         """
         what = f"image {key} of {self.name}"
         if not isinstance(row, Mapping) or self.image not in row:
@@ -143,11 +143,11 @@ class Columns:
         value = row[self.image]
         if isinstance(value, Mapping) and (value.get("bytes") or value.get("path")):
             value = value.get("bytes") or value["path"]
+        if isinstance(value, Tensor):
+            return value.shape[-1], value.shape[-2]
         try:
-            if isinstance(value, Tensor):
-                return value.shape[-1], value.shape[-2]
             return header_size(io.BytesIO(value) if isinstance(value, bytes) else value)
-        except Exception:  # decoders raise all sorts; reading the picture will say what it is
+        except ValueError:  # reading the picture will say what it is
             return None
 
     def _text(self, row: Mapping[str, Any]) -> Any:
@@ -248,8 +248,8 @@ class Kept:
         return self.source.item(self.rows[index])
 
 
-def as_picture(value: Any, what: str) -> Image.Image:
-    """A picture from whatever a data set keeps it as.
+def as_picture(value: Any, what: str) -> Picture:
+    """A picture from whatever a data set keeps it as; bytes and files are not decoded yet.
 
     Raises:
         ValueError: none of those; damaged.
@@ -272,10 +272,11 @@ def as_picture(value: Any, what: str) -> Image.Image:
         raise ValueError(
             f"{what} is {shown(value)}: it must be a PIL image, a float tensor (3,H,W), or bytes"
         )
-    try:
-        return read_image(io.BytesIO(value) if isinstance(value, bytes) else value)
-    except ValueError as error:
-        raise ValueError(f"{what}: {error}") from error
+    if isinstance(value, bytes):
+        file = io.BytesIO(value)
+        file.name = what.removeprefix("image ")  # type: ignore[attr-defined]
+        return file
+    return value
 
 
 def captions_of(text: Any, what: str) -> str | list[str]:

@@ -15,9 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any, Protocol
 
-from PIL import Image
-
 from ..arguments import printable
+from ..images import Picture, header_size
 
 BROKEN = "cannot be read"  # the reason to leave an image out that every source may have
 
@@ -27,7 +26,8 @@ class Item:
     """One example, as its source has it.
 
     Attributes:
-        image: of any mode and size.
+        image: a PIL image of any mode and size; or a file or its bytes, which are decoded when it
+            is known how many pixels are wanted.
         text: its caption, or several; the masked transformers need one.
         cond_image: its low-resolution image, for super-resolution; None: ``image`` scaled down.
         embeds: what a text encoder of one's own made of the caption, in its place: float (L,E).
@@ -35,12 +35,12 @@ class Item:
         loss_mask: of the image's size: white counts in the loss, black does not; None: all counts.
     """
 
-    image: Image.Image
+    image: Picture
     text: str | Sequence[str] | None = None
-    cond_image: Image.Image | None = None
+    cond_image: Picture | None = None
     embeds: Any = None
     mask: Any = None
-    loss_mask: Image.Image | None = None
+    loss_mask: Picture | None = None
 
 
 class Source(Protocol):
@@ -66,7 +66,8 @@ class Source(Protocol):
         """Read one item, 0 <= index < len.
 
         Raises:
-            ValueError: it is broken; the next readable one then takes its place.
+            ValueError: it is broken, as it is when its picture cannot be decoded; the next
+                readable one then takes its place.
         """
         ...
 
@@ -121,7 +122,7 @@ def facts_of(source: Source, index: int) -> tuple[Mapping[str, Any], tuple[int, 
     """Values of an item by column, and width and height of its picture; None: it is broken."""
     facts = getattr(source, "facts", None)
     try:
-        return facts(index) if facts else ({}, source.item(index).image.size)
+        return facts(index) if facts else ({}, header_size(source.item(index).image))
     except (OSError, SyntaxError, ValueError):  # of Pillow and of sources
         return {}, None
 
