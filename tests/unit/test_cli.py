@@ -314,6 +314,7 @@ def test_what_no_decoder_can_be_trained_on(decoder_file: Path, tmp_path: Path, c
     run = ["train", "decoder", "--config", f"{root}/decoder.yaml"]
     run += [f"--trainer.results_folder={tmp_path}/r"]
     hub.make_vqmodel(tmp_path / "foreign")
+    capsys.readouterr()  # what diffusers says of the libraries that it finds
     error = fails([*run, f"--vae={tmp_path}/foreign"], capsys)
     assert "only decoders of our own VQGanVAE can be trained" in error
     error = fails([*run, "--decoder_dim=8", "--decoder_res_blocks=0"], capsys)

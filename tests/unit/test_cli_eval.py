@@ -49,7 +49,7 @@ def test_table_file_and_sheet(root: Path, tmp_path: Path, resnet: str, capsys):
     for name, metric in wanted.items():
         assert found[name]["images"] == 9
         if not name.endswith("_per_s"):
-            assert found[name]["value"] == pytest.approx(metric.value, rel=1e-5)
+            assert found[name]["value"] == pytest.approx(metric.value, rel=1e-5, abs=1e-6)
 
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["metric", *found]

@@ -64,6 +64,7 @@ from .optimizers import (
 )
 from .parallel import Parallel, Precision, is_sharded, own_part, placed_as
 from .stop import Stop
+from .trackers import TrackerName, Trackers, check_trackers
 
 LrSchedule = Literal["cosine", "constant", "linear", "cooldown"]
 SAMPLING = ("sample_options", "presets")  # parts of a model's arguments that training ignores
@@ -128,6 +129,8 @@ class Trainer:
         keep_checkpoints: how many of the checkpoints that this run wrote to keep.
         valid_fraction: share of the data held back for validation.
         max_valid: of these, how many each validation looks at; the processes share them out.
+        trackers: "tensorboard", "wandb", "trackio" or "mlflow", or several of them, which are given
+            the figures of ``metrics.jsonl`` and the pictures too.
         max_minutes: stop (and save) after this time; the learning rate then follows the clock
             where that is ahead of the steps. A resumed run starts the clock anew. None: no limit.
         image_column: of data with columns: where the images stand; by default the first that there
@@ -179,6 +182,7 @@ class Trainer:
         keep_checkpoints: int = 2,
         valid_fraction: float = 0.02,
         max_valid: int = 1000,
+        trackers: TrackerName | list[str] | None = None,
         max_minutes: float | None = None,
         image_column: str | None = None,
         text_column: str | None = None,
@@ -225,6 +229,7 @@ class Trainer:
         self.keep_checkpoints = whole("keep_checkpoints", keep_checkpoints, 1)
         self.valid_fraction = _share("valid_fraction", valid_fraction)
         self.max_valid = whole("max_valid", max_valid, 1)
+        self.trackers = check_trackers(trackers)
         self.max_minutes = None if max_minutes is None else real("max_minutes", max_minutes)
         if self.max_minutes is not None and self.max_minutes <= 0:
             raise ValueError(f"max_minutes must be above 0, not {max_minutes}")
@@ -324,7 +329,12 @@ class Trainer:
         """
         # one process stands for all of them
         lock = locked(self.results_folder) if self.parallel.is_main else nullcontext()
-        with lock, self.stop.listening():
+        trackers = self.trackers if self.parallel.is_main else []
+        self._trackers = Trackers(
+            trackers, self.parallel, self.results_folder, self.name,
+            warn=lambda text: self.log.warn(self.step, text),
+        )  # fmt: skip
+        with lock, self.stop.listening(), closing(self._trackers):
             self._train()
 
     def _train(self) -> None:
@@ -356,7 +366,9 @@ class Trainer:
             **self.health_facts(),
         )
         self.progress = Progress(self.name, self.num_train_steps, shown=main)
-        self.log = Log(self.results_folder, self.name, health, self.progress.say)
+        self.log = Log(
+            self.results_folder, self.name, health, self.progress.say, self._trackers.log
+        )
         if self.num_train_steps < self.step:
             self.progress.say(
                 f"the run has reached step {self.step:,}, so num_train_steps "
@@ -470,6 +482,7 @@ class Trainer:
             if strangers := self.checkpoints.strangers():
                 lines.append(f"left alone, since this run did not name it so: {few(strangers)}")
         self.log.begin(lines, defeats(now, size, sides), self.step)
+        self._trackers.start(now)
         text, exact = changes_in_words(before, now)
         if resumed and text:
             self.progress.say(text) if exact else self.log.warn(self.step, text)
@@ -724,6 +737,7 @@ class Trainer:
             path = self.results_folder / "samples" / f"{self.name}-{self.step:08d}.png"
             with writing(path), self.stop.free():
                 self.parallel.with_weights(model, lambda: self.draw(path))
+            self._trackers.picture(self.step, self.name, path)
             for module in modules:
                 module.train()
 

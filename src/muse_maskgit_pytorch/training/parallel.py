@@ -198,6 +198,25 @@ class Parallel:
 
         return [text] if self.world == 1 else gather_object([text])
 
+    def tracker(
+        self, name: str, folder: str, run: str, config: dict[str, Any], settings: dict[str, Any]
+    ) -> Any:
+        """An experiment tracker of accelerate's, started.
+
+        Args:
+            name: as accelerate knows it.
+            folder: where it may write, if it does.
+            run: name of the run, or of the project it belongs to.
+            config: how the run is made.
+            settings: of this kind of tracker.
+        """
+        from accelerate.tracking import filter_trackers
+
+        self.accelerator.log_with = filter_trackers([name], folder)
+        self.accelerator.project_configuration.logging_dir = folder
+        self.accelerator.init_trackers(run, config, {name: settings})
+        return self.accelerator.trackers[0]
+
     def wait(self) -> None:
         """Wait for all processes."""
         self.accelerator.wait_for_everyone()

@@ -68,10 +68,14 @@ class Log:
         stage: name of the stage in every line.
         health: judges the figures.
         say: prints a line on the terminal.
+        follow: is given each step and its figures too.
     """
 
-    def __init__(self, folder: Path, stage: str, health: Health, say: Callable[[str], None]):
-        self.path = folder / "metrics.jsonl"
+    def __init__(
+        self, folder: Path, stage: str, health: Health, say: Callable[[str], None],
+        follow: Callable[[int, dict[str, float | None]], None] = lambda step, line: None,
+    ):  # fmt: skip
+        self.path, self.follow = folder / "metrics.jsonl", follow
         self.stage, self.health, self.say = stage, health, say
 
     def begin(self, lines: Iterable[str], warnings: Iterable[str], step: int) -> None:
@@ -88,8 +92,11 @@ class Log:
     def add(self, step: int, values: dict[str, float], codes_full: bool = False) -> None:
         """Append a line of figures, and the warnings that it calls for."""
         # JSON has no infinity and no NaN
-        line = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        line: dict[str, float | None] = {
+            name: value if math.isfinite(value) else None for name, value in values.items()
+        }
         self._write(step, line)
+        self.follow(step, line)
         for warning in self.health.see({"step": step, **line}, codes_full):
             self.warn(step, warning)
 
