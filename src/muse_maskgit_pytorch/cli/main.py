@@ -29,6 +29,7 @@ COMMANDS = {
     ("train", "decoder"): ("train", "train_decoder", "fine-tune a tokenizer's decoder alone"),
     ("train", "base"): ("train", "train_base", "train the text-to-image stage"),
     ("train", "superres"): ("train", "train_superres", "train the super-resolution stage"),
+    ("data", "check"): ("check", "check", "look for what is wrong with a data set"),
     ("cache",): ("cache", "cache", "encode images and captions once, for all training runs"),
     ("estimate",): ("estimate", "estimate", "say what a recipe takes of memory, time and money"),
     ("average",): ("average", "average", "average the weights of a run, after it"),

@@ -360,6 +360,42 @@ def maskgit_parser(superres: bool) -> Parser:
     return parser
 
 
+def check_parser() -> Parser:
+    parser = Parser(
+        "muse data check",
+        "Look at every image and caption: what there is, what cannot be read, what is there twice.",
+    )
+    parser.add_argument("source", type=str, help="what to look at, as of --data of muse train")
+    parser.add_argument(
+        "--out", type=str | None, help="folder for check.html, check.json and sheet.png"
+    )
+    parser.add_argument(
+        "--image_size", type=int, default=0, help="name the images with a shorter side, in pixels"
+    )
+    transformer: Any = inspect.signature(declared("transformer.MaskGitTransformer")).parameters
+    parser.add_argument(
+        "--t5_name",
+        type=str,
+        default=transformer["t5_name"].default,
+        help="text encoder whose tokens are counted; none: words are",
+    )
+    parser.add_argument(
+        "--max_text_len",
+        type=int,
+        default=transformer["max_text_len"].default,
+        help="how many of them the model is to read",
+    )
+    parser.add_argument("--limit", type=int | None, help="look at so many, from all over")
+    parser.add_argument(
+        "--streaming", type=bool, default=False, help="read the first ones of it, see --limit"
+    )
+    parser.add_argument("--image_column", type=str | None, help="where the images stand")
+    parser.add_argument("--text_column", type=str | None, help="where the captions stand")
+    parser.add_argument("--min_size", type=int, default=0, help="leave out smaller images")
+    parser.add_argument("--num_workers", type=int, default=0, help="processes that read images")
+    return parser
+
+
 def cache_parser() -> Parser:
     parser = Parser(
         "muse cache",

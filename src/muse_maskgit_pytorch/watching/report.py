@@ -6,27 +6,20 @@ from what the training wrote (``metrics.jsonl``, ``NAME-run.json``, ``samples/``
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from html import escape
-from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
-from string import Template
 from typing import Any
 
-from PIL import Image
-
-from ..arguments import printable
-from ..files import replacing
 from ..images import read_image
 from .health import Curve, Curves, add_line
-from .run_file import RunFile, leaves
+from .page import embedded, table, write_page
+from .run_file import RunFile
 
 # Title, unit, names of the curves (an adversary's without it are left out), kind of axis.
 CHARTS = [
@@ -149,12 +142,7 @@ def write_report(
     shown = [run for run in runs.values() if name in (None, run.stage)]
     body = "".join(_section(run, Path(folder)) for run in shown)
     title = f"{Path(folder).resolve().name}: {', '.join(run.stage for run in shown)}"
-    path = Path(out) if out is not None else Path(folder) / "report.html"
-    style = files("muse_maskgit_pytorch.watching").joinpath("report.css").read_text("utf-8")
-    page = PAGE.substitute(title=escape(title), style=style, body=body)
-    with replacing(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
-    return path
+    return write_page(Path(out) if out is not None else Path(folder) / "report.html", title, body)
 
 
 # The page ----------------------------------------------------------------------------------------
@@ -238,21 +226,20 @@ def _made(run: Run, folder: Path) -> str:
     sittings, tables = made.pop("sittings", None), ""
     for number, sitting in enumerate(sittings if isinstance(sittings, list) else [], 1):
         if isinstance(sitting, dict):
-            tables += _table(f"Sitting {number}", sitting)
+            tables += table(f"Sitting {number}", sitting)
     alone = {name: value for name, value in made.items() if not isinstance(value, dict)}
     for title, part in [("", alone), *made.items()]:
         if isinstance(part, dict) and part:
-            tables += _table(title.capitalize(), part)
+            tables += table(title.capitalize(), part)
     return f"<h2>How it was made</h2><div class=made>{tables}</div>"
 
 
-def _table(title: str, values: dict[str, Any]) -> str:
-    rows = "".join(
-        f"<tr><th>{escape(printable(name))}<td>{escape(printable(str(value), 500))}"
-        for name, value in leaves(values).items()
-    )
-    table = f"<table>{rows}</table>"
-    return f"<details><summary>{escape(title)}</summary>{table}</details>" if title else table
+def _embedded(path: Path, max_width: int, max_bytes: int) -> str:
+    """A picture of the run; "" if it is unreadable."""
+    try:
+        return embedded(read_image(path), max_width, max_bytes)
+    except ValueError:
+        return ""
 
 
 def _pictures(run: Run, folder: Path) -> str:
@@ -285,34 +272,6 @@ def _pictures(run: Run, folder: Path) -> str:
         f"<h2>Pictures</h2><figure class=last>{last}<figcaption>{note}Step {final:,}.</figcaption>"
         f"</figure><div class=earlier>{row}</div>"
     )
-
-
-def _embedded(path: Path, max_width: int, max_bytes: int) -> str:
-    """An <img> with the picture in it, made smaller where it is too large; "" if unreadable."""
-    try:
-        image = read_image(path)
-    except ValueError:
-        return ""
-    if image.width > max_width:
-        image = image.resize((max_width, max(1, round(image.height * max_width / image.width))))
-    data, kind = _encode(image, "PNG"), "png"
-    if len(data) > max_bytes:
-        data, kind = _encode(image, "JPEG"), "jpeg"
-    while len(data) > max_bytes and min(image.size) > 1:
-        image = image.reduce(2)
-        data = _encode(image, "JPEG")
-    width, height = image.size
-    scale = max(1, 1080 // width)  # small ones by a whole factor, pixel by pixel
-    return (
-        f"<img width={width * scale} height={height * scale} alt='' "
-        f"src='data:image/{kind};base64,{base64.b64encode(data).decode()}'>"
-    )
-
-
-def _encode(image: Image.Image, kind: str) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format=kind, **({"quality": 88} if kind == "JPEG" else {}))
-    return buffer.getvalue()
 
 
 # The charts --------------------------------------------------------------------------------------
@@ -538,14 +497,3 @@ def _duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes} min"
     return f"{minutes} min" if seconds >= 60 else f"{seconds:.0f} s"
-
-
-PAGE = Template("""<!doctype html>
-<html lang=en>
-<meta charset=utf-8>
-<meta name=viewport content="width=device-width, initial-scale=1">
-<title>$title</title>
-<style>$style</style>
-<main>$body</main>
-</html>
-""")
