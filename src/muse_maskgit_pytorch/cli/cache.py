@@ -35,8 +35,9 @@ def cache(parser: Parser, argv: list[str]) -> None:
         )
     classes = models[0].transformer.classes
     source = open_source(
-        None, config.folder, classes != (), config.cond_folder, classes=classes or ()
-    )
+        config.data, config.folder, classes != (), config.cond_folder, classes=classes or (),
+        image_column=config.image_column, text_column=config.text_column, min_size=config.min_size,
+    )  # fmt: skip
     crop = "random" if config.crops else "center"
     largest = max(models, key=lambda model: (model.image_size, model.cond_image_size or 0))
     ratios = config.aspect_ratios

@@ -410,7 +410,13 @@ def cache_parser() -> Parser:
         help="stages to be trained from it: recipes of muse train base and superres (.yaml), or "
         "saved stages, named as for init_from",
     )
-    parser.add_argument("--folder", type=str, required=True, help="images with captions")
+    parser.add_argument("--folder", type=str | None, help="images with captions")
+    parser.add_argument(
+        "--data", type=str | None, help="in the place of a folder, as of muse train, not streamed"
+    )
+    parser.add_argument("--image_column", type=str | None, help="where the images stand")
+    parser.add_argument("--text_column", type=str | None, help="where the captions stand")
+    parser.add_argument("--min_size", type=int, default=0, help="leave out smaller images")
     parser.add_argument(
         "--cond_folder", type=str | None, help="low-resolution images, as of muse train superres"
     )

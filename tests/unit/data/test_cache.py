@@ -464,6 +464,11 @@ def test_the_command_caches_for_recipes_and_they_train_from_it(
     assert said.startswith(f"c: {COUNT} images ({len(BROKEN)} broken), ids of VQGanVAE ")
     assert " at 16 px" in said
     assert " at 8 px" in said
+    by_data = ["--data" if word == "--folder" else word for word in words]
+    run([*by_data, "--min_size", "1"])  # the same images: what stands there is theirs
+    assert capsys.readouterr().out.splitlines()[-1] == said
+    with pytest.raises(ValueError, match="neither folder nor data is given"):
+        run([word for word in words if word not in ("--folder", "images")])
     monkeypatch.setattr(conditioning, "get_text_encoder", None)
     for name in low:
         run(["train", name, "--config", f"{name}.yaml", "--trainer.folder", "null",
