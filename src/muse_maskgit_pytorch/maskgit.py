@@ -287,7 +287,8 @@ class MaskGit(Saveable):
                 of several micro batches gets its share of all masked tokens times their number.
             token_weight: likewise of the critic's loss, a mean over all tokens.
             loss_mask: in [0, 1], of the images' size: a token counts in the cross-entropy by the
-                mean of its patch. The critic's loss does not heed it.
+                mean of its patch. Or of the size of the token grid. The critic's loss does not
+                heed it.
             self_cond: whether a transformer with self-conditioning is given its own first guess;
                 drawn by ``self_cond_prob`` unless given.
 

@@ -134,7 +134,8 @@ class Batch:
 
     Attributes:
         image_size: height and width of the images; if None, the trained square.
-        loss_mask: what their pixels count in the loss, in [0, 1]; None: all alike.
+        loss_mask: what their pixels count in the loss, in [0, 1], or with ``ids`` their tokens
+            (H and W are then the grid's); None: all alike.
     """
 
     images: Float[Tensor, "B 3 H W"] | None = None

@@ -46,7 +46,7 @@ def cache(parser: Parser, argv: list[str]) -> None:
     finished = write_cache(
         config.out,
         models,
-        ImageDataset(source, view, classes != (), cond_size),
+        ImageDataset(source, view, classes != (), cond_size, masks=True),
         crops=config.crops,
         batch_size=config.batch_size,
         num_workers=config.num_workers,

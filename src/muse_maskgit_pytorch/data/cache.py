@@ -108,6 +108,7 @@ class Plan:
         cond_source: what the low-resolution images come from; None: the images scaled down.
         rows: images of each shard but the last.
         decoding: how pictures become pixels.
+        masks: what each token counts in the loss is stored.
     """
 
     images: int
@@ -119,6 +120,7 @@ class Plan:
     cond_source: str | None
     rows: int
     decoding: str = DECODING
+    masks: bool = False
 
     @property
     def views(self) -> int:
@@ -131,7 +133,13 @@ class Plan:
 
     @property
     def digest(self) -> str:
-        return digest_text(json.dumps(asdict(self), sort_keys=True))
+        return digest_text(json.dumps(self.tree(), sort_keys=True))
+
+    def tree(self) -> dict[str, Any]:
+        """As a manifest says it; what older ones did not say is left out where it is as there."""
+        older = {"decoding": "whole", "masks": False}
+        found = asdict(self).items()
+        return {name: v for name, v in found if name not in older or v != older[name]}
 
     @classmethod
     def read(cls, tree: dict[str, Any]) -> Plan:
@@ -194,7 +202,7 @@ class Manifest:
     shards: list[list[int]] | None = None
 
     def write(self, folder: Path) -> None:
-        tree = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        tree = {"format": FORMAT, "version": VERSION, **asdict(self), "plan": self.plan.tree()}
         with replacing(folder / MANIFEST) as temporary:
             temporary.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
 
@@ -274,6 +282,7 @@ class TokenCache(Dataset[Batch]):
         self.plan = plan = self.manifest.plan
         self._check_shards()
         self._names = [self._name_of(each) for each in IdSet.all_of(maskgit)]
+        self._shares = self._names[0].replace("ids", "shares") if plan.masks else None
         texts = Texts.of(maskgit)
         if plan.texts != texts:
             raise CacheError(
@@ -290,6 +299,7 @@ class TokenCache(Dataset[Batch]):
         grids = [[maskgit.geometry.grid(size) for size in self.view.sizes]]
         if maskgit.cond_image_size is not None:
             grids.append([maskgit.geometry.cond_grid(size) for size in self.view.sizes])
+        self._grids = grids[0]
         self._tokens = [[math.prod(grid) for grid in each] for each in grids]
         self._keep(np.arange(plan.images))
 
@@ -399,6 +409,7 @@ class TokenCache(Dataset[Batch]):
     def __getitems__(self, rows: Sequence[int]) -> Batch:
         ids: list[list[np.ndarray]] = [[] for _ in self._names]
         texts: list[np.ndarray] = []
+        shares: list[np.ndarray] = []
         for row in rows:
             shard, at = self._found(row)
             crop = 0
@@ -407,6 +418,9 @@ class TokenCache(Dataset[Batch]):
             bucket = int(self._bucket[self._rows[row]])
             for name, tokens, each in zip(self._names, self._tokens, ids, strict=True):
                 each.append(shard.read(name, at, at + 1)[0, crop, : tokens[bucket]])
+            if self._shares is not None:
+                tokens = self._tokens[0][bucket]
+                shares.append(shard.read(self._shares, at, at + 1)[0, crop, :tokens])
             text = self._text(shard, at, row)
             start, stop = shard.read("text_starts", text, text + 2)
             texts.append(shard.read("texts", start, stop))
@@ -421,6 +435,9 @@ class TokenCache(Dataset[Batch]):
             cond_ids=low[0] if low else None,
             text_embeds=TextEmbeds(torch.from_numpy(embeds), torch.from_numpy(mask)),
             image_size=self.view.sizes[bucket],
+            loss_mask=torch.from_numpy(np.stack(shares)).reshape(-1, 1, *self._grids[bucket])
+            if shares
+            else None,
         )
 
     def captions(self, rows: Sequence[int]) -> list[str]:

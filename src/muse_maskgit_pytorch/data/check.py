@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..arguments import whole
 from ..images import Picture, check_image, header_size, read_reduced
-from .source import BROKEN, Item, Source
+from .source import BROKEN, Item, Source, check_mask
 from .stream import RowStream
 from .workers import leave_signals_to_the_run, starting_processes
 
@@ -247,6 +247,7 @@ def _look(key: str, read: Callable[[], Item]) -> Seen:
         picture = item.image
         found = perceptual_hash(picture)
         size = header_size(picture)
+        check_mask(item, f"item {key!r}")
     except ValueError as error:
         return Seen(key, broken=str(error))
     texts = () if item.text is None else (item.text,) if isinstance(item.text, str) else item.text

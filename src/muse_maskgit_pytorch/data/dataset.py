@@ -18,7 +18,7 @@ from ..images import center_crop, header_size, largest_crop, read_reduced, reduc
 from .order import Sample, drawn
 from .pixels import View
 from .rows import captions_of, embeds_of
-from .source import BROKEN, Item, Source, facts_of, fingerprint, place, warn
+from .source import BROKEN, Item, Source, check_mask, facts_of, fingerprint, place, warn
 from .wording import Wording
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
     An item is `{"image": float (3,H,W) in [0,1]}`, with "text": str if there are captions, and
     with "cond_image": float (3,h,w) if a low resolution is asked for. Of several captions one is
     drawn. An item with embeddings of its own has "text_embeds", float (L,E), in place of a text,
-    and one with a mask of its loss "loss_mask", float (1,H,W) in [0,1].
+    and with ``masks`` one that has a mask of its loss "loss_mask", float (1,H,W) in [0,1].
 
     A broken item never ends a run. It is named in a warning once and from then on answered with
     the next readable one of its shape, or else of any, cropped to it, so every index stays valid
@@ -50,6 +50,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
             Broken ones are then all found at once. Random crops keep more, see `View.prepare`:
             3 * (S / crop_scale[0])^2 bytes for a square picture that has so many pixels.
         wording: what becomes of captions at a position of the training order.
+        masks: give the masks of the loss, of the items that have one.
 
     Attributes:
         keys: the items' keys, in the order of the source.
@@ -68,8 +69,9 @@ class ImageDataset(Dataset[dict[str, Any]]):
         cond_size: int | None = None,
         cache: bool = False,
         wording: Wording | None = None,
+        masks: bool = False,
     ):
-        self.wording = wording
+        self.wording, self.masks = wording, masks
         self.source, self.captions, self.cond_size = source, captions, cond_size
         self.view = View(view) if isinstance(view, int) else view
         self.broken: list[str] = []
@@ -171,10 +173,11 @@ class ImageDataset(Dataset[dict[str, Any]]):
 
         Returns:
             "source", its name; "items", their number; "fingerprint", 16 hexadecimal digits of the
-            keys, and of the captions where the source has them at hand, in their order;
-            "left_out", numbers of images by the reason why.
+            keys, of the captions where the source has them at hand, and of which items have a
+            mask, in their order; "left_out", numbers of images by the reason why.
         """
         texts = getattr(self.source, "texts", None) if self.captions else None
+        masks = set(getattr(self.source, "masks", None) or ()) if self.masks else ()
         given = getattr(self.source, "left_out", {})
         left_out = {reason: set(names) for reason, names in given.items()}
         left_out.setdefault(BROKEN, set()).update(self.broken)
@@ -182,7 +185,9 @@ class ImageDataset(Dataset[dict[str, Any]]):
             "source": printable(str(self.source)),
             "items": len(self),
             "fingerprint": fingerprint(
-                self.keys, [texts[row] for row in self._rows] if texts else ()
+                self.keys,
+                [texts[row] for row in self._rows] if texts else (),
+                [key for key in self.keys if key in masks],
             ),
             "left_out": {reason: len(names) for reason, names in left_out.items() if names},
         }
@@ -262,13 +267,8 @@ class ImageDataset(Dataset[dict[str, Any]]):
         """What stands beside an item's pictures; what is wrong with it ends the run."""
         beside: dict[str, Any] = {}
         what = f"item {key!r} of {self.source}"
-        if (counted := item.loss_mask) is not None:
-            sizes = header_size(counted), header_size(item.image)
-            if sizes[0] != sizes[1]:
-                raise ValueError(
-                    f"the loss_mask of {what} is {sizes[0]} pixels, its image {sizes[1]}: give "
-                    "both the same size"
-                )
+        if self.masks and (counted := item.loss_mask) is not None:
+            check_mask(item, what)
             beside["loss_mask"] = np.asarray(self.view.prepare(counted, bucket))
         if self.captions and item.embeds is None:
             beside["text"] = captions_of(item.text, what)

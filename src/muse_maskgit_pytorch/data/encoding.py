@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
@@ -22,7 +23,7 @@ from .cache import MANIFEST, SPLIT_SEED, IdSet, Manifest, Plan, Texts, shard_pat
 from .dataset import ImageDataset
 from .pixels import View
 from .shards import CacheError, Shard, write_shard
-from .source import encoded, has_cond, place
+from .source import encoded, has_cond, has_masks, place
 from .workers import leave_signals_to_the_run, starting_processes
 
 BATCH = 64  # images encoded at a time; the images of a shard are a multiple of it
@@ -179,13 +180,7 @@ class _Views(Dataset[Any]):
 
     def __getitem__(self, index: int) -> dict[str, Any] | None:
         crops = range(index * self.crops, (index + 1) * self.crops)
-        item = self.dataset.views(index, crops or [None])
-        if item is not None and "loss_mask" in item:
-            raise ValueError(
-                f"{self.dataset.source} has a loss_mask, which a cache does not hold: set "
-                "cache_tokens=False"
-            )
-        return item
+        return self.dataset.views(index, crops or [None])
 
 
 class _Encoder:
@@ -202,6 +197,7 @@ class _Encoder:
                     f"the models read captions differently, by {self.texts} and by {other}: make "
                     "a cache for each"
                 )
+        self.masks = dataset.masks and has_masks(dataset.source)
         found: dict[IdSet, ImageTokenizer] = {}
         for model in models:
             tokenizers = filter(None, [model.vae, model.cond_vae])
@@ -239,6 +235,7 @@ class _Encoder:
         view = view if self.crops else View(view.size, buckets=view.buckets)
         cond = getattr(self.dataset.source, "cond", None) if self.low else None
         row = sum(4 * max(1, self.crops) * ids.tokens for ids in self.tokenizers)
+        row *= 2 if self.masks else 1
         row += 2 * TYPICAL * self.texts.width
         rows = rows or max(1, min(SHARD_BYTES // row, images // SHARDS) // BATCH) * BATCH
         return Plan(
@@ -250,18 +247,31 @@ class _Encoder:
             source=source,
             cond_source=None if cond is None else str(cond),
             rows=rows,
+            masks=self.masks,
         )
 
     @torch.no_grad()
     def encode(self, rows: Sequence[int], items: Sequence[dict[str, Any] | None]) -> Part:
-        """What becomes of some items; of a broken one no text."""
+        """What becomes of some items; of a broken one no text.
+
+        Raises:
+            ValueError: an item has a mask, where none was to be expected.
+        """
         pairs = zip(rows, items, strict=True)
         given = [self._blank(row) if item is None else item for row, item in pairs]
         texts = [item.get("text", "") for item in given]
         texts = [[text] if isinstance(text, str) else list(text) for text in texts]
         keys = [self.dataset.keys[row] for row in rows]
+        masked = [key for key, item in zip(keys, given, strict=True) if "loss_mask" in item]
+        if masked and not self.masks:
+            raise ValueError(
+                f"item {masked[0]!r} of {self.dataset.source} has a loss_mask and the first item "
+                "none: give the source an attribute masks, the keys of those that have one, or set "
+                "cache_tokens=False"
+            )
         return {
             "ids": [self._ids(ids, rows, given) for ids in self.tokenizers],
+            "shares": [self._counted(ids, rows, given) for ids in self.tokenizers if self.masks],
             "texts": self._embeds([text for each in texts for text in each], len(rows)),
             "counts": [len(each) for each in texts],
             "captions": [encoded(text) for each in texts for text in each],
@@ -300,6 +310,22 @@ class _Encoder:
                 found[at, crop, : encoded.shape[1]] = encoded
         return found
 
+    def _counted(
+        self, ids: IdSet, rows: Sequence[int], items: Sequence[dict[str, Any]]
+    ) -> np.ndarray:
+        """What the tokens count in the loss, in the order of `_ids`: all of 1 without a mask."""
+        factor = self.tokenizers[ids].factor
+        sizes = self.dataset.view.scaled(ids.image_size).sizes
+        most = max(height * width for height, width in sizes) // factor**2
+        found = np.ones((len(items), max(1, self.crops), most), np.float32)
+        for counted, row, item in zip(found, rows, items, strict=True):
+            if "loss_mask" in item:
+                height, width = sizes[self.dataset.bucket[row]]
+                grid = height // factor, width // factor
+                shares = F.adaptive_avg_pool2d(item["loss_mask"], grid).flatten(1)
+                counted[:, : shares.shape[1]] = shares.numpy()
+        return found
+
     def _embeds(self, texts: Sequence[str], batch: int) -> list[np.ndarray]:
         """The states of captions, so many at a time, in half precision and without padding."""
         found: list[np.ndarray] = []
@@ -313,9 +339,10 @@ class _Encoder:
 def _joined(parts: Sequence[Part]) -> dict[str, np.ndarray]:
     """The arrays of a shard; ragged ones as all their rows, and where each begins."""
     lists = {name: [entry for part in parts for entry in part[name]] for name in parts[0]}
-    ids = [np.concatenate(each) for each in zip(*(part["ids"] for part in parts), strict=True)]
-    texts = lists["texts"]
-    arrays = {f"ids{number}": each for number, each in enumerate(ids)}
+    texts, arrays = lists["texts"], {}
+    for name in ("ids", "shares"):
+        several = zip(*(part[name] for part in parts), strict=True)
+        arrays |= {f"{name}{number}": np.concatenate(each) for number, each in enumerate(several)}
     return arrays | {
         "texts": np.concatenate(texts) if texts else np.zeros((0, 1), np.float16),
         "text_starts": _starts(texts),

@@ -29,6 +29,9 @@ class Folder:
     that file, and `text`), and for an image that these do not name from `NAME.txt` or
     `NAME.caption` next to `NAME.png`. They are UTF-8, or what their bytes show or most resemble.
 
+    `NAME-masklabel.png` next to an image is the mask of its loss (`Item.loss_mask`), as in
+    OneTrainer.
+
     Args:
         folder: searched with its subfolders for png, jpg, webp, avif, bmp, gif, tiff, jp2, ppm and
             qoi files.
@@ -44,6 +47,7 @@ class Folder:
     Attributes:
         names: paths relative to `folder`, with forward slashes, sorted; also the keys.
         texts: captions in the same order, or None.
+        masks: files of the masks, by the image's name.
         left_out: names of the images that are no part of it, by the reason why; warnings count
             and name them too.
 
@@ -77,8 +81,10 @@ class Folder:
             raise ValueError(
                 f"{self} holds no images ({' '.join(sorted(suffixes()))}); it has {others}"
             )
+        stems = {name: PurePosixPath(name).with_suffix("").as_posix() for name in self.names}
+        self.masks = {name: found.masks[s] for name, s in stems.items() if s in found.masks}
         if captions:
-            self._caption(found, classes, text_column, with_values)
+            self._caption(found, stems, classes, text_column, with_values)
         if verify:
             broken = {name for name in self.names if not self._has_header(name)}
             self._leave_out(BROKEN, broken)
@@ -101,8 +107,12 @@ class Folder:
         return f"image folder {shown(str(self.folder), 400)}"
 
     def item(self, index: int) -> Item:
+        name = self.names[index]
+        mask = self.masks.get(name)
         return Item(
-            self.folder / self.names[index], None if self.texts is None else self.texts[index]
+            self.folder / name,
+            None if self.texts is None else self.texts[index],
+            loss_mask=None if mask is None else self.folder / mask,
         )
 
     def facts(self, index: int) -> tuple[Mapping[str, Any], tuple[int, int]]:
@@ -131,12 +141,16 @@ class Folder:
             self.texts = [self.texts[row] for row in left]
 
     def _caption(
-        self, found: Listing, classes: Sequence[str], column: str, with_values: bool
+        self,
+        found: Listing,
+        stems: Mapping[str, str],
+        classes: Sequence[str],
+        column: str,
+        with_values: bool,
     ) -> None:
         """Give the images their captions, and leave out those that have none."""
         tables = Tables(self.folder, found.tables, self.names, column, with_values)
         self._values = tables.values
-        stems = {name: PurePosixPath(name).with_suffix("").as_posix() for name in self.names}
         beside = {
             name: found.texts[stem]
             for name, stem in stems.items()

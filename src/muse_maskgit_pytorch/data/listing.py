@@ -11,6 +11,8 @@ from pathlib import Path, PurePosixPath
 from ..images import suffixes
 
 TEXTS = (".txt", ".caption")  # of two files beside one image, the first ending counts
+MASK = "-masklabel"  # of an image's mask of its loss, NAME-masklabel.png beside NAME.jpg
+ALONE = "are masks without their image"
 TABLES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 # Folders that file managers, synchronisation and archives make. As what begins with a dot, they
@@ -32,6 +34,7 @@ class Listing:
 
     Attributes:
         images: names of the images, sorted.
+        masks: images that are the mask of another, by its name without its suffix.
         texts: files that may be an image's caption, by the image's name without its suffix.
         tables: metadata files, sorted.
         endings: how many files have each ending, all but the images.
@@ -39,6 +42,7 @@ class Listing:
     """
 
     images: list[str] = field(default_factory=list)
+    masks: dict[str, str] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
     tables: list[str] = field(default_factory=list)
     endings: Counter[str] = field(default_factory=Counter)
@@ -82,6 +86,9 @@ class Listing:
                 elif os.path.isdir(entry) if link else entry.is_dir():
                     (links if link else folders).append((path, reason))
         found.images.sort()
+        stems = {_stem(path) for path in found.images}
+        for stem in found.masks.keys() - stems:
+            found._leave_out(ALONE, found.masks.pop(stem))
         found.tables.sort()
         for names in found.left_out.values():
             names.sort()
@@ -94,6 +101,8 @@ class Listing:
         if suffix in readable:
             if why:
                 self._leave_out(why, path)
+            elif name.stem.endswith(MASK):
+                self.masks.setdefault(_stem(path).removesuffix(MASK), path)
             else:
                 self.images.append(path)
         elif not why:
@@ -101,7 +110,7 @@ class Listing:
             if name.name.lower() in TABLES:
                 self.tables.append(path)
             elif suffix in TEXTS:
-                stem = name.with_suffix("").as_posix()
+                stem = _stem(path)
                 other = self.texts.get(stem)
                 if other is None or _rank(path) < _rank(other):
                     self.texts[stem] = path
@@ -116,6 +125,10 @@ def counted(endings: Counter[str]) -> Iterator[str]:
     """The commonest endings with their counts, for a message."""
     for ending, count in endings.most_common(5):
         yield f"{count} {ending or 'without an ending'}"
+
+
+def _stem(path: str) -> str:
+    return PurePosixPath(path).with_suffix("").as_posix()
 
 
 def _rank(path: str) -> tuple[int, str]:

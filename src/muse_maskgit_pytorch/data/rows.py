@@ -169,6 +169,7 @@ class Rows:
 
     Attributes:
         embeds: whether the rows have embeddings of their own ("text_embeds") instead of captions.
+        masks: the keys, if the rows have masks of their loss ("loss_mask").
 
     Raises:
         ValueError: there are no rows, or no such column.
@@ -191,6 +192,7 @@ class Rows:
         self.columns = Columns.of(first, name, image_column, text_column, captions, labels)
         self.embeds = captions and self.columns.text is None
         self.data, self.keys = data, [str(row) for row in range(size)]
+        self.masks = self.keys if "loss_mask" in first else []
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -232,6 +234,7 @@ class Kept:
         self.left_out = {**getattr(source, "left_out", {}), **gone}
         texts = getattr(source, "texts", None)
         self.texts = None if texts is None else [texts[row] for row in self.rows]
+        self.masks = getattr(source, "masks", None)
         self.embeds = getattr(source, "embeds", False)
         self.cond = getattr(source, "cond", None)
 

@@ -25,7 +25,15 @@ from ..strings import shown
 
 MAX_HEADER = 2**20  # bytes; ours has a few hundred
 OPEN = 256  # shards that a process keeps open
-TYPES = {"U8": "u1", "U16": "<u2", "I32": "<i4", "I64": "<i8", "F16": "<f2", "F64": "<f8"}
+TYPES = {
+    "U8": "u1",
+    "U16": "<u2",
+    "I32": "<i4",
+    "I64": "<i8",
+    "F16": "<f2",
+    "F32": "<f4",
+    "F64": "<f8",
+}
 
 
 class CacheError(ValueError):

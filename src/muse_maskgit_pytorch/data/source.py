@@ -49,8 +49,9 @@ class Source(Protocol):
     With ``num_workers`` a source is copied to other processes: it must not hold what cannot be
     shared, such as an open file (open it in `item`, once per process).
 
-    It may have two more attributes, for `ImageDataset.summary`: ``texts``, all captions in the
-    order of the keys, and ``left_out``, names of what is no item by the reason why. With a method
+    It may have three more attributes, for `ImageDataset.summary`: ``texts``, all captions in the
+    order of the keys, ``masks``, the keys of those that have a ``loss_mask``, and ``left_out``,
+    names of what is no item by the reason why. With a method
     ``facts``, of an item its values by column and its picture's width and height, no picture is
     decoded to learn its shape.
     """
@@ -85,6 +86,7 @@ class WithCondImages:
         self.source, self.cond = source, cond
         self.keys = source.keys
         self.texts = getattr(source, "texts", None)
+        self.masks = getattr(source, "masks", None)
         self.left_out: Mapping[str, Sequence[str]] = getattr(source, "left_out", {})
         self.embeds = getattr(source, "embeds", False)
         names = [_stem(key) for key in cond.keys]
@@ -135,10 +137,36 @@ def has_cond(source: Source) -> bool:
     return False
 
 
-def fingerprint(keys: Sequence[str], texts: Sequence[str] = ()) -> str:
-    """A short name of keys and captions in their order: 16 hexadecimal digits."""
+def has_masks(source: Source) -> bool:
+    """Whether it says that items have a ``loss_mask``, or the first that can be read has one."""
+    if (masks := getattr(source, "masks", None)) is not None:
+        return bool(masks)
+    for row in range(len(source)):
+        with suppress(ValueError):
+            return source.item(row).loss_mask is not None
+    return False
+
+
+def check_mask(item: Item, what: str) -> None:
+    """Compare the sizes of a picture and of the mask of its loss.
+
+    Raises:
+        ValueError: they differ, or one of them cannot be read.
+    """
+    if item.loss_mask is None:
+        return
+    sizes = header_size(item.loss_mask), header_size(item.image)
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"the loss_mask of {what} is {sizes[0]} pixels, its image {sizes[1]}: give both the "
+            "same size"
+        )
+
+
+def fingerprint(keys: Sequence[str], texts: Sequence[str] = (), masks: Sequence[str] = ()) -> str:
+    """A short name of keys, captions and masked items in their order: 16 hexadecimal digits."""
     digest = hashlib.sha256()
-    for part in (keys, texts):
+    for part in (keys, texts, masks) if masks else (keys, texts):
         digest.update(f"{len(part)} ".encode())
         for raw in map(encoded, part):
             digest.update(f"{len(raw)} ".encode() + raw)

@@ -202,6 +202,7 @@ class Stream(IterableDataset):
         captions: every item must have a text.
         cond_size: side of the low-resolution images.
         wording: what becomes of captions.
+        masks: give the masks of the loss.
         block: rows that are shuffled together; each loading process holds so many, encoded.
         seed: of the order.
     """
@@ -213,11 +214,12 @@ class Stream(IterableDataset):
         captions: bool = False,
         cond_size: int | None = None,
         wording: Wording | None = None,
+        masks: bool = False,
         block: int = 1000,
         seed: int = 0,
     ):
         self.rows, self.view, self.captions, self.cond_size = rows, view, captions, cond_size
-        self.wording, self.seed = wording, seed
+        self.wording, self.masks, self.seed = wording, masks, seed
         self.block = whole("shuffle_buffer", block, 1)
         self.share = 0.0
         self.layout = {"batch_size": 1, "rank": 0, "world": 1, "workers": 0}
@@ -242,7 +244,8 @@ class Stream(IterableDataset):
             raise ValueError(f"nothing of {self.rows} is left to train on: its filter keeps no row")
         view = View(self.view.size, seed=self.view.seed)
         source = _Block(self.rows, rows)
-        return Held(source, view, self.captions, self.cond_size, held=len(found))
+        settings = self.captions, self.cond_size
+        return Held(source, view, *settings, masks=self.masks, held=len(found))
 
     def _first(self, wanted: Callable[[Any], bool], limit: int) -> list[Any]:
         with _reading(str(self.rows), self.rows.named):
@@ -370,7 +373,7 @@ class Stream(IterableDataset):
             if done < samples + len(rows):
                 data = ImageDataset(
                     _Block(self.rows, rows), self.view, self.captions, self.cond_size,
-                    wording=self.wording,
+                    wording=self.wording, masks=self.masks,
                 )  # fmt: skip
                 generator = torch.Generator("cpu").manual_seed(self.seed * 1_000_003 + number)
                 order = torch.randperm(len(rows), generator=generator, device="cpu").tolist()
@@ -387,8 +390,8 @@ class Held(ImageDataset):
         held: how many are held back from training: all or none.
     """
 
-    def __init__(self, *arguments: Any, held: int):
-        super().__init__(*arguments)
+    def __init__(self, *arguments: Any, masks: bool, held: int):
+        super().__init__(*arguments, masks=masks)
         self.held = held
 
     def summary(self) -> dict[str, Any]:

@@ -52,8 +52,9 @@ class MaskGitTrainer(Trainer):
             bytes), "text" (a caption, or several, of which one is drawn each time; a class or its
             number) or "text_embeds" (float (L,E), with "text_mask" or without), and, if there is
             one, "cond_image", and "loss_mask", a picture of the image's size: white counts in the
-            loss, black does not; or a name of files or of a data set (`data.open_named`). A stream
-            has no length; it is not cached, and `num_train_steps` decides the end.
+            loss, black does not (of a folder's images ``NAME-masklabel.png``); or a name of files
+            or of a data set (`data.open_named`). A stream has no length; it is not cached, and
+            `num_train_steps` decides the end.
         cond_folder: low-resolution images for super-resolution, found by the name of the image
             (its path relative to the folder, without the suffix). Without it: the items' own
             (`Item.cond_image`) or the images scaled down.
@@ -205,10 +206,10 @@ class MaskGitTrainer(Trainer):
                     f"aspect_ratios need data with a length, and {source} is a stream: leave out "
                     "streaming, or aspect_ratios"
                 )
-            return self._take_stream(source, self.view, captions, cond_size, self.wording)
+            return self._take_stream(source, self.view, captions, cond_size, self.wording, True)
         self._check_cached(source)
         view = View(maskgit.image_size, seed=self.seed, buckets=self.view.buckets)
-        return ImageDataset(source, view, captions, cond_size, wording=self.wording)
+        return ImageDataset(source, view, captions, cond_size, wording=self.wording, masks=True)
 
     def _check_cached(self, source: Any) -> None:
         """Refuse what a cache, which has seen each item once, would not show."""
@@ -374,7 +375,8 @@ class MaskGitTrainer(Trainer):
     def validate(self, shares: Shares) -> dict[str, float]:
         """Mean loss terms, over masked tokens and over all for the critic; texts always seen.
 
-        With self-conditioning as in drawing, and without masks of the loss.
+        With self-conditioning as in drawing. Where pictures have masks of the loss, tokens count by
+        these, as in training.
         """
         masks: dict[int, Tensor] = {}
         for size, bucket in shares.buckets.items():
@@ -386,11 +388,13 @@ class MaskGitTrainer(Trainer):
             mask = torch.stack([masks[row] for row in rows])
             # a batch draws the same numbers whichever process has it
             torch.manual_seed(self.seed * 1_000_003 + rows[0] + 1)
+            heeded = self._counted(mask, batch)
+            sums["unheeded"] += float((mask.sum() - heeded) / len(rows) / masked) * counted
             terms = self.maskgit.losses(
-                **self._arguments(batch) | {"loss_mask": None},
+                **self._arguments(batch),
                 cond_drop_prob=0.0,
                 mask=mask,
-                mask_weight=mask.sum() / len(rows) / masked,
+                mask_weight=heeded / len(rows) / masked,
                 token_weight=mask.shape[1] / tokens,
                 self_cond=True,
             )
@@ -399,6 +403,11 @@ class MaskGitTrainer(Trainer):
                     sums[name] += float(value) * counted
         sums = self.parallel.sums(sums)
         figures = {name: value / shares.count for name, value in sums.items()}
+        if unheeded := figures.pop("unheeded"):  # so far a mean over all masked tokens
+            scale = 1 / max(1 - unheeded, TINY)
+            critic = self.maskgit.critic_loss_weight * figures.get("critic", 0.0)
+            figures["total"] = critic + scale * (figures["total"] - critic)
+            figures["ce"] *= scale
         return {"loss" if name == "total" else name: value for name, value in figures.items()}
 
     def draw(self, path: Path) -> None:

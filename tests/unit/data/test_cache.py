@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.nn.utils.rnn import pad_sequence
 
 from muse_maskgit_pytorch import MaskGitTrainer, TextEmbeds, TokenCache, conditioning, write_cache
@@ -23,6 +24,7 @@ from muse_maskgit_pytorch.data.cache import shard_path
 from muse_maskgit_pytorch.data.order import Sample
 from muse_maskgit_pytorch.data.pixels import View
 from muse_maskgit_pytorch.data.shards import CacheError, Shard, write_shard
+from muse_maskgit_pytorch.files import digest_text
 from tests.runs import COMMON, assert_same, last_state, metrics, snapshot
 
 SIZE, COUNT = 16, 9
@@ -83,7 +85,15 @@ def images(tmp_path: Path) -> Path:
 
 
 def open_images(folder: Path, cond_size: int | None = None) -> ImageDataset:
-    return ImageDataset(Folder(folder, captions=True), SIZE, True, cond_size)
+    return ImageDataset(Folder(folder, captions=True), SIZE, True, cond_size, masks=True)
+
+
+def add_masks(folder: Path) -> None:
+    """Masks of the loss for some of the images, a broken one among them."""
+    for i in (0, 3, 4, 6, 7):
+        generator = torch.Generator().manual_seed(100 + i)
+        grey = torch.randint(0, 256, (SIZE, SIZE + 4), generator=generator)
+        Image.fromarray(grey.to(torch.uint8).numpy()).save(folder / f"{i}-masklabel.png")
 
 
 def base(seed: int = 0, **changes: Any) -> Any:
@@ -111,11 +121,14 @@ def valid_losses(results: Path) -> list[float]:
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("masks", [False, True])
 @pytest.mark.parametrize("make", [base, superres])
 def test_training_from_a_cache_is_training_from_the_images(
-    images: Path, tmp_path: Path, make: Any, monkeypatch: pytest.MonkeyPatch
+    images: Path, tmp_path: Path, make: Any, masks: bool, monkeypatch: pytest.MonkeyPatch
 ):
     """Bit for bit, validation and broken images included; and no image or text is touched."""
+    if masks:
+        add_masks(images)
     stage = make()
     write(tmp_path / "cache", stage, open_images(images, stage.cond_image_size))
 
@@ -172,6 +185,9 @@ def test_a_run_keeps_its_cache_and_makes_it_anew_for_other_images(
     (images / "0.txt").write_text("another caption")
     train(num_train_steps=4, resume=True)
     assert len(made) == 2
+    add_masks(images)
+    train(num_train_steps=5, resume=True)
+    assert len(made) == 3
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -266,6 +282,68 @@ def test_crops_and_captions_are_drawn_by_the_place_in_the_order(tmp_path: Path, 
     assert plain.ids is not None
     assert torch.equal(plain.ids[0], high[4][0])
     assert cache.captions([4]) == [dataset[4]["text"]] == ["4 as a"]
+
+
+class Masked(Pictures):
+    """Every second picture has a mask, which ``masks`` says or not."""
+
+    first = 0
+
+    def item(self, index: int) -> Item:
+        item = super().item(index)
+        if index % 2 == self.first:
+            return replace(item, loss_mask=ImageOps.autocontrast(item.image.convert("L")))  # type: ignore
+        return item
+
+
+def test_shares_are_those_of_the_crop(tmp_path: Path):
+    torch.manual_seed(0)
+    model, crops = superres(), 3
+    view = View(SIZE, "random", flip=True, seed=5, buckets=((16, 16), (24, 8), (8, 24)))
+    pictures = Masked()
+    dataset = ImageDataset(pictures, view, True, masks=True)
+    cache = TokenCache(write(tmp_path / "cache", model, dataset, crops=crops), model, seed=5)
+    found = []
+    for position in range(60):
+        row = position % COUNT
+        views = dataset.views(row, range(row * crops, (row + 1) * crops))
+        batch = cache.__getitems__([Sample(row, position)])
+        assert batch.loss_mask is not None
+        if row % 2:
+            assert bool((batch.loss_mask == 1).all())
+        else:
+            assert views is not None
+            wanted = model.token_shares(views["loss_mask"], batch.image_size)
+            [crop] = [k for k in range(crops) if torch.equal(wanted[k], batch.loss_mask.flatten())]
+            found.append((row, crop))
+    assert len(set(found)) > 10
+
+
+def test_a_mask_that_was_not_announced(tmp_path: Path):
+    pictures, model = Masked(), base()
+    pictures.first = 1
+    dataset = ImageDataset(pictures, SIZE, True, masks=True)
+    with pytest.raises(ValueError, match=r"item 'picture 1' of pictures has a loss_mask and the"):
+        write(tmp_path / "a", model, dataset)
+    pictures.masks = [key for i, key in enumerate(pictures.keys) if i % 2]  # type: ignore
+    cache = TokenCache(write(tmp_path / "b", model, dataset), model)
+    assert cache.plan.masks
+    without = ImageDataset(pictures, SIZE, True)
+    assert not TokenCache(write(tmp_path / "c", model, without), model).plan.masks
+
+
+def test_a_cache_of_before_plans_said_how_pictures_are_decoded(tmp_path: Path):
+    """Its digest is that of what was said then."""
+    model, dataset = base(), ImageDataset(Pictures(), SIZE, True)
+    folder = write(tmp_path / "cache", model, dataset)
+    tree = json.loads((folder / "manifest.json").read_text())
+    now = digest_text(json.dumps(tree["plan"], sort_keys=True)).encode()
+    assert tree["plan"].pop("decoding") == "reduced"
+    then = digest_text(json.dumps(tree["plan"], sort_keys=True)).encode()
+    (folder / "manifest.json").write_text(json.dumps(tree))
+    for path in folder.glob("*.safetensors"):
+        path.write_bytes(path.read_bytes().replace(now, then))
+    assert len(TokenCache(folder, model).captions(range(COUNT))) == COUNT
 
 
 def test_stages_share_a_cache(tmp_path: Path):

@@ -8,13 +8,17 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import default_collate
 
 from muse_maskgit_pytorch import MaskGitTrainer, testing
+from muse_maskgit_pytorch.data import Folder, ImageFolder
+from muse_maskgit_pytorch.data.check import check_data
 from muse_maskgit_pytorch.data.dataset import ImageDataset
-from muse_maskgit_pytorch.data.order import Sample
+from muse_maskgit_pytorch.data.order import Sample, Shares
 from muse_maskgit_pytorch.data.pixels import View
 from muse_maskgit_pytorch.data.source import Item
-from tests.runs import assert_same, last_state, make_maskgit
+from muse_maskgit_pytorch.images import to_pil
+from tests.runs import assert_same, last_state, make_maskgit, metrics
 
 
 def test_tokens_without_weight_teach_nothing():
@@ -56,7 +60,8 @@ class Halves:
 
 
 def test_crops_and_flips_move_the_mask_along():
-    dataset = ImageDataset(Halves(), View(16, "random", (0.4, 0.9), flip=True), captions=True)
+    view = View(16, "random", (0.4, 0.9), flip=True)
+    dataset = ImageDataset(Halves(), view, captions=True, masks=True)
     seen = [dataset[Sample(0, position)] for position in range(12)]
     for item in seen:
         assert torch.equal(item["loss_mask"], item["image"][:1])
@@ -65,7 +70,8 @@ def test_crops_and_flips_move_the_mask_along():
 
 def test_a_mask_of_another_size_is_refused():
     with pytest.raises(ValueError, match=r"loss_mask of item 'one'.*\(20, 30\).*give both"):
-        ImageDataset(Halves((20, 30)), 16)[0]
+        ImageDataset(Halves((20, 30)), 16, masks=True)[0]
+    assert "loss_mask" not in ImageDataset(Halves((20, 30)), 16)[0]  # a tokenizer's
 
 
 def rows(mask: int | None) -> list[dict[str, Any]]:
@@ -94,8 +100,119 @@ def test_training_with_a_mask(tmp_path: Path, t5: str):
     grey = run(rows(51), tmp_path / "grey", t5)  # the picture without a mask counts five times
     name = "transformer.to_logits.weight"
     assert not torch.equal(grey["modules"]["model"][name], plain["modules"]["model"][name])
-    with pytest.raises(ValueError, match=r"loss_mask.*set cache_tokens=False"):
-        run(rows(255), tmp_path / "cached", t5, cache_tokens=True)
+
+
+def mean_over_counted(trainer: MaskGitTrainer, items: list[dict[str, Any]]) -> torch.Tensor:
+    """The validation loss by its definition: over all masked tokens, each by what it counts."""
+    model, above, below = trainer.maskgit, torch.tensor(0.0), torch.tensor(0.0)
+    masks = model.draw_mask(len(items))
+    for item, mask in zip(items, masks, strict=True):
+        white = torch.ones(1, 16, 16)
+        counted = mask * model.token_shares(item.get("loss_mask", white)[None])[0]
+        arguments: dict[str, Any] = dict(cond_drop_prob=0.0, mask=mask[None])
+        if "loss_mask" in item:
+            arguments["loss_mask"] = item["loss_mask"][None]
+        above += model.losses(item["image"][None], [item["text"]], **arguments).ce * counted.sum()
+        below += counted.sum()
+    return above / below
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 6])
+def test_validation_is_one_mean_whatever_the_batches(tmp_path: Path, t5: str, batch_size: int):
+    data = rows(255)
+    for i, row in enumerate(data):
+        if "loss_mask" in row and i != 5:
+            row["loss_mask"] = Image.new("L", (16, 16), 40 * i)
+    critic = make_maskgit(t5, critic=True, critic_loss_weight=0.5)
+    trainer = MaskGitTrainer(
+        critic, data=data, results_folder=str(tmp_path), batch_size=batch_size, cache_tokens=False
+    )
+    trainer.maskgit.eval()
+    items = [trainer.dataset[row] for row in range(len(data))]
+    assert [("loss_mask" in item) for item in items] == [True, True, True, False, True, True]
+    with torch.no_grad():
+        torch.manual_seed(7)
+        wanted = mean_over_counted(trainer, items)
+        torch.manual_seed(7)
+        figures = trainer.validate(Shares(trainer.dataset, batch_size, trainer.collate))
+        trainer.dataset.masks = False
+        torch.manual_seed(7)
+        plain = trainer.validate(Shares(trainer.dataset, batch_size, trainer.collate))
+    assert figures["ce"] == pytest.approx(float(wanted), rel=1e-5)
+    assert plain["ce"] != pytest.approx(float(wanted), rel=1e-3)
+    assert figures["loss"] == pytest.approx(figures["ce"] + 0.5 * figures["critic"], rel=1e-5)
+    assert figures["critic"] == plain["critic"]
+
+
+def test_masks_that_leave_nothing_make_no_nan(tmp_path: Path, t5: str):
+    data = [row | {"loss_mask": Image.new("L", (16, 16))} for row in rows(None)]
+    run(data, tmp_path, t5, valid_fraction=0.5)
+    losses = [line["valid_loss"] for line in metrics(tmp_path) if "valid_loss" in line]
+    assert losses == [0.0] * len(losses)
+    assert losses
+
+
+# In a folder -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The pictures of `rows(51)` as files, and their masks beside them."""
+    made = tmp_path / "images"
+    (made / "more").mkdir(parents=True)
+    for i, row in enumerate(rows(51)):
+        stem = made / ("more" if i == 4 else "") / f"{i}"
+        to_pil(row["image"])[0].save(stem.with_suffix(".png"))
+        stem.with_suffix(".txt").write_text(row["text"])
+        if "loss_mask" in row:
+            row["loss_mask"].save(stem.with_name(f"{i}-masklabel.png"))
+    return made
+
+
+def test_masks_beside_the_images_are_those_of_items(folder: Path, tmp_path: Path, t5: str):
+    source = Folder(folder, captions=True)
+    assert source.names == ["0.png", "1.png", "2.png", "3.png", "5.png", "more/4.png"]
+    assert source.masks["more/4.png"] == "more/4-masklabel.png"
+    assert "3.png" not in source.masks
+
+    data = rows(51)
+    same = [data[i] | {"image": to_pil(data[i]["image"])[0]} for i in (0, 1, 2, 3, 5, 4)]
+    run(same, tmp_path / "rows", t5)
+    results = tmp_path / "folder"
+    run(str(folder), results, t5)
+    assert_same(last_state(results)["modules"], last_state(tmp_path / "rows")["modules"])
+
+    # a tokenizer, and a loop of one's own, see images alone
+    images = ImageFolder(folder, 16, captions=True)
+    batch = default_collate([images[row] for row in range(len(images))])
+    assert batch.keys() == {"image", "text"}
+
+
+def test_other_masks_are_other_data(folder: Path):
+    def name(masks: bool) -> str:
+        source = Folder(folder, captions=True)
+        return ImageDataset(source, 16, captions=True, masks=masks).summary()["fingerprint"]
+
+    before = name(True), name(False)
+    (folder / "0-masklabel.png").unlink()
+    assert (name(True) != before[0], name(False) == before[1]) == (True, True)
+
+
+def test_masks_that_do_not_fit(folder: Path, tmp_path: Path, t5: str):
+    (folder / "3-masklabel.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"cannot read image .*3-masklabel\.png"):
+        run(str(folder), tmp_path / "unreadable", t5)
+    Image.new("L", (16, 12)).save(folder / "3-masklabel.png")
+    for caching in (False, True):
+        with pytest.raises(
+            ValueError, match=r"loss_mask of item '3.png'.*\(16, 12\) pixels.*\(16, 16\)"
+        ):
+            run(str(folder), tmp_path / f"other{caching}", t5, cache_tokens=caching)
+    assert "loss_mask of item '3.png'" in check_data(Folder(folder)).broken["3.png"]
+    (folder / "3.png").unlink()
+    with pytest.warns(UserWarning, match=r"left out 1 that are masks without their image: 3-mask"):
+        source = Folder(folder)
+    assert source.left_out == {"are masks without their image": ["3-masklabel.png"]}
 
 
 def test_micro_batches_share_one_mean(tmp_path: Path, t5: str):
