@@ -47,6 +47,8 @@ def make_maskgit(t5: str, seed: int = 0, critic: bool = False, **changes: Any) -
     )
 
 
+# Of a log's line: how fast it went, which no two runs have alike.
+PACE = {"steps_per_s", "data_wait", "images_per_s", "hours_left"}
 COMMON: dict[str, Any] = dict(
     batch_size=2, num_train_steps=2, lr=1e-3, warmup_steps=2, sample_every=0, log_every=1
 )

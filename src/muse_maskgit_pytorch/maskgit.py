@@ -295,6 +295,46 @@ class MaskGit(Saveable):
         Raises:
             ValueError: arguments that fit neither each other nor the model.
         """
+        given = dict(text_embeds=text_embeds, cond_images=cond_images, cond_ids=cond_ids)
+        ids, text, cond = self.encoded(images_or_ids, texts, **given, image_size=image_size)
+        drop = self.cond_drop_prob
+        if cond_drop_prob is not None:
+            drop = real("cond_drop_prob", cond_drop_prob, 0, 1)
+        if mask is not None and len(mask) == 2 * len(ids):
+            ids, text = ids.repeat(2, 1), text.cat(text)
+            loss_mask = None if loss_mask is None else loss_mask.repeat(2, 1, 1, 1)
+            cond = None if cond is None else cond.repeat(2, 1)
+        if cond is not None and self.cond_noise_prob and self.training:
+            assert self.cond_vae is not None
+            noisy = torch.rand(cond.shape, device=self.device) < self.cond_noise_prob
+            cond = torch.where(noisy, torch.randint_like(cond, self.cond_vae.codebook_size), cond)
+        conditioning = self.conditioner.dropped(text, cond, drop, image_size)
+        mask = self.draw_mask(len(ids), image_size) if mask is None else mask
+        masked = mask_tokens(ids, mask, self.transformer.mask_id, self.no_mask_token_prob)
+
+        if self.transformer.self_cond and self_cond is None:
+            self_cond = bool(torch.rand((), device="cpu") < self.self_cond_prob)
+        recall = bool(self.transformer.self_cond and self_cond)
+        shares = None if loss_mask is None else self.token_shares(loss_mask, image_size)
+        terms = compiled(_terms, self._compile)
+        weights = mask_weight, token_weight, shares
+        return terms(self, ids, masked, conditioning, part, recall, *weights)
+
+    def encoded(
+        self,
+        images_or_ids: Float[Tensor, "B 3 H W"] | Int[Tensor, "B ..."],
+        texts: Sequence[str] | None = None,
+        *,
+        text_embeds: TextEmbeds | Float[Tensor, "B L E"] | None = None,
+        cond_images: Float[Tensor, "B 3 Hc Wc"] | None = None,
+        cond_ids: Int[Tensor, "B ..."] | None = None,
+        image_size: ImageSize | None = None,
+    ) -> tuple[Int[Tensor, "B N"], TextEmbeds, Int[Tensor, "B M"] | None]:
+        """Token ids, texts and low-resolution ids of a batch; arguments as in `losses`.
+
+        Raises:
+            ValueError: arguments that fit neither each other nor the model.
+        """
         images = as_tensor("images_or_ids", images_or_ids, whole=None).to(self.device)
         conditioner = self.conditioner
         if texts is None and text_embeds is None:
@@ -313,29 +353,7 @@ class MaskGit(Saveable):
             raise ValueError(f"{len(text.mask)} texts for {len(ids)} images")
         if cond is not None and len(cond) != len(ids):
             raise ValueError(f"{len(cond)} low-resolution images for {len(ids)} images")
-
-        drop = self.cond_drop_prob
-        if cond_drop_prob is not None:
-            drop = real("cond_drop_prob", cond_drop_prob, 0, 1)
-        if mask is not None and len(mask) == 2 * len(ids):
-            ids, text = ids.repeat(2, 1), text.cat(text)
-            loss_mask = None if loss_mask is None else loss_mask.repeat(2, 1, 1, 1)
-            cond = None if cond is None else cond.repeat(2, 1)
-        if cond is not None and self.cond_noise_prob and self.training:
-            assert self.cond_vae is not None
-            noisy = torch.rand(cond.shape, device=self.device) < self.cond_noise_prob
-            cond = torch.where(noisy, torch.randint_like(cond, self.cond_vae.codebook_size), cond)
-        conditioning = conditioner.dropped(text, cond, drop, image_size)
-        mask = self.draw_mask(len(ids), image_size) if mask is None else mask
-        masked = mask_tokens(ids, mask, self.transformer.mask_id, self.no_mask_token_prob)
-
-        if self.transformer.self_cond and self_cond is None:
-            self_cond = bool(torch.rand((), device="cpu") < self.self_cond_prob)
-        recall = bool(self.transformer.self_cond and self_cond)
-        shares = None if loss_mask is None else self.token_shares(loss_mask, image_size)
-        terms = compiled(_terms, self._compile)
-        weights = mask_weight, token_weight, shares
-        return terms(self, ids, masked, conditioning, part, recall, *weights)
+        return ids, text, cond
 
     def token_shares(
         self, loss_mask: Float[Tensor, "B 1 H W"], image_size: ImageSize | None = None

@@ -120,9 +120,11 @@ def train_all(t5: str) -> None:
 
 
 def log(folder: Path) -> list[dict[str, float]]:
+    from tests.runs import PACE  # not of the launched processes
+
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [
-        {k: v for k, v in line.items() if k not in ("stage", "steps_per_s")}
+        {k: v for k, v in line.items() if k not in {"stage", *PACE}}
         for line in lines
         if "warning" not in line  # of the batches, which are others on another number
     ]

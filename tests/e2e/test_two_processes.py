@@ -206,6 +206,8 @@ def log(folder: Path) -> list[dict[str, float]]:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_two_processes_train_as_one(tmp_path: Path, t5: str, resnet: str):
+    from tests.runs import PACE  # not of the launched processes
+
     (tmp_path / "images").mkdir()
     for i in range(15):
         size = (16, 16 if i % 3 else 32, 3)  # some are wide
@@ -258,10 +260,7 @@ def test_two_processes_train_as_one(tmp_path: Path, t5: str, resnet: str):
     # to nothing AdamW makes a small part of a step of it, whose length is the learning rate.
     for name in (*QUANTIZERS, "masked"):
         for a, b in zip(log(two / name), log(one / name), strict=True):
-            a, b = (
-                {k: v for k, v in line.items() if k not in ("stage", "steps_per_s")}
-                for line in (a, b)
-            )
+            a, b = ({k: v for k, v in line.items() if k not in {"stage", *PACE}} for line in (a, b))
             assert a == pytest.approx(b, rel=1e-4, abs=1e-6), f"{name} at step {a['step']}"
         first, second = (
             load_tree(results / name / "rank0.safetensors")[0] for results in (two, one)

@@ -19,6 +19,7 @@ from PIL import Image
 
 from ..arguments import as_path, printable
 from ..conditioning import one_each
+from ..data.captions import read_prompts
 from ..files import check_output
 from ..foreign import load_tokenizer
 from ..images import image_grid, read_record, record_of, save_gif, save_png
@@ -253,17 +254,11 @@ def _prompts(config: Namespace) -> list[str]:
 
 def _lines(name: str) -> list[str]:
     """Prompts in a text file, or in standard input for "-"."""
-    if name == "-" and sys.stdin is None:
+    if name != "-":
+        return read_prompts(as_path(name), name)
+    if sys.stdin is None:
         raise ValueError("- stands for the lines of standard input, which is closed")
-    try:
-        text = sys.stdin.read() if name == "-" else as_path(name).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is not a text file in UTF-8: {error}") from error
-    lines = [line.strip() for line in text.splitlines()]
-    prompts = [line for line in lines if line and not line.startswith("#")]
-    if not prompts:
-        raise ValueError(f"{'standard input' if name == '-' else name} holds no prompt")
-    return prompts
+    return read_prompts(sys.stdin, "standard input")
 
 
 def _again(like: list[Record], prompts: list[str], config: Namespace, model: Muse) -> list[Job]:

@@ -10,7 +10,7 @@ import json
 import posixpath
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 from ..arguments import as_text, printable, shown
 from .rows import missing
@@ -41,6 +41,24 @@ class Row(NamedTuple):
     file_name: str
     text: str
     values: Mapping[str, Any]
+
+
+def read_prompts(file: Path | TextIO, name: str) -> list[str]:
+    """One prompt on a line; empty lines, and those that begin with #, are left out.
+
+    Args:
+        file: text in UTF-8.
+        name: what it is called in errors.
+    """
+    try:
+        text = file.read_text(encoding="utf-8-sig") if isinstance(file, Path) else file.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not a text file in UTF-8: {error}") from error
+    lines = [line.strip() for line in text.splitlines()]
+    prompts = [line for line in lines if line and not line.startswith("#")]
+    if not prompts:
+        raise ValueError(f"{name} holds no prompt")
+    return prompts
 
 
 def read_texts(folder: Path, names: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:

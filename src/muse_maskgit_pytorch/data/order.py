@@ -169,6 +169,7 @@ class Shares:
     def __init__(
         self, dataset: Dataset, batch_size: int, collate: Callable, rank: int = 0, world: int = 1
     ):
+        self.dataset, self.batch_size, self.world = dataset, batch_size, world
         self.count = len(dataset)  # type: ignore[arg-type]
         self.buckets = buckets_of(dataset)
         self._rows, self._counted = [], []

@@ -35,9 +35,11 @@ from ..data.stream import Held, RowStream, Stream, StreamError
 from ..data.workers import leave_signals_to_the_run, starting_processes
 from ..devices import cores
 from ..files import check_output, digest_state
+from ..images import image_grid
 from ..watching.health import Health
 from ..watching.interval import Interval
 from ..watching.log import Log, drop_lines_after, writing
+from ..watching.pace import Pace
 from ..watching.progress import Progress
 from ..watching.report import read_curves
 from ..watching.run_file import (
@@ -278,9 +280,23 @@ class Trainer:
         """
         raise NotImplementedError
 
-    def draw(self, path: Path) -> None:
-        """Write a picture of what the model does now. Every process must call it."""
+    def draw(self, path: Path) -> dict[str, float]:
+        """Write a picture of what the model does now; figures of it. Every process must call it."""
         raise NotImplementedError
+
+    prompts: list[str] = []  # noqa: RUF012  # that are drawn at each look, besides
+    counting = True  # whether the operations of a step can be counted
+
+    def draw_prompts(self) -> Tensor:
+        """Pictures (B,3,H,W) of ``prompts``, with the same seeds each time.
+
+        Every process must call it.
+        """
+        raise NotImplementedError
+
+    def references(self, train: Any, valid: Any) -> dict[str, float]:
+        """Figures that need no model, for the validation's to be held against."""
+        return {}
 
     def measures(self) -> dict[str, float]:
         """Further figures for a line of the log. Every process must call it."""
@@ -363,6 +379,7 @@ class Trainer:
             history=read_curves(self.results_folder, self.name) if newest else None,
             max_grad_norm=self.max_grad_norm,
             images=None if self.stream else len(train_set),
+            workers=self.num_workers,
             **self.health_facts(),
         )
         self.progress = Progress(self.name, self.num_train_steps, shown=main)
@@ -390,7 +407,15 @@ class Trainer:
                 self.parallel.world,
             )
         ready = self.ready(train_set, say)
+        if main and self._shares is not None and self.step == 0:
+            known = self.references(ready, self._shares.dataset)
+            if known:
+                self.log.add(0, known)
         batches = self._batches(ready)
+        images = self.batch_size * self.grad_accum_every * self.parallel.world
+        precision = self.settings["mixed_precision"]
+        counting = self.counting and not self.sharded
+        pace = Pace(images, self.step, self.num_train_steps, self.device, precision, counting)
         self.progress.start(self.step)
         self._started = time.monotonic()
         self.interval.start(self.step)
@@ -402,9 +427,9 @@ class Trainer:
                 for name, optimizer in self.optimizers.items():
                     for group in optimizer.param_groups:
                         group["lr"] = self.lr_of(name) * factor
-                with self.stop.free():
-                    terms = self.train_step(batches)
-                self.samples += self.batch_size * self.grad_accum_every * self.parallel.world
+                with self.stop.free(), pace.step():
+                    terms = self.train_step(self.interval.timed(batches))
+                self.samples += images
                 if self.stream:
                     self.stream.settle()
                 if self.guard.must_return():
@@ -422,6 +447,7 @@ class Trainer:
                 self.progress.step_to(self.step)
                 if self.step % self.log_every == 0 or self.step in (1, self.num_train_steps):
                     values = self.interval.line(self.step, self.parallel.reduce)
+                    values |= pace.figures(self.step, values["steps_per_s"])
                     values |= self.measures() | self.guard.counts() | {"lr": self.lr * factor}
                     if self.parallel.is_main:
                         self.log.add(self.step, values, self.codes_full())
@@ -715,31 +741,54 @@ class Trainer:
         return self._minutes > self.max_minutes
 
     def _look(self) -> None:
-        """Validate and draw, with the averaged weights, leaving the randomness untouched."""
+        """Validate and draw, leaving the randomness untouched."""
         if self._looked_at == self.step:
             return
         self._looked_at = self.step
         modules = list(self.modules().values())
-        main, model = self.parallel.is_main, next(iter(self.wrapped.values()))
-        with torch.no_grad(), torch.random.fork_rng(self._gpus()), self.ema.applied():
+        model = next(iter(self.wrapped.values()))
+        name = f"{self.name}-prompts"
+        path = self.results_folder / "samples" / f"{name}-{self.step:08d}.png"
+        rows = []
+        with torch.no_grad(), torch.random.fork_rng(self._gpus()):
             for module in modules:
                 module.eval()
             torch.manual_seed(self.seed)
-            if (shares := self._shares) is not None:
-                with self.autocast(), self.stop.free():
-                    figures = self.parallel.with_weights(model, lambda: self.validate(shares))
-                if self.parallel.agreed(main and self._is_best(figures)):
-                    self._write_model("-best")
-                if main:
-                    self.log.add(
-                        self.step, {f"valid_{k}": v for k, v in figures.items()}, self.codes_full()
-                    )
-            path = self.results_folder / "samples" / f"{self.name}-{self.step:08d}.png"
-            with writing(path), self.stop.free():
-                self.parallel.with_weights(model, lambda: self.draw(path))
-            self._trackers.picture(self.step, self.name, path)
+            with self.ema.applied():
+                self._look_averaged(model)
+                if self.prompts:
+                    with self.stop.free():
+                        rows.append(self.parallel.with_weights(model, self.draw_prompts))
+            if self.prompts:
+                with self.stop.free():
+                    rows.append(self.parallel.with_weights(model, self.draw_prompts))
+                if self.parallel.is_main:
+                    pairs = torch.stack(rows, dim=1).flatten(0, 1)
+                    labels = [text for prompt in self.prompts for text in (prompt, "raw weights")]
+                    with writing(path):
+                        image_grid(pairs, min(len(pairs), 8), labels).save(path)
+                    self._trackers.picture(self.step, name, path)
             for module in modules:
                 module.train()
+
+    def _look_averaged(self, model: nn.Module) -> None:
+        """The validation, with the weights of it if it is the best one, and the picture."""
+        main = self.parallel.is_main
+        line: dict[str, float] = {}
+        if (shares := self._shares) is not None:
+            with self.autocast(), self.stop.free():
+                figures = self.parallel.with_weights(model, lambda: self.validate(shares))
+            if self.parallel.agreed(main and self._is_best(figures)):
+                self._write_model("-best")
+            line = {f"valid_{k}": v for k, v in figures.items()}
+        path = self.results_folder / "samples" / f"{self.name}-{self.step:08d}.png"
+        try:
+            with writing(path), self.stop.free():
+                line |= self.parallel.with_weights(model, lambda: self.draw(path))
+        finally:
+            if main and line:
+                self.log.add(self.step, line, self.codes_full())
+        self._trackers.picture(self.step, self.name, path)
 
     def _is_best(self, figures: dict[str, float]) -> bool:
         """Whether a validation is better than all before it, which stand in the log."""

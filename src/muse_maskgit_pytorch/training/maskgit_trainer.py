@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ..arguments import one_of, whole
+from ..arguments import as_path, one_of, whole
 from ..cross_entropy import TINY
 from ..data.cache import TokenCache
+from ..data.captions import read_prompts
 from ..data.dataset import ImageDataset, split
 from ..data.encoding import write_cache
 from ..data.folder import open_source
@@ -32,6 +36,10 @@ from ..watching.log import writing
 from ..watching.run_file import settings_of
 from .loop import Trainer
 from .losses import NamedTerms, frozen
+from .probe import Probe, references
+
+PROBED = 256  # images of a validation that are looked at closely
+ENCODED = ("images_or_ids", "texts", "text_embeds", "cond_images", "cond_ids", "image_size")
 
 
 class MaskGitTrainer(Trainer):
@@ -70,6 +78,8 @@ class MaskGitTrainer(Trainer):
         checkpoint_activations: keep only each block's input for the way back and compute the block
             again there: less memory, more work, the same gradients.
         num_samples: images in the pictures of ``results_folder/samples``.
+        sample_prompts: file of prompts, one on a line, that are drawn with the same seeds each time
+            too, by the averaged weights and by the raw ones.
         aspect_ratios: train on pictures in their own shapes instead of squares: each is cropped to
             the nearest of these (width:height, such as [3:2, 1:1, 2:3]), with about as many pixels
             as the square (`Geometry.buckets`). All pictures of a step on all processes, or of one
@@ -105,6 +115,7 @@ class MaskGitTrainer(Trainer):
         complementary: bool = False,
         checkpoint_activations: bool = False,
         num_samples: int = 8,
+        sample_prompts: str | None = None,
         aspect_ratios: list[str] | None = None,
         crop: Crop = "center",
         crop_scale: tuple[float, float] = (0.5, 1.0),
@@ -177,7 +188,16 @@ class MaskGitTrainer(Trainer):
                     "compiler fails on windows of several shapes: leave one of them out"
                 )
             maskgit.compile()
+            self.counting = False
         self.num_samples = min(num_samples, len(self.dataset))
+        if sample_prompts is not None:
+            if maskgit.cond_image_size is not None:
+                raise ValueError(
+                    "sample_prompts need a base model: super-resolution draws from low-resolution "
+                    "images, which prompts do not have"
+                )
+            self.prompts = read_prompts(as_path(sample_prompts, "sample_prompts"), sample_prompts)
+            maskgit.embed_texts(self.prompts)  # refused now rather than after hours
 
     def _open_images(self, data: Any, folder: str | None, cond_folder: str | None) -> ImageDataset:
         maskgit = self.maskgit
@@ -376,7 +396,7 @@ class MaskGitTrainer(Trainer):
         """Mean loss terms, over masked tokens and over all for the critic; texts always seen.
 
         With self-conditioning as in drawing. Where pictures have masks of the loss, tokens count by
-        these, as in training.
+        these, as in training. Of the first images also the figures of `Probe`, without such masks.
         """
         masks: dict[int, Tensor] = {}
         for size, bucket in shares.buckets.items():
@@ -384,14 +404,22 @@ class MaskGitTrainer(Trainer):
         tokens = sum(mask.numel() for mask in masks.values()) / shares.count  # of an image
         masked = torch.stack([mask.sum() for mask in masks.values()]).float().mean()
         sums: dict[str, float] = defaultdict(float)
-        for rows, counted, batch in shares:
+        probe = Probe(self.maskgit)
+        probed = math.ceil(PROBED / shares.batch_size / shares.world)  # as many on every process
+        for number, (rows, counted, batch) in enumerate(shares):
             mask = torch.stack([masks[row] for row in rows])
             # a batch draws the same numbers whichever process has it
             torch.manual_seed(self.seed * 1_000_003 + rows[0] + 1)
             heeded = self._counted(mask, batch)
             sums["unheeded"] += float((mask.sum() - heeded) / len(rows) / masked) * counted
+            arguments = self._arguments(batch)
+            if number < probed and self.part != "critic":
+                known = {name: arguments[name] for name in ENCODED}
+                others = self._others(shares, rows)
+                seeds = [self.seed * 1_000_003 + row for row in rows]
+                probe.see(known, None if others is None else vars(others), counted, seeds)
             terms = self.maskgit.losses(
-                **self._arguments(batch),
+                **arguments,
                 cond_drop_prob=0.0,
                 mask=mask,
                 mask_weight=heeded / len(rows) / masked,
@@ -408,9 +436,42 @@ class MaskGitTrainer(Trainer):
             critic = self.maskgit.critic_loss_weight * figures.get("critic", 0.0)
             figures["total"] = critic + scale * (figures["total"] - critic)
             figures["ce"] *= scale
+        if self.part != "critic":
+            figures |= probe.figures(self.parallel.sums(probe.sums))
         return {"loss" if name == "total" else name: value for name, value in figures.items()}
 
-    def draw(self, path: Path) -> None:
+    def _others(self, shares: Shares, rows: list[int]) -> Batch | None:
+        """Images half a set further on, whose captions should not do for these ones.
+
+        None where captions decide little: of super-resolution, or where there are none.
+        """
+        told = self.maskgit.transformer.classes != () and self.maskgit.cond_vae is None
+        for bucket in shares.buckets.values():
+            if told and len(bucket) > 1 and rows[0] in bucket:
+                places = [list(bucket).index(row) + len(bucket) // 2 for row in rows]
+                return self._batch(shares.dataset, [bucket[p % len(bucket)] for p in places])
+        return None
+
+    def _batch(self, dataset: Any, rows: Sequence[int]) -> Batch:
+        cached = isinstance(dataset, TokenCache)
+        return dataset.__getitems__(rows) if cached else self.collate([dataset[r] for r in rows])
+
+    def references(self, train: Any, valid: Any) -> dict[str, float]:
+        if not isinstance(valid, TokenCache) or not isinstance(train, TokenCache):
+            return {}
+        sizes = train.buckets.keys() | valid.buckets.keys()
+        grids = {size: self.maskgit.geometry.grid(size) for size in sizes}
+        return references(train, valid, self.maskgit.vae.codebook_size, grids)
+
+    def draw_prompts(self) -> Tensor:
+        own = self.parallel.share(list(range(len(self.prompts))))
+        drawn = []
+        for start in range(0, len(own), self.batch_size):
+            seeds = own[start : start + self.batch_size]
+            drawn.append(self._generated([self.prompts[i] for i in seeds], seeds=seeds))
+        return self.parallel.joined(torch.cat(drawn).float(), len(self.prompts)).cpu()
+
+    def draw(self, path: Path) -> dict[str, float]:
         """Real images above those generated from their captions (and low-resolution ids)."""
         data, count = self.dataset, self.num_samples
         rows = [i * len(data) // count for i in range(count)]
@@ -432,31 +493,38 @@ class MaskGitTrainer(Trainer):
             path.parent.mkdir(parents=True, exist_ok=True)
             pictures, labels = [sheet[i] for i in range(2 * count)], [*texts, *[""] * count]
             image_grid(pictures, columns=count, labels=labels).save(path)
+        contrasts = [float(np.asarray(sheet[i]).std(axis=(0, 1)).mean()) for i in range(2 * count)]
+        return {
+            "real_contrast": fmean(contrasts[:count]) / 255,
+            "drawn_contrast": fmean(contrasts[count:]) / 255,
+        }
 
     def _pictures(self, rows: Sequence[int], seeds: list[int]) -> tuple[Tensor, Tensor]:
         """Images of one size, and what is drawn from their captions."""
         data = self.dataset
-        if isinstance(data, TokenCache):  # without the images: as the tokenizer decodes them
-            batch = data.__getitems__(rows)
-            assert batch.ids is not None
+        batch = self._batch(data, rows)
+        if batch.ids is not None:  # without the images: as the tokenizer decodes them
             images = self.maskgit.decode(batch.ids.to(self.device), batch.image_size)
         else:
-            batch = self.collate([data[row] for row in rows])
             assert batch.images is not None
             images = batch.images.to(self.device)
+        with self.autocast():
+            cond_ids = self.maskgit.encode_cond(
+                batch.cond_images, batch.cond_ids, None if batch.images is None else images,
+                batch.image_size,
+            )  # fmt: skip
+        return images, self._generated(
+            batch.texts, text_embeds=batch.text_embeds, cond_ids=cond_ids, seeds=seeds,
+            image_size=batch.image_size,
+        )  # fmt: skip
+
+    def _generated(self, texts: list[str] | None, **arguments: Any) -> Tensor:
         precision = self.maskgit.precision
         if self.device.type == "cuda":  # a few pictures are worth no graphs beside the training
             self.maskgit.precision = "reference"
         try:
             with self.autocast():
-                cond_ids = self.maskgit.encode_cond(
-                    batch.cond_images, batch.cond_ids, None if batch.images is None else images,
-                    batch.image_size,
-                )  # fmt: skip
-                return images, self.maskgit.generate(
-                    batch.texts, text_embeds=batch.text_embeds, cond_ids=cond_ids, seeds=seeds,
-                    image_size=batch.image_size,
-                )  # fmt: skip
+                return self.maskgit.generate(texts, **arguments)
         finally:
             self.maskgit.precision = precision
 

@@ -375,7 +375,7 @@ class VQGanVAETrainer(Trainer):
             sums["mse"] += float(error.mean()) * counted
         return {name: value / shares.count for name, value in self.parallel.sums(sums).items()}
 
-    def draw(self, path: Path) -> None:
+    def draw(self, path: Path) -> dict[str, float]:
         """Images from all over the set above their reconstructions."""
         count = min(8, len(self.dataset))
         rows = [i * len(self.dataset) // count for i in range(count)]
@@ -391,6 +391,7 @@ class VQGanVAETrainer(Trainer):
         if self.parallel.is_main:
             path.parent.mkdir(parents=True, exist_ok=True)
             image_grid(torch.cat([images, recon]), columns=count).save(path)
+        return {}
 
 
 def _psnr(error: Float[Tensor, "B"]) -> Float[Tensor, ""]:

@@ -22,6 +22,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ..arguments import whole
+from ..devices import cores
 
 Curve = list[tuple[int, float]]  # (step, value), steps rising
 Curves = dict[str, Curve]
@@ -33,6 +34,7 @@ MAX_FALL = 1.5  # dB of training PSNR below its best
 SMOOTH = 20  # lines that a training figure is averaged over before it is compared
 WORSE = 2.0  # a warning comes again once its severity has grown by this factor ...
 CALM = 10  # ... or when it returns after so many lines without it
+SETTLED = 2000  # steps by which a transformer has learnt something, if it learns at all
 
 
 def add_line(curves: Curves, line: Mapping[str, Any]) -> None:
@@ -161,6 +163,7 @@ class Health:
         codebook_size: V of a tokenizer; without it the codebook is not judged.
         quantizer: its name, so that the advice does not name it again.
         images: how many the run trains on.
+        workers: processes that load its data; 0: it does so itself.
         idle_loss: what the discriminator's loss is while it answers 0 to everything: 1 for the
             hinge, log 2 for the logistic loss.
     """
@@ -174,11 +177,12 @@ class Health:
         codebook_size: int | None = None,
         quantizer: str | None = None,
         images: int | None = None,
+        workers: int = 0,
         idle_loss: float = 1.0,
     ):
         self.stage, self.max_grad_norm = stage, max_grad_norm
         self.codebook_size, self.quantizer = codebook_size, quantizer
-        self.images, self.idle_loss = images, idle_loss
+        self.images, self.workers, self.idle_loss = images, workers, idle_loss
         self.curves: Curves = {name: list(curve) for name, curve in (history or {}).items()}
         self._counted = {name: c[-1][1] for name, c in self.curves.items() if c}  # before this run
         self._codes_full = False
@@ -217,6 +221,9 @@ class Health:
         yield from self._gradients()
         yield from self._plateau()
         yield from self._overfitting()
+        yield from self._loader()
+        yield from self._knowledge()
+        yield from self._one_colour()
         if self.codebook_size:
             yield from self._codebook(self.codebook_size)
         yield from self._discriminator()
@@ -319,6 +326,90 @@ class Health:
                 f"improved: the model learns its training set{images} by heart; stop near step "
                 f"{best_step:,}, use more images, or a smaller model",
             )
+
+    def _loader(self) -> Iterator[Finding]:
+        waits = self._recent("data_wait", 5, steps=50)
+        if not waits or (wait := median(waits)) < 0.3:
+            return
+        # a load takes as long as the step that waits for it, on each of the workers
+        load = max(1, self.workers) * (1 if self.workers else wait)
+        wanted, there = math.ceil(load / (1 - min(wait, 0.99))), cores()
+        remedy = f"set num_workers={wanted}"
+        if wanted > there or wanted <= self.workers:
+            remedy = f"{there} cores are too few: make a cache (muse cache), or use smaller images"
+        yield Finding(
+            "loader",
+            wait,
+            f"the loader is the limit: the steps wait {wait:.0%} of the time for their data; "
+            + remedy,
+        )
+
+    # What a transformer can suffer from ----------------------------------------------------------
+
+    def _knowledge(self) -> Iterator[Finding]:
+        """By what it says of images that it has not seen; three validations in a row."""
+        blind = self.curves.get("valid_nats_100", [])[-3:]
+        if len(blind) < 3:
+            return
+        step, nats = blind[-1]
+        chance = self._reference("unigram") or self._reference("uniform")
+        right = [value for _, value in self.curves.get("valid_accuracy_100", [])[-3:]]
+        if chance and right and min(right) > 0.9 and nats < 0.1 * chance:
+            yield Finding(
+                "too good",
+                right[-1],
+                f"the validation is too good to be true: {right[-1]:.0%} of the tokens of images "
+                "it should never have seen are guessed from nothing but the caption "
+                f"({nats:.2g} nats a token); either training and validation share images "
+                "(muse data check finds those that are there twice), or captions name the very "
+                "image, or nearly all pictures are alike",
+            )
+        easiest = [value for _, value in self.curves.get("valid_nats_25", [])[-3:]]
+        unigram = self._reference("unigram")
+        if unigram and step >= SETTLED and easiest and min(easiest) > 0.995 * unigram:
+            yield Finding(
+                "nothing learnt",
+                1.0,
+                f"nothing is learnt: with three quarters of an image shown, a token still costs "
+                f"{min(easiest):.4g} nats, and {unigram:.4g} by the frequency of codes alone; "
+                "raise lr, or look whether the images are noise or the tokenizer is untrained",
+            )
+        others = [value for _, value in self.curves.get("valid_nats_other_captions", [])[-3:]]
+        if len(others) < 3 or step < SETTLED:
+            return
+        gains = [(other - own) / own for other, (_, own) in zip(others, blind, strict=True)]
+        if max(gains) < 0.001:
+            yield Finding(
+                "captions",
+                1.0,
+                "the captions have no effect: held-out images cost "
+                f"{nats:.5g} nats a token with their own captions and {others[-1]:.5g} with those "
+                "of other images; look whether captions belong to their images and differ, whether "
+                "the text encoder is the right one, and whether cond_drop_prob is near 1",
+            )
+
+    def _reference(self, name: str) -> float | None:
+        curve = self.curves.get(f"reference_{name}")
+        return curve[-1][1] if curve else None
+
+    def _one_colour(self) -> Iterator[Finding]:
+        real, drawn = (self.curves.get(f"{n}_contrast", [])[-2:] for n in ("real", "drawn"))
+        if len(drawn) < 2 or drawn[0][0] < self._warm_up():
+            return
+        shares = [d / max(r, 1e-9) for (_, d), (_, r) in zip(drawn, real, strict=True)]
+        if max(shares) < 0.1 and real[-1][1] > 0.02:
+            yield Finding(
+                "one colour",
+                1.0,
+                f"the samples are of one colour: their contrast is {shares[-1]:.0%} of the real "
+                "images'; a loss that falls all the same means that drawing goes wrong (look at "
+                "cond_scale and temperature), one that stays that nothing is learnt",
+            )
+
+    def _warm_up(self) -> int:
+        """The step at which the learning rate first stood at its peak so far."""
+        rates = self.curves.get("lr", [])
+        return max(rates, key=lambda point: point[1])[0] if rates else 0
 
     # What a tokenizer can suffer from ------------------------------------------------------------
 

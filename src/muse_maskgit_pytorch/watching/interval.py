@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from ..arguments import fitting
 
 Reduce = Callable[[Tensor], Tensor]  # the sum of a tensor over all processes
+T = TypeVar("T")
 
 
 class Interval:
@@ -30,6 +31,15 @@ class Interval:
     def start(self, step: int) -> None:
         """From this step on the clock runs."""
         self._began = step, time.monotonic()
+        self._waited = 0.0  # seconds
+
+    def timed(self, batches: Iterator[T]) -> Iterator[T]:
+        """The same batches; what the steps wait for them is added up."""
+        while True:
+            began = time.monotonic()
+            batch = next(batches)
+            self._waited += time.monotonic() - began
+            yield batch
 
     @torch.no_grad()
     def add(self, terms: Mapping[str, Tensor]) -> None:
@@ -44,9 +54,13 @@ class Interval:
         self._sums[names] = self._sums[names] + pair if names in self._sums else pair
 
     def line(self, step: int, reduce: Reduce) -> dict[str, float]:
-        """The means by name, and "steps_per_s"; what follows is the next interval.
+        """The means by name, and the pace; what follows is the next interval.
 
         Every process must call this. Of figures that were never finite the mean is NaN.
+
+        Returns:
+            also "steps_per_s", and "data_wait": the share of the time in which this process waited
+            for its data.
         """
         sums: dict[str, float] = defaultdict(float)
         counts: dict[str, float] = defaultdict(float)
@@ -56,10 +70,11 @@ class Interval:
                 counts[name] += count
         means = {name: sums[name] / counts[name] if counts[name] else math.nan for name in sums}
         first, began = self._began
-        pace = (step - first) / max(time.monotonic() - began, 1e-9)
+        seconds = max(time.monotonic() - began, 1e-9)
+        pace = {"steps_per_s": (step - first) / seconds, "data_wait": self._waited / seconds}
         self._sums = {}
         self.start(step)
-        return {**means, "steps_per_s": pace}
+        return means | pace
 
     def gather(self, reduce: Reduce, keep: bool) -> None:
         """Bring the sums of all processes to the one that keeps them. Every process must call it.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from itertools import pairwise
@@ -21,10 +21,24 @@ from .health import Curve, Curves, add_line
 from .page import embedded, table, write_page
 from .run_file import RunFile
 
+MASKED = (25, 50, 75, 100)  # per cent, see `training.probe`
+# What a token costs without any model: lines across the loss.
+REFERENCES = {
+    "uniform": "untrained (ln V)",
+    "unigram": "frequency of codes",
+    "bigram": "and of neighbours",
+}
 # Title, unit, names of the curves (an adversary's without it are left out), kind of axis.
 CHARTS = [
     ("Reconstruction", "PSNR, dB", ["psnr", "valid_psnr"]),
     ("Loss", "", ["loss", "valid_loss"]),
+    ("Loss by share masked", "validation, nats per token", [f"valid_nats_{s}" for s in MASKED]),
+    ("Right tokens by share masked", "validation", [f"valid_accuracy_{s}" for s in MASKED]),
+    (
+        "Whose caption",
+        "validation, all masked, nats per token",
+        ["valid_nats_own_caption", "valid_nats_other_captions"],
+    ),
     ("Terms of reconstruction", "unweighted", ["recon", "perceptual", "valid_mse"]),
     ("Codes in use", "share of the codebook", ["codebook_usage"]),
     ("Codebook perplexity", "codes", ["codebook_perplexity"]),
@@ -35,11 +49,17 @@ CHARTS = [
     ("Weight of the adversarial term", "", ["gan_weight"]),
     ("Gradient norms", "before clipping", ["grad_norm", "discriminator_grad_norm"]),
     ("Learning rate", "", ["lr"]),
+    ("Contrast of samples", "standard deviation", ["real_contrast", "drawn_contrast"]),
     ("Speed", "steps per second", ["steps_per_s"]),
+    ("Time waited for data", "share", ["data_wait"]),
+    ("Use of the machine", "share of its matrix products", ["gemm_share"]),
 ]
-HIDDEN = {"skipped_steps", "restarts"}  # marks in the charts rather than curves
+MARKS = {"skipped_steps", "restarts"}  # in the charts rather than curves
+# without a chart: numbers of a tile, lines across a chart
+HIDDEN = MARKS | {"images_per_s", "hours_left", *(f"reference_{name}" for name in REFERENCES)}
 EXACT = {"lr", "gan_weight", "steps_per_s", "codebook_usage", "codebook_perplexity"}  # no noise
-SHARES = {"codebook_usage", "discriminator_accuracy"}  # always drawn from 0 to 1
+SHARES = {"codebook_usage", "discriminator_accuracy", "data_wait"}  # always drawn from 0 to 1
+SHARES |= {f"valid_accuracy_{share}" for share in MASKED}
 ADVERSARY = ("gan_weight", "generator", "discriminator")
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 520, 230, 52, 12, 10, 26  # of a chart, in its own units
 POINTS = 240  # drawn of a curve: more cannot be told apart
@@ -154,7 +174,7 @@ def _section(run: Run, folder: Path) -> str:
     return (
         f"<header><h1>{escape(run.stage)}</h1><p>{escape(str(folder.resolve().name))}, "
         f"step {run.step:,}</p></header>"
-        f"{_figures(run)}{_health(run)}{_pictures(run, folder)}"
+        f"{_figures(run)}{_health(run)}{_pictures(run, folder)}{_prompted(run, folder)}"
         f"<h2>Curves</h2>{_key(run)}<div class=charts>{charts}</div>{_made(run, folder)}"
     )
 
@@ -184,6 +204,8 @@ def _figures(run: Run) -> str:
     usage, perplexity, psnr, speed = (
         last(name) for name in ("codebook_usage", "codebook_perplexity", "psnr", "steps_per_s")
     )
+    images, gemm = last("images_per_s"), last("gemm_share")
+    left = run.curves.get("hours_left", [(0, 0.0)])[-1][1]
     loss, skipped = last("loss"), run.curves.get("skipped_steps", [(0, 0.0)])[-1][1]
     tiles = {
         "steps": f"{run.step:,}",
@@ -193,6 +215,9 @@ def _figures(run: Run) -> str:
         "training PSNR, dB": psnr is not None and f"{psnr:.4g}",
         "validation loss": best("valid_loss", min),
         "loss": loss is not None and f"{loss:.4g}",
+        "images per second": images and f"{images:.3g}",
+        "of the machine's products": gemm and f"{gemm:.0%}",
+        "time left": left and _duration(3600 * left),
         "codes in use": usage is not None and f"{100 * usage:.3g} %",
         "perplexity": perplexity is not None and f"{perplexity:,.0f}",
         "steps skipped": skipped and f"{skipped:,.0f}",
@@ -243,10 +268,22 @@ def _embedded(path: Path, max_width: int, max_bytes: int) -> str:
 
 
 def _pictures(run: Run, folder: Path) -> str:
+    """What is drawn of the data."""
+    note = "Images above, their reconstructions below. " if run.stage == "vae" else ""
+    return _sheets("Pictures", note, folder, run.stage)
+
+
+def _prompted(run: Run, folder: Path) -> str:
+    """What is drawn of the prompts that were asked for."""
+    note = "Averaged weights, and beside them the raw ones. "
+    return _sheets("Prompts", note, folder, f"{run.stage}-prompts")
+
+
+def _sheets(title: str, note: str, folder: Path, name: str) -> str:
     """The last picture large, and earlier ones from all over the run."""
     steps: dict[int, Path] = {}
-    for path in (folder / "samples").glob(f"{run.stage}-*.png"):
-        number = path.stem.removeprefix(f"{run.stage}-")
+    for path in (folder / "samples").glob(f"{name}-*.png"):
+        number = path.stem.removeprefix(f"{name}-")
         if number.isdigit():
             steps[int(number)] = path
     found = sorted(steps)
@@ -267,9 +304,8 @@ def _pictures(run: Run, folder: Path) -> str:
         image = _embedded(steps[step], 700, MAX_PICTURE[1])
         if image:
             row += f"<figure>{image}<figcaption>step {step:,}</figcaption></figure>"
-    note = "Images above, their reconstructions below. " if run.stage == "vae" else ""
     return (
-        f"<h2>Pictures</h2><figure class=last>{last}<figcaption>{note}Step {final:,}.</figcaption>"
+        f"<h2>{title}</h2><figure class=last>{last}<figcaption>{note}Step {final:,}.</figcaption>"
         f"</figure><div class=earlier>{row}</div>"
     )
 
@@ -287,7 +323,7 @@ def _marks(run: Run) -> list[tuple[str, str, list[int]]]:
     start = [step for step in starts[:1] if step > first]
     grown = {
         name: [b for (_, was), (b, now) in pairwise(run.curves.get(name, [])) if now > was]
-        for name in HIDDEN
+        for name in MARKS
     }
     return [
         ("start", "the adversary starts", start),
@@ -315,18 +351,30 @@ def _charts(run: Run) -> Iterator[str]:
         for n in run.curves
         if n not in known and n.removeprefix("valid_") in known
     ]
+    all_curves = dict(run.curves)
+    if "valid_nats_other_captions" in all_curves:
+        all_curves["valid_nats_own_caption"] = all_curves.get("valid_nats_100", [])
+    lines = {
+        meaning: run.curves[f"reference_{name}"][-1][1]
+        for name, meaning in REFERENCES.items()
+        if run.curves.get(f"reference_{name}")
+    }
     for title, unit, names in [*CHARTS, *loose]:
-        curves = {name: run.curves[name] for name in names if run.curves.get(name)}
+        curves = {name: all_curves[name] for name in names if all_curves.get(name)}
         if curves:
-            yield _chart(title, unit, curves, max(1, run.step), _marks(run))
+            across = lines if names[0].startswith("valid_nats") else {}
+            yield _chart(title, unit, curves, max(1, run.step), _marks(run), across)
 
 
 def _chart(
-    title: str, unit: str, curves: Curves, last: int, marks: Sequence[tuple[str, str, list[int]]]
-) -> str:
-    """One line chart: raw values faint, running means strong."""
+    title: str, unit: str, curves: Curves, last: int, marks: Sequence[tuple[str, str, list[int]]],
+    across: Mapping[str, float],
+) -> str:  # fmt: skip
+    """One line chart: raw values faint, running means strong; levels by their meaning across it."""
     means = {n: curve if n in EXACT else _smooth(curve) for n, curve in curves.items()}
     low, high, log = _range(curves, means)
+    if across:
+        low, high, log = min(low, *across.values()), max(high, *across.values()), False
     ticks = _log_ticks(low, high) if log else _ticks(low, high)
     if not log and not SHARES & curves.keys():
         low, high = min(low, ticks[0]), max(high, ticks[-1])
@@ -359,6 +407,10 @@ def _chart(
                 f"<path class='mark {kind}' d='M{x(step):.1f} {TOP}V{HEIGHT - BOTTOM}'>"
                 f"<title>step {step:,}: {meaning}</title></path>"
             )
+    for meaning, level in across.items():
+        parts.append(f"<path class='mark level' d='M{LEFT} {y(level):.1f}H{WIDTH - RIGHT}'/>")
+        label = f"{meaning}: {_number(level)}"
+        parts.append(f"<text x={WIDTH - RIGHT} y={y(level) - 3:.1f} class=end>{label}</text>")
     # an inner <svg> cuts off what leaves the plot
     wide, tall = WIDTH - LEFT - RIGHT + 8, HEIGHT - TOP - BOTTOM + 8
     box = f"{LEFT - 4} {TOP - 4} {wide} {tall}"
@@ -377,6 +429,8 @@ def _chart(
             label = "validation"
         elif of == name and len(curves) == 1:
             label = "last"
+        if of[-2:].isdigit() and of.startswith(("nats_", "accuracy_")):
+            label = f"{of.rpartition('_')[2]} %"
         end = _number(means[name][-1][1], 4)
         legend.append(f"<span><i class=c{number}></i>{escape(label)} <b>{end}</b></span>")
     scale = f"{unit}, log scale" if unit and log else "log scale" if log else unit

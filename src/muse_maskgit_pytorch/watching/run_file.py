@@ -25,7 +25,7 @@ PACKAGES = ("muse-maskgit-pytorch", "torch", "numpy", "pillow", "accelerate", "t
 # What decides how often one looks, what is kept and how fast it goes, but no step.
 IDLE = {
     "log_every", "sample_every", "save_every", "keep_checkpoints", "max_valid", "num_samples",
-    "num_workers", "cache_images", "data source", "data left_out",
+    "sample_prompts", "num_workers", "cache_images", "data source", "data left_out",
 }  # fmt: skip
 # Arguments of a trainer that the description has in another place, or that say where it stands.
 ELSEWHERE = {

@@ -20,6 +20,7 @@ from muse_maskgit_pytorch.watching.log import Log
 from tests.runs import (
     COMMON,
     GAN,
+    PACE,
     assert_same,
     last_checkpoint,
     make_maskgit,
@@ -121,7 +122,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(images: Path, tmp_pa
             f"{n} {k}": v for n, m in trainer.modules().items() for k, v in m.state_dict().items()
         }
         lines = [
-            {k: v for k, v in line.items() if k not in ("stage", "steps_per_s")}
+            {k: v for k, v in line.items() if k not in {"stage", *PACE}}
             for line in metrics(results)
         ]
         runs.append((grads, weights, lines))

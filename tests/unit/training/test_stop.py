@@ -156,7 +156,7 @@ def test_processes_that_load_data_leave_it_to_the_run(
     def signalled(made: Any) -> Any:
         if trainer.step == 1:  # it loads by now
             for number in SIGNALS:
-                subprocess.run(["kill", f"-{number}", str(made._workers[0].pid)], check=True)
+                subprocess.run(["kill", f"-{number}", str(loading[0]._workers[0].pid)], check=True)
         return step(made)
 
     trainer._batches, trainer.train_step = spied, signalled  # type: ignore[method-assign]

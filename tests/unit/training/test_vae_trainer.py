@@ -20,6 +20,7 @@ from muse_maskgit_pytorch.training.gan import generator_loss
 from muse_maskgit_pytorch.training.perceptual import PerceptualLoss
 from tests.runs import (
     GAN,
+    PACE,
     assert_same,
     first_weight,
     last_checkpoint,
@@ -257,7 +258,7 @@ def test_every_term_has_its_name_in_the_log(images: Path, tmp_path: Path, resnet
     always = {
         "stage", "step", "loss", "recon", "perceptual", "commitment", "entropy", "diversity",
         "psnr", "grad_norm", "codebook_usage", "codebook_perplexity", "skipped_steps", "restarts",
-        "lr", "steps_per_s",
+        "lr", *PACE,
     }  # fmt: skip
     adversarial = {
         "generator", "gan_weight", "discriminator", "discriminator_accuracy", "lecam",

@@ -142,7 +142,8 @@ def transformer_run(
     constant_lr: bool = False,
 ) -> list[Line]:
     generator = torch.Generator().manual_seed(seed)
-    history: list[Line] = []
+    references = dict(reference_uniform=7.6, reference_unigram=6.9, reference_bigram=6.2)
+    history: list[Line] = [{"step": 0, **references}]
     for number in range(1, lines + 1):
         step, done = 50 * number, number / lines
         clean = 2.8 + 4 * math.exp(-step / 2000) + 8 * step**-0.3
@@ -150,10 +151,16 @@ def transformer_run(
         factor = 1.0 if constant_lr else 0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2
         line = dict(step=step, loss=clean + 0.1 * noise[0], lr=1e-4 * min(1, step / 500) * factor)
         line |= dict(grad_norm=0.7 * math.exp(0.4 * noise[1]), skipped_steps=0, restarts=0)
+        line |= dict(data_wait=min(1.0, 0.1 * math.exp(0.5 * noise[0])))
         change(step, line)
         history.append(line)
         if number % 20 == 0:
-            valid = dict(step=step, valid_loss=clean + 0.05)
+            valid = dict(step=step, valid_loss=clean + 0.05, real_contrast=0.3)
+            valid |= dict(drawn_contrast=0.25 * (1 - math.exp(-step / 1000)))
+            learnt = 1 - math.exp(-step / 5000)
+            valid |= dict(valid_nats_25=6.9 - 3 * learnt, valid_nats_100=6.9 - learnt)
+            valid |= dict(valid_accuracy_100=0.1 + 0.3 * learnt)
+            valid |= dict(valid_nats_other_captions=6.9 - 0.8 * learnt**2)
             change(step, valid)
             history.append(valid)
     return history
@@ -320,6 +327,71 @@ def test_gradients_always_cut():
     step = only(warnings(tokenizer_run(steep)), "max_grad_norm=1 ", "cut")
     assert 4000 < step <= 7000
     assert warnings(tokenizer_run(steep), max_grad_norm=0) == []  # no limit, nothing cut
+
+
+@pytest.mark.parametrize(
+    "workers, wait, remedy",
+    [(0, 0.75, "set num_workers=3"), (2, 0.5, "set num_workers=4"), (0, 0.95, "muse cache")],
+)
+def test_the_loader_is_the_limit(
+    monkeypatch: pytest.MonkeyPatch, workers: int, wait: float, remedy: str
+):
+    """Of three seconds of loading to one of work, three processes keep up; of 19 eight do not."""
+    monkeypatch.setattr("muse_maskgit_pytorch.watching.health.cores", lambda: 8)
+
+    def waiting(step: int, line: Line) -> None:
+        if "data_wait" in line and step > 1000:
+            line["data_wait"] = wait
+
+    found = warnings(transformer_run(waiting), "base", workers=workers)
+    assert only(found, "the loader is the limit", f"{wait:.0%} of the time", remedy) < 1500
+
+
+def test_a_validation_too_good_to_be_true():
+    def leaking(step: int, line: Line) -> None:
+        if "valid_nats_100" in line and step > 5000:
+            line |= dict(valid_nats_100=0.05, valid_accuracy_100=0.99)
+            line |= dict(valid_nats_other_captions=4.0)
+
+    found = warnings(transformer_run(leaking), "base")
+    assert only(found, "too good to be true", "99%", "muse data check") == 8000  # the third
+
+
+def test_a_transformer_that_learns_nothing():
+    def noise(step: int, line: Line) -> None:
+        if "valid_nats_25" in line:
+            line |= dict(valid_nats_25=6.9, valid_nats_100=6.9, valid_nats_other_captions=7.0)
+
+    assert only(warnings(transformer_run(noise), "base"), "nothing is learnt", "6.9") == 3000
+
+
+def test_captions_without_effect():
+    def deaf(step: int, line: Line) -> None:
+        if "valid_nats_100" in line:
+            line["valid_nats_other_captions"] = line["valid_nats_100"] * 1.0002
+
+    found = warnings(transformer_run(deaf), "base")
+    assert only(found, "captions have no effect", "cond_drop_prob") == 3000
+    without = [
+        {name: value for name, value in line.items() if name != "valid_nats_other_captions"}
+        for line in transformer_run(deaf)
+    ]
+    assert warnings(without, "superres") == []
+
+
+def test_samples_of_one_colour():
+    def grey(step: int, line: Line) -> None:
+        if "drawn_contrast" in line:
+            line["drawn_contrast"] = 0.01
+
+    found = warnings(transformer_run(grey), "base")
+    assert only(found, "samples are of one colour", "3%", "cond_scale") == 2000
+
+    def plain(step: int, line: Line) -> None:  # so are the images
+        if "drawn_contrast" in line:
+            line |= dict(drawn_contrast=0.0, real_contrast=0.01)
+
+    assert warnings(transformer_run(plain), "base") == []
 
 
 def test_skipped_steps():

@@ -24,6 +24,7 @@ def terms(**values: float) -> dict[str, Tensor]:
 def figures(interval: Interval, step: int, reduce: Any = alone) -> dict[str, float]:
     line = interval.line(step, reduce)
     assert line.pop("steps_per_s") > 0
+    assert line.pop("data_wait") == 0  # there was nothing to wait for
     return line
 
 

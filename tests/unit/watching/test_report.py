@@ -172,6 +172,31 @@ def test_a_failure_leaves_the_old_page(tmp_path: Path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl", "report.html"]
 
 
+def test_levels_stand_across_the_loss_alone(tmp_path: Path):
+    levels = dict(reference_uniform=9.0, reference_unigram=7.5, reference_bigram=6.25)
+    shares = {f"valid_nats_{share}": 5.0 + share / 100 for share in (25, 50, 75, 100)}
+    shares |= {f"valid_accuracy_{share}": 0.5 for share in (25, 50, 75, 100)}
+    pace = dict(images_per_s=321.0, hours_left=2.5, gemm_share=0.42, data_wait=0.1)
+    lines = [dict(step=0, **levels), LINE | pace, dict(step=50, **shares)]
+    page = Page(write_report(log(tmp_path, lines, stage="base")))
+    for words in ("untrained (ln V): 9", "frequency of codes: 7.5", "and of neighbours: 6.25"):
+        assert page.source.count(words) == 1  # not across the accuracy
+    text = re.sub(r"(?<=[a-z])(?=\d)", " ", page.text)
+    for words in ("images per second 321", "time left 2 h 30 min", "machine's products 42%"):
+        assert words in text, words
+    assert "Reference" not in text  # no charts of their own
+
+
+def test_prompts_have_a_section_of_their_own(tmp_path: Path):
+    log(tmp_path, [LINE], stage="base")
+    sheet(tmp_path, 50, stage="base")
+    shown = sheet(tmp_path, 50, "rgb(9,8,7)", stage="base-prompts")
+    page = Page(write_report(tmp_path))
+    assert page.text.index("Prompts") > page.text.index("Pictures")
+    assert len(page.all("img")) == 2
+    assert ImageChops.difference(pictures(page)[1], shown).getbbox() is None
+
+
 # Pictures ----------------------------------------------------------------------------------------
 
 
