@@ -62,16 +62,25 @@ RELATED = Forms(
     ("{0} {relation} {1}", "{0} {relation} {1}", "{0} that {is} {relation} {1}"),
     ("{1} with {0} {relation} {it}",),
 )
-PLAIN = Forms(("on a {0} background", "on {0}", "against a {0} background"))
+PLAIN = Forms(
+    ("on a {0} background", "on {0}", "against a {0} background", "with a {0} background"),
+    ("set against plain {0}",),
+)
 GRADIENT = Forms(("on a gradient from {0} to {1}", "on a background that goes from {0} to {1}"))
 # By what is said beside the things: the background, the style.
 SENTENCES = {
     (False, False): Forms(
-        ("{things}", "{things}", "a picture of {things}", "{there} {things}"),
+        (
+            "{things}",
+            "{things}",
+            "a picture of {things}",
+            "an image of {things}",
+            "{there} {things}",
+        ),
         ("what you see is {things}",),
     ),
     (True, False): Forms(
-        ("{things} {on}", "{things} {on}", "a picture of {things} {on}"),
+        ("{things} {on}", "{things} {on}", "a picture of {things} {on}", "{there} {things} {on}"),
         ("{on} {there} {things}",),
     ),
     (False, True): Forms(
@@ -111,7 +120,7 @@ class Caption:
 HELD = frozenset(
     form
     for forms in (
-        *SIZES.values(), *RELATIONS.values(), *LISTS.values(), RELATED, *SENTENCES.values()
+        *SIZES.values(), *RELATIONS.values(), *LISTS.values(), RELATED, PLAIN, *SENTENCES.values()
     )
     for form in forms.held
 )  # fmt: skip
@@ -135,7 +144,7 @@ class Writer:
         self.draw, self.held, self.forms = draw, held, []
 
     def write(self, scene: Any) -> Caption:
-        """The caption of a scene: `scenes.Scene`, or what it is planned to be."""
+        """The caption of a `scenes.Plan`."""
         self.forms = []
         order = list(range(len(scene.groups)))
         relation = None
@@ -172,7 +181,7 @@ class Writer:
         return form
 
     def _named(self, group: Any) -> str:
-        words = group.name if group.count == 1 else group.plural
+        words = group.subject.name if group.count == 1 else group.subject.plural
         if group.says_size:
             words = f"{self._form(SIZES[group.size])} {words}"
         if group.tone:

@@ -1,10 +1,11 @@
 """Scenes without end: pictures composed from sprites, captions, and every fact they state.
 
-Scene number i of a split and a seed is the same everywhere. A picture shows what its caption says:
-places are proposed at random, and the first that satisfies all facts is taken.
-
     data = Scenes("data/sprites.safetensors", "train", size=128)
     data[0]  # {"image": PIL image, "text": str, "facts": [...]}
+
+Scene number i of a split and a seed is the same everywhere. It is planned first (what there is, and
+how it stands), then put into words (`captions.py`), then placed (`layout.py`): a picture shows what
+its caption says, since a place that does not fit is not taken.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 from captions import Caption, Writer
+from layout import CANVAS, LENGTHS, apart, propose, related
 from PIL import Image
 from sprites import STYLES, Sprites, Subject, is_tone_heldout
 
@@ -39,6 +41,7 @@ COLOURS = {
     "pink": (250, 160, 200),
     "brown": (136, 94, 62),
 }
+# From top to bottom.
 GRADIENTS = (
     "blue to pink",
     "yellow to orange",
@@ -48,17 +51,26 @@ GRADIENTS = (
 )
 BACKGROUNDS = (*COLOURS, *GRADIENTS)
 RELATIONS = ("left of", "above", "in front of")
-CANVAS = 256  # pixels of a side on which everything is placed and drawn
-MARGIN, GAP = 4, 6  # pixels from the edge, and between things that are beside each other
-PROPOSALS, ROUNDS, TRIES = 256, 6, 20_000
-CONTRAST = 64  # levels of 255 by which most of a thing differs from its background
-# The longer side of a thing as a share of the picture's: alone on white, and by how many there are.
-PLAIN = (0.80, 0.90)
-LENGTHS = {
-    1: {"small": (0.20, 0.25), "medium": (0.36, 0.46), "big": (0.62, 0.78)},
-    2: {"small": (0.19, 0.23), "medium": (0.32, 0.38), "big": (0.47, 0.54)},
-    3: {"small": (0.18, 0.21), "medium": (0.29, 0.34)},
+# Counts of the groups of a list, and of two groups in a relation.
+LISTS = ((1, 1), (1, 1, 1), (1, 1, 1, 1), (2, 1), (2, 2), (3, 1), (2, 1, 1))
+RELATED = ((1, 2), (2, 1), (2, 2))
+# Sizes of two things side by side, and of one in front of another.
+BESIDE = (
+    *(("medium", "medium"),) * 8,
+    ("big", "small"), ("small", "big"), ("big", "medium"), ("medium", "big"),
+    ("small", "medium"), ("medium", "small"), ("small", "small"),
+)  # fmt: skip
+IN_FRONT = (*(("medium", "medium"),) * 3, ("small", "big"), ("medium", "big"), ("big", "medium"))
+# How many of 20 scenes are of a kind.
+KINDS = {"plain": 5, "one": 3, "count": 3, "list": 3, "relation": 6}
+# Kinds that can have what a split holds out; the others are as in training.
+KINDS_OF = {
+    "background": ("one", "count", "list", "relation"),
+    "relation": ("relation",),
+    "count": ("count", "list", "relation"),
 }
+CONTRAST = 64  # levels of 255 by which most of a thing differs from its background
+TRIES, ROUNDS = 20_000, 12
 
 
 @dataclass(frozen=True)
@@ -66,38 +78,28 @@ class Group:
     """One or several of the same subject.
 
     Attributes:
-        name: the subject's.
-        plural: of the name.
+        subject: which.
         tone: their skin tone, if they have one: it is always stated.
         count: how many, 1 to 4.
         size: "small", "medium" or "big".
         says_size: whether the caption states it; "medium" is never stated.
     """
 
-    name: str
-    plural: str
+    subject: Subject
     tone: str | None
     count: int
     size: str
     says_size: bool
 
-
-@dataclass(frozen=True)
-class Thing:
-    """Something in the picture.
-
-    Attributes:
-        group: number of its group.
-        box: left, top, right and bottom as shares of the side, in [0,1].
-    """
-
-    group: int
-    box: tuple[float, float, float, float]
+    @property
+    def name(self) -> str:
+        """The subject's name."""
+        return self.subject.name
 
 
 @dataclass(frozen=True)
-class Scene:
-    """What a picture shows, and what its caption says of it.
+class Plan:
+    """What a picture is to show, and what its caption is to say of it.
 
     Attributes:
         groups: 1 to 4 of them.
@@ -106,8 +108,7 @@ class Scene:
         background: one of `BACKGROUNDS`.
         says_style: whether the caption states the style.
         says_background: likewise; where it does not, the background is white.
-        caption: the sentence.
-        things: in the order in which they are drawn.
+        arrangement: which of `layout.LENGTHS` its things have.
     """
 
     groups: tuple[Group, ...]
@@ -116,13 +117,7 @@ class Scene:
     background: str
     says_style: bool
     says_background: bool
-    caption: Caption
-    things: tuple[Thing, ...]
-
-    @property
-    def text(self) -> str:
-        """The caption's text."""
-        return self.caption.text
+    arrangement: str
 
     def facts(self) -> list[dict[str, Any]]:
         """Everything that the caption states, one fact each.
@@ -154,17 +149,29 @@ class Scene:
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """A scene before it has a caption and places."""
+class Thing:
+    """Something in the picture.
 
-    groups: tuple[Group, ...]
-    subjects: tuple[Subject, ...]
-    relation: str | None
-    style: str
-    background: str
-    says_style: bool
-    says_background: bool
-    plain: bool
+    Attributes:
+        group: number of its group.
+        box: left, top, right and bottom as shares of the side, in [0,1].
+    """
+
+    group: int
+    box: tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Scene(Plan):
+    """A plan in words, with a place for everything.
+
+    Attributes:
+        caption: the sentence, and how it was made.
+        things: in the order in which they are drawn.
+    """
+
+    caption: Caption
+    things: tuple[Thing, ...]
 
 
 class Dice:
@@ -187,35 +194,28 @@ class Dice:
         return low + (high - low) * self.generator.random()
 
 
-def _place(*parts: Any) -> float:
-    """A number in [0, 1) that depends on the parts alone."""
+def share_of(*parts: object) -> float:
+    """A number in [0, 1) that depends on the parts alone, here and everywhere."""
     digest = sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
-def heldout(scene: Scene | _Plan, subjects: dict[str, Subject]) -> set[str]:
-    """The splits that hold out what a scene shows: a few percent of the combinations of each.
-
-    Args:
-        scene: its groups, relation, style and background count, not its caption.
-        subjects: by name.
-    """
+def heldout(plan: Plan) -> set[str]:
+    """The splits that hold out what is shown: a few percent of the combinations of each kind."""
     held = set()
-    for group in scene.groups:
-        if (
-            _place("style", group.name) < 0.08
-            and scene.style == STYLES[_place("which style", group.name) < 0.5]
-        ):
+    for group in plan.groups:
+        which = STYLES[share_of("which style", group.name) < 0.5]  # never both of a subject
+        if plan.style == which and share_of("style", group.name) < 0.08:
             held.add("style")
-        if scene.background != WHITE and _place("background", group.name, scene.background) < 0.04:
+        if plan.background != WHITE and share_of("background", group.name, plan.background) < 0.04:
             held.add("background")
-        if group.count > 1 and _place("count", group.name, group.count) < 0.05:
+        if group.count > 1 and share_of("count", group.name, group.count) < 0.05:
             held.add("count")
-        if group.tone and is_tone_heldout(subjects[group.name].emoji, group.tone):
+        if group.tone and is_tone_heldout(group.subject.emoji, group.tone):
             held.add("tone")
-    if scene.relation:
-        first, second = (group.name for group in scene.groups)
-        if _place("relation", first, scene.relation, second) < 0.04:
+    if plan.relation:
+        first, second = (group.name for group in plan.groups)
+        if share_of("relation", first, plan.relation, second) < 0.04:
             held.add("relation")
     return held
 
@@ -232,8 +232,11 @@ class Scenes:
         size: side of the pictures in pixels: 256, 128 or 64. One number is the same scene in all.
         length: how many there are for a training that asks; `scene` has no end.
 
+    Attributes:
+        subjects: all of them, in the order of the sprites; those without a plural are drawn alone.
+
     Raises:
-        ValueError: no sprites there, or a split or size that there is not.
+        ValueError: no sprites there or too few, or a split or size that there is not.
     """
 
     def __init__(
@@ -250,13 +253,18 @@ class Scenes:
             raise ValueError(f"size must be 256, 128 or 64, not {size!r}")
         self.sprites = sprites if isinstance(sprites, Sprites) else Sprites(sprites)
         self.split, self.seed, self.size, self.length = split, seed, size, length
-        self.subjects = {subject.name: subject for subject in self.sprites.subjects}
-        self._all = list(self.subjects.values())
-        self._colours: dict[tuple[str, str, str | None], np.ndarray] = {}  # of a sprite's pixels
-        self._several = [subject for subject in self._all if subject.plural]
-        if len(self._several) < 4:
-            few = len(self._several)
+        self.subjects = self.sprites.subjects
+        self._in_scenes = [subject for subject in self.subjects if subject.plural]
+        if len(self._in_scenes) < 4:
+            few = len(self._in_scenes)
             raise ValueError(f"{self.sprites.path} has {few} subjects for scenes, of at least 4")
+        self._kinds = [
+            kind
+            for kind, count in KINDS.items()
+            for _ in range(count)
+            if kind in KINDS_OF.get(split, KINDS)
+        ]
+        self._colours: dict[tuple[str, str, str | None], np.ndarray] = {}  # of a sprite's pixels
 
     def __len__(self) -> int:
         return self.length
@@ -268,7 +276,7 @@ class Scenes:
         if not 0 <= number < self.length:
             raise IndexError(f"scene {number} of {self.length}")
         scene = self.scene(number)
-        return {"image": self.draw(scene), "text": scene.text, "facts": scene.facts()}
+        return {"image": self.draw(scene), "text": scene.caption.text, "facts": scene.facts()}
 
     def scene(self, number: int) -> Scene:
         """What scene ``number`` shows; there is no last one.
@@ -277,152 +285,16 @@ class Scenes:
             ValueError: these sprites have nothing that the split holds out.
         """
         dice = Dice(f"{self.split}/{self.seed}/{number}")
+        of_forms = self.split == "form"
         wanted = {self.split} - {"train", "seen", "form"}
         for _ in range(TRIES):
             plan = self._plan(dice)
-            if heldout(plan, self.subjects) != wanted or not self._stands_out(plan):
+            if heldout(plan) != wanted or not self._stands_out(plan):
                 continue
-            caption = Writer(dice, self.split == "form").write(plan)
-            if caption.is_heldout != (self.split == "form"):
-                continue
-            if (things := self._places(dice, plan)) is not None:
-                return Scene(
-                    plan.groups, plan.relation, plan.style, plan.background, plan.says_style,
-                    plan.says_background, caption, things,
-                )  # fmt: skip
+            caption = Writer(dice, of_forms).write(plan)
+            if caption.is_heldout == of_forms and (things := self._places(dice, plan)):
+                return Scene(**vars(plan), caption=caption, things=things)
         raise ValueError(f"{self.sprites.path} has no scene for the split {self.split}")
-
-    # what there is to see
-
-    def _plan(self, dice: Dice) -> _Plan:
-        kinds = ["plain"] * 5 + ["one"] * 3 + ["count"] * 3 + ["list"] * 3 + ["relation"] * 6
-        if self.split == "relation":
-            kinds = ["relation"]
-        elif self.split == "count":
-            kinds = ["count", "list", "relation"]
-        elif self.split == "background":
-            kinds = [kind for kind in kinds if kind != "plain"]
-        kind = dice.one(kinds)
-        relation = None
-        if kind in ("plain", "one"):
-            counts = (1,)
-        elif kind == "count":
-            counts = (dice.one((2, 3, 4)),)
-        elif kind == "list":
-            counts = dice.one(((1, 1), (1, 1, 1), (1, 1, 1, 1), (2, 1), (2, 2), (3, 1), (2, 1, 1)))
-        else:
-            relation = dice.one(("left of", "left of", "above", "above", "in front of"))
-            counts = (1, 1)
-            if relation != "in front of" and dice.chance(0.3):
-                counts = dice.one(((1, 2), (2, 1), (2, 2)))
-        subjects: list[Subject] = []
-        for _ in counts:
-            pool = self._all if kind == "plain" else self._several
-            if self.split == "tone" and not subjects:
-                pool = [subject for subject in pool if subject.tones] or pool
-            subject = dice.one(pool)
-            while subject in subjects:
-                subject = dice.one(pool)
-            subjects.append(subject)
-        sizes = self._sizes(dice, kind, counts)
-        groups = []
-        for subject, count, size in zip(subjects, counts, sizes, strict=True):
-            toned = subject.tones and (self.split == "tone" or dice.chance(0.5))
-            tone = dice.one(subject.tones) if toned else None
-            says = size != "medium" and kind != "plain"
-            groups.append(Group(subject.name, subject.plural, tone, count, size, says))
-        background = WHITE
-        if kind != "plain" and dice.chance(0.85):
-            background = dice.one(GRADIENTS if dice.chance(0.15) else tuple(COLOURS))
-        return _Plan(
-            tuple(groups),
-            tuple(subjects),
-            relation,
-            dice.one(STYLES),
-            background,
-            self.split == "style" or dice.chance(0.65),
-            background != WHITE or dice.chance(0.35),
-            kind == "plain",
-        )
-
-    def _sizes(self, dice: Dice, kind: str, counts: tuple[int, ...]) -> list[str]:
-        if kind == "plain":
-            return ["big"]
-        if kind == "one":
-            return [dice.one(("small", "medium", "big"))]
-        if kind == "count":
-            sizes = ("small", "medium", "medium", "big") if counts == (2,) else ("small", "medium")
-            return [dice.one(sizes)]
-        if len(counts) == 2 and dice.chance(0.45):
-            pairs = [("big", "small"), ("small", "big"), ("small", "medium"), ("medium", "small")]
-            pairs += [("big", "medium"), ("medium", "big"), ("small", "small")]
-            first, second = dice.one(pairs)
-            if sum(counts) == 2 or (first, second) == ("small", "small"):
-                return [first, second]
-        return ["medium"] * len(counts)
-
-    def _stands_out(self, plan: _Plan) -> bool:
-        """Whether everything differs enough from a coloured background to be seen."""
-        if plan.background == WHITE:
-            return True
-        behind = np.array([COLOURS[colour] for colour in plan.background.split(" to ")])
-        for subject, group in zip(plan.subjects, plan.groups, strict=True):
-            key = plan.style, subject.name, group.tone
-            if key not in self._colours:
-                sprite = np.asarray(self.sprites.image(plan.style, subject, group.tone).reduce(8))
-                self._colours[key] = sprite[sprite[..., 3] > 127][:, :3].astype(int)
-            apart = np.abs(self._colours[key] - behind[:, None]).max(-1).min(0)
-            if (apart > CONTRAST).mean() < 0.6:
-                return False
-        return True
-
-    # where it is
-
-    def _places(self, dice: Dice, plan: _Plan) -> tuple[Thing, ...] | None:
-        members = [index for index, group in enumerate(plan.groups) for _ in range(group.count)]
-        shapes = []
-        for subject, group in zip(plan.subjects, plan.groups, strict=True):
-            shape = np.array(self.sprites.size(plan.style, subject, group.tone))
-            shapes.append(shape / shape.max())
-        for _ in range(ROUNDS):
-            lengths = [_length(dice, group.size, len(members), plan.plain) for group in plan.groups]
-            # those of a group are about as large as one another
-            longest = [CANVAS * lengths[index] * dice.between(0.96, 1) for index in members]
-            sides = [side * shapes[index] for side, index in zip(longest, members, strict=True)]
-            sizes = np.maximum(2, np.rint(sides))
-            room = CANVAS - 2 * MARGIN - sizes
-            if plan.plain:
-                jitter = dice.generator.random((1, 1, 2)) * 0.3 + 0.35
-                corners = np.rint(MARGIN + jitter * room)
-            else:
-                random = dice.generator.random((PROPOSALS, len(members), 2))
-                corners = np.rint(MARGIN + random * room)
-            good = _apart(corners, sizes, members, plan.relation)
-            if plan.relation:
-                good &= _related(corners, sizes, np.array(members), plan.relation)
-            for number in np.flatnonzero(good)[:8]:
-                boxes = np.concatenate([corners[number], corners[number] + sizes], 1)
-                if plan.relation != "in front of" or 0.1 < self._hidden(plan, boxes) < 0.4:
-                    things = [
-                        Thing(index, tuple((box / CANVAS).tolist()))
-                        for index, box in zip(members, boxes, strict=True)
-                    ]
-                    # what is in front is drawn last
-                    return tuple(things[::-1])
-        return None
-
-    def _hidden(self, plan: _Plan, boxes: np.ndarray) -> float:
-        """The share of the second thing that the first one hides."""
-        alpha = []
-        for subject, group, box in zip(plan.subjects, plan.groups, boxes, strict=True):
-            layer = Image.new("L", (CANVAS // 4, CANVAS // 4))
-            left, top, right, bottom = (int(edge) // 4 for edge in box)
-            sprite = self.sprites.image(plan.style, subject, group.tone).getchannel("A")
-            layer.paste(sprite.resize((max(1, right - left), max(1, bottom - top))), (left, top))
-            alpha.append(np.asarray(layer) > 127)
-        return float((alpha[0] & alpha[1]).sum() / max(1, alpha[1].sum()))
-
-    # how it looks
 
     def draw(self, scene: Scene, size: int | None = None) -> Image.Image:
         """The picture of a scene: "RGB".
@@ -435,46 +307,123 @@ class Scenes:
         for thing in scene.things:
             group = scene.groups[thing.group]
             left, top, right, bottom = (round(CANVAS * edge) for edge in thing.box)
-            sprite = self.sprites.image(scene.style, self.subjects[group.name], group.tone)
+            sprite = self.sprites.image(scene.style, group.subject, group.tone)
             sprite = sprite.resize((right - left, bottom - top), Image.Resampling.BICUBIC)
             picture.paste(sprite, (left, top), sprite)
         return picture.reduce(CANVAS // (size or self.size))
 
+    def _plan(self, dice: Dice) -> Plan:
+        kind = dice.one(self._kinds)
+        relation, counts = None, (1,)
+        if kind == "count":
+            counts = (dice.one((2, 3, 4)),)
+        elif kind == "list":
+            counts = dice.one(LISTS)
+        elif kind == "relation":
+            relation = dice.one(("left of", "left of", "above", "above", "in front of"))
+            one_each = relation == "in front of" or dice.chance(0.7)
+            counts = (1, 1) if one_each else dice.one(RELATED)
+        arrangement, sizes = self._sizes(dice, kind, counts, relation)
+        groups: list[Group] = []
+        for count, size in zip(counts, sizes, strict=True):
+            subject = self._subject(dice, kind, groups)
+            toned = subject.tones and (self.split == "tone" or dice.chance(0.5))
+            tone = dice.one(subject.tones) if toned else None
+            groups.append(Group(subject, tone, count, size, size != "medium" and kind != "plain"))
+        background = WHITE
+        if kind != "plain" and dice.chance(0.85):
+            background = dice.one(GRADIENTS if dice.chance(0.15) else tuple(COLOURS))
+        return Plan(
+            tuple(groups), relation, dice.one(STYLES), background,
+            self.split == "style" or dice.chance(0.65), background != WHITE or dice.chance(0.35),
+            arrangement,
+        )  # fmt: skip
 
-def _length(dice: Dice, size: str, things: int, plain: bool) -> float:
-    """The longer side of a thing, as a share of the picture's."""
-    return dice.between(*(PLAIN if plain else LENGTHS[min(things, 3)][size]))
+    def _subject(self, dice: Dice, kind: str, others: list[Group]) -> Subject:
+        pool = self.subjects if kind == "plain" else self._in_scenes
+        if self.split == "tone" and not others:
+            pool = [subject for subject in pool if subject.tones] or pool
+        while True:
+            subject = dice.one(pool)
+            if all(subject is not other.subject for other in others):
+                return subject
 
+    def _sizes(
+        self, dice: Dice, kind: str, counts: tuple[int, ...], relation: str | None
+    ) -> tuple[str, Sequence[str]]:
+        """The arrangement, and the size of each group."""
+        if kind == "plain":
+            return "plain", ("big",)
+        if kind == "one":
+            return "alone", (dice.one(("small", "medium", "big")),)
+        if relation == "in front of":
+            return "in front", dice.one(IN_FRONT)
+        if counts == (2,):
+            return "same", (dice.one(("small", "medium", "medium", "big")),)
+        if kind == "count":
+            return "several", (dice.one(("small", "medium")),)
+        if sum(counts) == 2:
+            return "pair", dice.one(BESIDE)
+        return "several", (dice.one(("small", "medium", "medium")),) * len(counts)
 
-def _apart(
-    corners: np.ndarray, sizes: np.ndarray, members: list[int], relation: str | None
-) -> np.ndarray:
-    """Which proposals keep all things apart that are not in front of one another: bool (K,)."""
-    good = np.ones(len(corners), bool)
-    if relation == "in front of":
-        return good
-    ends = corners + sizes + GAP
-    for i in range(len(members)):
-        for j in range(i):
-            good &= ((ends[:, i] <= corners[:, j]) | (ends[:, j] <= corners[:, i])).any(1)
-    return good
+    def _stands_out(self, plan: Plan) -> bool:
+        """Whether everything differs enough from what is behind it to be seen."""
+        colours = [self._colours_of(plan.style, group) for group in plan.groups]
+        if plan.relation == "in front of":
+            means = [colour.mean(0) for colour in colours]
+            if np.abs(means[0] - means[1]).max() < CONTRAST:
+                return False
+        if plan.background == WHITE:
+            return True
+        behind = np.array([COLOURS[colour] for colour in plan.background.split(" to ")])
+        distances = (np.abs(each - behind[:, None]).max(-1).min(0) for each in colours)
+        return all((distance > CONTRAST).mean() > 0.6 for distance in distances)
 
+    def _colours_of(self, style: str, group: Group) -> np.ndarray:
+        """Colours of a sprite's visible pixels, some of them: int (K,3)."""
+        key = style, group.name, group.tone
+        if key not in self._colours:
+            sprite = np.asarray(self.sprites.image(style, group.subject, group.tone).reduce(8))
+            self._colours[key] = sprite[sprite[..., 3] > 127][:, :3].astype(int)
+        return self._colours[key]
 
-def _related(
-    corners: np.ndarray, sizes: np.ndarray, members: np.ndarray, relation: str
-) -> np.ndarray:
-    """In which proposals the first group stands to the second as it should: bool (K,)."""
-    ends, centres = corners + sizes, corners + sizes / 2
-    if relation == "in front of":
-        shared = np.minimum(ends[:, 0], ends[:, 1]) - np.maximum(corners[:, 0], corners[:, 1])
-        hidden = shared.clip(0).prod(1) / sizes[1].prod()
-        # lower, as what is nearer stands
-        return (hidden > 0.1) & (hidden < 0.6) & (centres[:, 0, 1] > centres[:, 1, 1] + 4)
-    along = 0 if relation == "left of" else 1
-    first, second = members == 0, members == 1
-    apart = ends[:, first, along].max(1) + GAP <= corners[:, second, along].min(1)
-    offset = np.abs(centres[:, second].mean(1) - centres[:, first].mean(1))
-    return apart & (offset[:, 1 - along] <= 0.5 * offset[:, along])
+    def _places(self, dice: Dice, plan: Plan) -> tuple[Thing, ...] | None:
+        """A place for everything, or None where none was found."""
+        members = [index for index, group in enumerate(plan.groups) for _ in range(group.count)]
+        shapes = []
+        for group in plan.groups:
+            shape = np.array(self.sprites.size(plan.style, group.subject, group.tone))
+            shapes.append(CANVAS * shape / shape.max())
+        limits = LENGTHS[plan.arrangement]
+        for _ in range(ROUNDS):
+            lengths = [dice.between(*limits[group.size]) for group in plan.groups]
+            sides = [lengths[index] * dice.between(0.97, 1) * shapes[index] for index in members]
+            sizes = np.maximum(2, np.rint(sides))
+            corners = propose(dice.generator, sizes, plan.arrangement == "plain")
+            good = np.ones(len(corners), bool)
+            if plan.relation != "in front of":
+                good &= apart(corners, sizes)
+            if plan.relation:
+                good &= related(corners, sizes, np.array(members), plan.relation)
+            for number in np.flatnonzero(good)[:8]:
+                boxes = np.concatenate([corners[number], corners[number] + sizes], 1)
+                if plan.relation != "in front of" or 0.06 < self._hidden(plan, boxes) < 0.4:
+                    shares = (boxes / CANVAS).tolist()
+                    pairs = zip(members, shares, strict=True)
+                    # what is in front is drawn last
+                    return tuple(Thing(group, tuple(box)) for group, box in pairs)[::-1]
+        return None
+
+    def _hidden(self, plan: Plan, boxes: np.ndarray) -> float:
+        """The share of the second thing that the first one hides."""
+        seen = []
+        for group, box in zip(plan.groups, boxes, strict=True):
+            layer = Image.new("L", (CANVAS // 4, CANVAS // 4))
+            left, top, right, bottom = (int(edge) // 4 for edge in box)
+            sprite = self.sprites.image(plan.style, group.subject, group.tone).getchannel("A")
+            layer.paste(sprite.resize((right - left, bottom - top)), (left, top))
+            seen.append(np.asarray(layer) > 127)
+        return float((seen[0] & seen[1]).sum() / max(1, seen[1].sum()))
 
 
 def _background(name: str) -> Image.Image:
