@@ -21,7 +21,7 @@ from .arguments import as_tensor, as_text, plain, shown, whole
 from .geometry import Geometry, ImageSize, Size
 from .images import resize
 from .structures import Conditioning, TextEmbeds
-from .text import LongTexts, get_text_encoder
+from .text import LongTexts, TextEncoder, get_text_encoder
 from .vqgan_vae import ImageTokenizer
 
 
@@ -35,6 +35,7 @@ class Conditioner:
         geometry: of the stage.
         cond_vae: tokenizer of the low-resolution images; None for a base.
         device: of the results.
+        own_encoder: in the place of the one that all models share.
     """
 
     text_encoder: str | tuple[str, ...]
@@ -42,6 +43,7 @@ class Conditioner:
     geometry: Geometry
     cond_vae: ImageTokenizer | None
     device: torch.device
+    own_encoder: TextEncoder | None = None
 
     def embed_texts(
         self,
@@ -68,7 +70,7 @@ class Conditioner:
             text = check_embeds(text_embeds, allow_empty or classes == ()).to(self.device)
             return TextEmbeds(text.embeds.float(), text.mask)
         texts = check_texts(texts, allow_empty or classes == (), classes)
-        encoder = get_text_encoder(self.text_encoder, self.max_text_len)
+        encoder = self.own_encoder or get_text_encoder(self.text_encoder, self.max_text_len)
         distinct = {text: i for i, text in enumerate(dict.fromkeys(texts))}
         text = encoder.encode([*distinct], self.device, long)
         seen = torch.tensor([bool(text.strip()) for text in distinct], device=self.device)

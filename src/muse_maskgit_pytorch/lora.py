@@ -2,17 +2,19 @@
 
 An adapter is a folder in peft's format (``adapter_config.json`` and ``adapter_model.safetensors``),
 which peft reads too. It is trained beside the weights, which stay as they are, and drawn with by
-adding it to them: a picture costs no more than without.
+adding it to them: a picture costs no more than without. One of the text encoder, trained together
+with it, is the folder ``text_encoder`` in it, as in diffusers.
 """
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 import os
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +25,13 @@ from torch import Tensor, nn
 from .arguments import as_path, real, shown, whole
 from .files import digest_state, replacing
 from .layers import Block
+from .text import TextEncoder
 from .transformer import MaskGitTransformer
 from .weights import CheckpointError, is_finite, reading, safetensors_file
 
 PREFIX = "base_model.model."  # of the names in peft's files
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+TEXT = "text_encoder"  # the folder of its part
 # What other adapters of the same type have, by their configuration.
 UNREAD = ("use_dora", "lora_bias", "modules_to_save", "alpha_pattern", "layer_replication")
 UNREAD += ("fan_in_fan_out", "trainable_token_indices")
@@ -68,11 +72,9 @@ def add_lora(
         ImportError: peft is not installed.
         ValueError: a name that no linear layer has; one that has an adapter already.
     """
-    rank = whole("lora_rank", rank, 1)
-    alpha = float(rank) if alpha is None else real("lora_alpha", alpha, 0)
     if has_lora(transformer):
         raise ValueError("the transformer has an adapter already: save it, and load the model anew")
-    linear = {n for n, m in transformer.named_modules() if type(m) is nn.Linear}
+    linear = _linear(transformer)
     inside = {
         f"{name}.{part}"
         for name, block in transformer.named_modules()
@@ -92,9 +94,47 @@ def add_lora(
                     f"{near[0]!r}?"
                 )
             chosen |= fitting
-    config = peft().LoraConfig(r=rank, lora_alpha=alpha, target_modules=sorted(chosen))
-    transformer.requires_grad_(False)
-    peft().inject_adapter_in_model(config, transformer)
+    _inject(transformer, chosen, rank, alpha)
+
+
+def with_text_lora(encoder: TextEncoder, rank: int, alpha: float | None = None) -> TextEncoder:
+    """A text encoder with adapters beside all of its linear layers; the given one stays as it is.
+
+    Args:
+        encoder: as all models share it.
+        rank: as of `add_lora`; so is the next.
+        alpha: their weight.
+
+    Raises:
+        ImportError: peft is not installed.
+        ValueError: it has no linear layers.
+    """
+    made, used = copy.deepcopy(encoder), []
+    hooks = [
+        module.register_forward_hook(lambda *_, name=name: used.append(name))
+        for name, module in made.model.named_modules()
+        if type(module) is nn.Linear
+    ]
+    made.encode("a")  # some have layers beside, of which their states do not depend
+    for hook in hooks:
+        hook.remove()
+    if not used:
+        raise ValueError(f"the text encoder {encoder.name!r} has no linear layers to adapt")
+    _inject(made.model, used, rank, alpha)
+    return made
+
+
+def _inject(module: nn.Module, layers: Iterable[str], rank: int, alpha: float | None) -> None:
+    rank = whole("lora_rank", rank, 1)
+    alpha = float(rank) if alpha is None else real("lora_alpha", alpha, 0)
+    config = peft().LoraConfig(r=rank, lora_alpha=alpha, target_modules=sorted({*layers}))
+    module.requires_grad_(False)
+    peft().inject_adapter_in_model(config, module)
+
+
+def _linear(module: nn.Module) -> set[str]:
+    """Names of its linear layers."""
+    return {name for name, part in module.named_modules() if type(part) is nn.Linear}
 
 
 def has_lora(transformer: nn.Module) -> bool:
@@ -102,18 +142,34 @@ def has_lora(transformer: nn.Module) -> bool:
     return any(".lora_A." in name for name, _ in transformer.named_parameters())
 
 
-def save_lora(transformer: MaskGitTransformer, folder: str | os.PathLike[str], stage: str) -> Path:
-    """Write the adapters of a transformer as peft does.
+def save_lora(
+    transformer: MaskGitTransformer,
+    folder: str | os.PathLike[str],
+    stage: str,
+    encoder: TextEncoder | None = None,
+) -> Path:
+    """Write the adapters of a transformer, and of a text encoder, as peft does.
 
     Args:
         transformer: with adapters (`add_lora`).
         folder: where to; made, and what it holds of an adapter replaced.
         stage: "base" or "superres"; the file's header has it.
+        encoder: with adapters (`with_text_lora`); they go into the folder ``text_encoder``.
     """
     folder = as_path(folder)
-    state = peft().get_peft_model_state_dict(transformer)
-    tensors = {f"{PREFIX}{name}": t.detach().cpu().contiguous() for name, t in state.items()}
-    config: Any = transformer.peft_config["default"]  # type: ignore[index]
+    if encoder is not None:
+        _write(encoder.model, folder / TEXT, stage, encoder.name_in_hub)
+    return _write(transformer, folder, stage, str)
+
+
+def _write(module: nn.Module, folder: Path, stage: str, renamed: Callable[[str], str]) -> Path:
+    tensors, layers = {}, set()
+    for name, value in peft().get_peft_model_state_dict(module).items():
+        layer, matrix, rest = name.partition(".lora_")
+        layers.add(renamed(layer))
+        tensors[f"{PREFIX}{renamed(layer)}{matrix}{rest}"] = value.detach().cpu().contiguous()
+    config: Any = copy.copy(module.peft_config["default"])  # type: ignore[index]
+    config.target_modules = layers
     with replacing(folder / CONFIG) as path, tempfile.TemporaryDirectory() as made:
         config.save_pretrained(made)
         path.write_bytes((Path(made) / CONFIG).read_bytes())
@@ -167,9 +223,33 @@ class Lora:
                 raise ValueError("it must hold finite numbers")
         return cls(path, config, state, stage)
 
-    def misfit(self, transformer: MaskGitTransformer) -> str | None:
-        """Why the adapter cannot be one of this transformer; None if it can."""
-        parts, layers = dict(transformer.named_modules()), self._layers
+    @classmethod
+    def read_text(cls, folder: str | os.PathLike[str], encoder: TextEncoder) -> Lora | None:
+        """The part of an adapter that is a text encoder's, by the names of its layers, if any.
+
+        Raises:
+            CheckpointError: damaged, or of another text encoder.
+        """
+        path = as_path(folder, "lora") / TEXT
+        if not path.is_dir():
+            return None
+        read = cls.read(path)
+        own = {encoder.name_in_hub(name): name for name in _linear(encoder.model)}
+        state = {}
+        for name, value in read.state.items():
+            layer, matrix, rest = name.partition(".lora_")
+            state[f"{own.get(layer, layer)}{matrix}{rest}"] = value
+        found = replace(read, state=state)
+        if (why := found.misfit(encoder.model)) is not None:
+            raise CheckpointError(
+                f"{shown(str(path))} is an adapter of another text encoder than {encoder.name!r}: "
+                f"{why}"
+            )
+        return found
+
+    def misfit(self, model: nn.Module) -> str | None:
+        """Why the adapter cannot be one of this model; None if it can."""
+        parts, layers = dict(model.named_modules()), self._layers
         for layer, (down, up) in layers.items():
             linear = parts.get(layer)
             if not isinstance(linear, nn.Linear) or down is None or up is None or not len(down):
@@ -195,11 +275,11 @@ class Lora:
         }
 
     @torch.no_grad()
-    def merge(self, transformer: MaskGitTransformer, weight: float = 1.0) -> dict[str, Tensor]:
+    def merge(self, model: nn.Module, weight: float = 1.0) -> dict[str, Tensor]:
         """Add the adapter to the weights, in place: ``W + weight * alpha / rank * B A``.
 
         Args:
-            transformer: that it fits (`misfit`).
+            model: that it fits (`misfit`).
             weight: of the adapter; 1 is as trained, 0 nothing.
 
         Returns:
@@ -209,7 +289,7 @@ class Lora:
         for layer, (down, up) in self._layers.items():
             assert down is not None
             assert up is not None
-            to = transformer.get_parameter(f"{layer}.weight")
+            to = model.get_parameter(f"{layer}.weight")
             before[f"{layer}.weight"] = to.clone()
             scale = self.config["lora_alpha"] / (len(down) ** 0.5 if rooted else len(down))
             to += (weight * scale * (up.float() @ down.float())).to(to)

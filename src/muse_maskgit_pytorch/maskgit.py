@@ -7,7 +7,7 @@ dropout, mask, transformer, loss on the masked positions. ``generate`` is the wa
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -29,7 +29,7 @@ from .sampling import Callback, Denoiser, SampleOptions, Step, choose_tokens, sa
 from .sampling.contract import same_as_before
 from .sampling.loop import plain_step
 from .structures import Conditioning, LossTerms, MaskedTokens, Schedule, TextEmbeds
-from .text import LongTexts
+from .text import LongTexts, TextEncoder, get_text_encoder
 from .transformer import MaskGitTransformer, SelfCritic, TokenCritic
 from .vqgan_vae import ImageTokenizer
 
@@ -141,6 +141,7 @@ class MaskGit(Saveable):
         self._init_args |= {"transformer": transformer, "token_critic": token_critic}
         # the paper's 24 base and 8 super-resolution steps (2.8)
         steps = 8 if cond_image_size else 24
+        self.own_encoder: TextEncoder | None = None  # with an adapter (`lora`), not in its file
         self._precision: Precision = "float32"
         self._compile: dict[str, Any] | None = None
         self.presets = make_presets(sample_options or {}, presets or {}, steps)
@@ -217,8 +218,38 @@ class MaskGit(Saveable):
         """What makes this stage's conditioning, from its present parts."""
         model = self.transformer
         return Conditioner(
-            model.text_encoder, model.max_text_len, self.geometry, self.cond_vae, self.device
-        )
+            model.text_encoder, model.max_text_len, self.geometry, self.cond_vae, self.device,
+            self.own_encoder,
+        )  # fmt: skip
+
+    def check_saveable(self, state: Mapping[str, Tensor] | None = None) -> None:
+        """See `Saveable.check_saveable`."""
+        self.check_encoder()
+        super().check_saveable(state)
+
+    def check_encoder(self) -> None:
+        """Refuse a text encoder of its own where its name alone is kept.
+
+        Raises:
+            ValueError: an adapter is in it.
+        """
+        if self.own_encoder is not None:
+            raise ValueError(
+                "this model reads texts with an adapter of its text encoder, which neither a model "
+                "file nor a cache holds: take it out (Muse.unload_lora), and keep its folder"
+            )
+
+    def shared_encoder(self) -> TextEncoder:
+        """The text encoder of that name, which all models share.
+
+        Raises:
+            ValueError: there is none: the model has classes, or texts come as embeddings.
+        """
+        encoder = self.transformer.text_encoder
+        if not isinstance(encoder, str) or encoder == "none":
+            what = "classes" if isinstance(encoder, tuple) else "embeddings of one's own (t5_name)"
+            raise ValueError(f"this model has no text encoder to adapt: it reads {what}")
+        return get_text_encoder(encoder, self.transformer.max_text_len)
 
     def embed_texts(
         self,

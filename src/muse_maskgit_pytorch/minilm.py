@@ -98,6 +98,11 @@ class MiniLM(nn.Module):
         return SimpleNamespace(last_hidden_state=x)
 
 
+def name_in_hub(layer: str) -> str:
+    """What transformers' `BertModel` calls a layer."""
+    return _in_file(f"{layer}.weight").removesuffix(".weight")
+
+
 def _in_file(name: str) -> str:
     first, _, rest = name.partition(".")
     if first == "layers":

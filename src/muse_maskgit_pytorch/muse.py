@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -17,10 +18,11 @@ from torch import Tensor
 from .arguments import plain, real, shown, whole
 from .checkpoint import CheckpointError, Saveable
 from .conditioning import check_texts
+from .files import digest_text
 from .geometry import ImageSize, Size
 from .images import to_pil
 from .inference.precision import Precision
-from .lora import Lora
+from .lora import TEXT, Lora
 from .maskgit import MaskGit
 from .provenance import Record, attach, fingerprint, read_records, warn_of_other_bits
 from .request import Drawn, Request
@@ -52,6 +54,7 @@ class Muse(Saveable):
         self.base, self.superres = base, superres
         self._loras: list[str] = []  # the adapters in the weights
         self._without: dict[str, dict[str, Tensor]] = {}  # the weights before them, by stage
+        self._text_loras: list[str] = []  # which of them are in the text encoders, too
 
     @property
     def stages(self) -> dict[str, MaskGit]:
@@ -109,7 +112,8 @@ class Muse(Saveable):
         """Add a low-rank adapter (`lora`) to the weights of the stage that it fits.
 
         Several add up. Drawing costs no more than without; records name the adapters, and the
-        model's fingerprint is that of the sum.
+        model's fingerprint is that of the sum. If there is one for the text encoder, too, the stage
+        gets a text encoder of its own.
 
         Args:
             folder: in peft's format, such as training writes.
@@ -127,9 +131,18 @@ class Muse(Saveable):
                 + "; ".join(f"{name}: {why}" for name, why in misfits.items())
             )
         stage = adapter.stage if adapter.stage in fits else fits[0]
-        before = adapter.merge(self.stages[stage].transformer, weight)
+        model, name = self.stages[stage], f"{adapter.path.name} ({stage}) x {weight:g}"
+        if (adapter.path / TEXT).is_dir():
+            encoder = model.own_encoder or copy.deepcopy(model.shared_encoder())
+            if (part := Lora.read_text(adapter.path, encoder)) is not None:
+                part.merge(encoder.model, weight)
+                encoder.forget()
+                model.own_encoder = encoder
+                name += f" with its text encoder, {part.digest}"
+                self._text_loras.append(name)
+        before = adapter.merge(model.transformer, weight)
         self._without[stage] = before | self._without.get(stage, {})
-        self._loras.append(f"{adapter.path.name} ({stage}) x {weight:g}, {adapter.digest}")
+        self._loras.append(f"{name}, {adapter.digest}")
         return self
 
     @torch.no_grad()
@@ -139,8 +152,17 @@ class Muse(Saveable):
             transformer = self.stages[stage].transformer
             for name, value in weights.items():
                 transformer.get_parameter(name).copy_(value)
-        self._without, self._loras = {}, []
+        if self._text_loras:
+            for model in self.stages.values():
+                model.own_encoder = None
+        self._without, self._loras, self._text_loras = {}, [], []
         return self
+
+    def check_saveable(self, state: Mapping[str, Tensor] | None = None) -> None:
+        """See `Saveable.check_saveable`."""
+        for model in self.stages.values():
+            model.check_encoder()
+        super().check_saveable(state)
 
     # Drawing ---------------------------------------------------------------------------------
 
@@ -299,7 +321,8 @@ class Muse(Saveable):
         sizes, texts = self.sizes(request.image_size), {}  # of each text encoder
         for name, stage in self.stages.items():
             # embeddings that were given are those of every encoder
-            encoder = stage.transformer.text_encoder if request.prompts else None
+            own = stage.own_encoder or stage.transformer.text_encoder
+            encoder = own if request.prompts else None
             if encoder not in texts:
                 given = request.prompts, request.text_embeds
                 texts[encoder] = stage.embed_texts(*given, allow_empty=bool(request.canvases))
@@ -332,8 +355,12 @@ class Muse(Saveable):
 
     @property
     def fingerprint(self) -> str:
-        """A short name of the weights and the configuration (`provenance.fingerprint`)."""
-        return fingerprint(self)
+        """A short name of the weights and the configuration (`provenance.fingerprint`).
+
+        Adapters of the text encoder count, too.
+        """
+        name = fingerprint(self)
+        return digest_text(" ".join([name, *self._text_loras]))[:16] if self._text_loras else name
 
     def like(
         self,

