@@ -22,6 +22,8 @@ from layout import CANVAS, LENGTHS, apart, propose, related
 from PIL import Image
 from sprites import STYLES, Sprites, Subject, is_tone_heldout
 
+from muse_maskgit_pytorch.data.source import Item
+
 T = TypeVar("T")
 
 SPLITS = ("train", "seen", "style", "background", "relation", "count", "tone", "form")
@@ -70,6 +72,8 @@ KINDS_OF = {
     "count": ("count", "list", "relation"),
 }
 CONTRAST = 64  # levels of 255 by which most of a thing differs from its background
+# Filters for sprites: Hamming is as sharp as bicubic where it averages, in two thirds of the time.
+ENLARGED, REDUCED = Image.Resampling.BICUBIC, Image.Resampling.HAMMING
 TRIES, ROUNDS = 20_000, 12
 
 
@@ -221,7 +225,7 @@ def heldout(plan: Plan) -> set[str]:
 
 
 class Scenes:
-    """Captioned pictures by number, as `MaskGitTrainer(data=...)` takes them.
+    """Captioned pictures by number: a `Source`, as `MaskGitTrainer(data=...)` takes them.
 
     Args:
         sprites: a file of `sprites.py`.
@@ -278,6 +282,16 @@ class Scenes:
         scene = self.scene(number)
         return {"image": self.draw(scene), "text": scene.caption.text, "facts": scene.facts()}
 
+    @property
+    def keys(self) -> list[str]:
+        """A name for each, the same at all sizes: so is the side of a split that it is on."""
+        return [f"{self.split} {self.seed} {number}" for number in range(self.length)]
+
+    def item(self, index: int) -> Item:
+        """What a trainer reads."""
+        row = self[index]
+        return Item(row["image"], row["text"])
+
     def scene(self, number: int) -> Scene:
         """What scene ``number`` shows; there is no last one.
 
@@ -308,7 +322,8 @@ class Scenes:
             group = scene.groups[thing.group]
             left, top, right, bottom = (round(CANVAS * edge) for edge in thing.box)
             sprite = self.sprites.image(scene.style, group.subject, group.tone)
-            sprite = sprite.resize((right - left, bottom - top), Image.Resampling.BICUBIC)
+            sides = right - left, bottom - top
+            sprite = sprite.resize(sides, ENLARGED if sides > sprite.size else REDUCED)
             picture.paste(sprite, (left, top), sprite)
         return picture.reduce(CANVAS // (size or self.size))
 

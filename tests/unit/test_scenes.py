@@ -14,8 +14,10 @@ from PIL import Image, ImageDraw
 from scenes import BACKGROUNDS, COLOURS, SPLITS, Scene, Scenes
 from sprites import STYLES, Subject, is_tone_heldout, read_subjects, toned, write_sprites
 
-from muse_maskgit_pytorch.data.dataset import ImageDataset
+from muse_maskgit_pytorch import MaskGitTrainer
+from muse_maskgit_pytorch.data.dataset import ImageDataset, split
 from muse_maskgit_pytorch.data.rows import Rows
+from tests.runs import make_maskgit, metrics
 
 SCRIPT = Path(scenes.__file__).with_name("make_dataset.py")
 SHAPES = [(200, 120), (120, 200), (224, 224), (180, 90), (100, 110)]
@@ -293,15 +295,24 @@ def test_too_few_subjects(tmp_path: Path):
         Scenes(tmp_path / "more", "tone").scene(0)
 
 
-def test_trainers_and_caches_take_them(path: Path):
-    data = Scenes(path, size=64, length=30)
-    rows = Rows(data, captions=True)
-    assert len(rows) == 30
-    item = ImageDataset(rows, 64, captions=True)[3]
+def test_a_trainer_takes_them(path: Path, tmp_path: Path, t5: str):
+    MaskGitTrainer(
+        make_maskgit(t5), data=Scenes(path, size=64, length=40), results_folder=str(tmp_path),
+        batch_size=2, num_train_steps=2, num_workers=2, sample_every=0, cache_tokens=False,
+    ).train()  # fmt: skip
+    assert np.isfinite([line["loss"] for line in metrics(tmp_path) if "loss" in line]).all()
+    item = ImageDataset(Scenes(path, size=64, length=30), 64, captions=True)[3]
     assert item["image"].shape == (3, 64, 64)
-    assert item["text"] == data.scene(3).caption.text
-    with pytest.raises(IndexError):
-        data[30]
+    assert item["text"] == Scenes(path).scene(3).caption.text
+    with pytest.raises(IndexError, match="scene 30 of 30"):
+        Scenes(path, length=30)[30]
+
+
+def test_a_training_knows_its_scenes_at_every_size(path: Path):
+    small, large = (ImageDataset(Scenes(path, size=size, length=50), size) for size in (64, 256))
+    other = ImageDataset(Scenes(path, seed=1, size=64, length=50), 64)
+    assert small.summary() == large.summary() != other.summary()
+    assert split(small, 0.2)[1].keys == split(large, 0.2)[1].keys
 
 
 def test_written_to_parquet(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -317,7 +328,7 @@ def test_written_to_parquet(path: Path, tmp_path: Path, monkeypatch: pytest.Monk
         f"seed1-64px-{first:08}-{last:08}.parquet" for first, last in ((0, 4), (4, 8), (8, 10))
     ]
     item = ImageDataset(Rows(open_named(str(folder)), captions=True), 64, captions=True)[5]
-    truth = ImageDataset(Rows(data, captions=True), 64, captions=True)[5]
+    truth = ImageDataset(data, 64, captions=True)[5]
     assert item["text"] == truth["text"]
     assert item["image"].equal(truth["image"])
     assert json.loads(open_named(str(folder))[5]["facts"]) == data[5]["facts"]
