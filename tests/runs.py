@@ -122,6 +122,26 @@ def interrupt(trainer: Trainer, step: int, number: int = signal.SIGINT) -> None:
         trainer.train()
 
 
+def poison(trainer: Trainer, factors: dict[int, float]) -> list[int]:
+    """Multiply the gradients made from the batch at these positions of the data.
+
+    Returns:
+        the positions that the run comes to, in this order.
+    """
+    train_step, backward, seen = trainer.train_step, trainer.backward, []
+
+    def step(batches: Iterator[Any]) -> dict[str, Tensor]:
+        seen.append(trainer.step + trainer.guard.lost_steps)
+        return train_step(batches)
+
+    def spoiled(loss: Tensor) -> None:
+        backward(loss * factors.get(seen[-1], 1.0))
+
+    trainer.train_step = step  # type: ignore[method-assign]
+    trainer.backward = spoiled  # type: ignore[method-assign]
+    return seen
+
+
 def last_checkpoint(results: Path) -> dict[str, Any]:
     return load_tree(sorted(results.glob("*checkpoint*"))[-1])[0]
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,10 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from muse_maskgit_pytorch import VQGanVAE, VQGanVAETrainer
+from muse_maskgit_pytorch import VQGanVAE, VQGanVAETrainer, checkpoint
 from muse_maskgit_pytorch.checkpoint import load_tree
+from muse_maskgit_pytorch.training.checkpoints import Snapshots
+from tests.runs import poison
 
 KILLS = 20
 SAVE_EVERY, KEEP = 2, 2
@@ -44,6 +48,39 @@ def train(images: str, results: str, steps: int) -> None:
         results_folder=results, resume=True, log_every=1, sample_every=0, save_every=SAVE_EVERY,
         keep_checkpoints=KEEP,
     ).train()  # fmt: skip
+
+
+def train_averaged(images: str, results: str, end: tuple[str, int, int] | None) -> None:
+    """One life of a run with snapshots, which returns to a checkpoint once.
+
+    It ends "within" or "after" the writing of a snapshot: of which step, and for which time.
+    """
+    torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())
+    torch.manual_seed(os.getpid() if any(Path(results).glob(CHECKPOINTS)) else 0)
+    vae = VQGanVAE(dim=8, codebook_size=48, layers=2, num_res_blocks=1, quantizer="fsq")
+    trainer = VQGanVAETrainer(
+        vae, folder=images, image_size=16, batch_size=2, num_train_steps=10, lr=1e-3,
+        warmup_steps=1, perceptual_weight=0, gan_weight=0, results_folder=results, resume=True,
+        sample_every=0, save_every=4, posthoc_every=2, max_skips=2,
+    )  # fmt: skip
+    poison(trainer, {5: math.nan, 6: math.nan})
+    original, times = Snapshots.write, Counter[int]()
+
+    def half(tensors: Any, path: Path, **more: Any) -> None:
+        path.write_bytes(b"half of a snapshot")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def write(self: Snapshots, step: int, *rest: Any) -> None:
+        times[step] += 1
+        if end == ("within", step, times[step]):
+            checkpoint.save_file = half  # type: ignore[assignment]
+        original(self, step, *rest)
+        if end == ("after", step, times[step]):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Snapshots.write = write  # type: ignore[method-assign]
+    trainer.train()
 
 
 @pytest.fixture
@@ -143,6 +180,39 @@ def test_twenty_kills_leave_no_trace(images: Path, tmp_path: Path):
         assert_same(tree, expected, name)
     assert load_tree(results / last)[0]["modules"]["discriminator"]["anchors"].all()  # LeCam's
     assert curve(results) == curve(unbroken)
+
+
+@pytest.mark.slow
+def test_snapshots_outlive_kills(images: Path, tmp_path: Path):
+    """Half-written, beyond the last checkpoint, of steps taken back, after a return."""
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["accelerate", __name__])
+
+    def live(name: str, end: tuple[str, int, int] | None) -> None:
+        given = str(images), str(tmp_path / name), end
+        process = processes.Process(target=train_averaged, args=given)
+        process.start()
+        process.join(120)
+        process.kill()
+        assert process.exitcode == (0 if end is None else -signal.SIGKILL), end
+
+    def snapshots(name: str) -> dict[int, bytes]:
+        found = Snapshots(tmp_path / name, "vae").found()
+        return {step: path.read_bytes() for step, path in found.items()}
+
+    live("whole", None)
+    whole = snapshots("whole")
+    assert list(whole) == [2, 4, 6, 8, 10]
+    left = []
+    for end in (("within", 2, 1), ("after", 6, 1), ("after", 6, 2), ("within", 8, 1)):
+        live("killed", end)
+        left.append(snapshots("killed"))
+    assert [len(found) for found in left] == [0, 3, 3, 3]
+    assert left[1] != left[2]  # of the steps that are taken back, and of those that stay
+    assert any((tmp_path / "killed").glob(".vae-snapshot-*"))
+    live("killed", None)
+    assert snapshots("killed") == whole
+    assert not any((tmp_path / "killed").glob(".*snapshot*"))
 
 
 def curve(results: Path) -> dict[int, list[float]]:

@@ -19,7 +19,7 @@ from muse_maskgit_pytorch.training.averages import (
 )
 from muse_maskgit_pytorch.training.checkpoints import KEPT, Snapshots
 from muse_maskgit_pytorch.training.ema import EMA, gamma_of, power
-from tests.runs import assert_same, interrupt, make_maskgit, maskgit_trainer
+from tests.runs import assert_same, interrupt, make_maskgit, maskgit_trainer, metrics, poison
 
 
 def test_the_lengths_are_the_papers():
@@ -131,6 +131,41 @@ def test_snapshots_outlive_checkpoints_and_a_broken_run(trainer, tmp_path: Path,
     made, raw = (MaskGit.from_pretrained(p) for p in (out, tmp_path / "whole/base.safetensors"))
     assert made.generate(["an owl"], seeds=[0]).shape == (1, 3, 16, 16)
     assert_same(dict(made.vae.state_dict()), dict(raw.vae.state_dict()))
+
+
+def test_snapshots_of_a_run_that_returned_are_those_of_the_way_it_took(trainer, tmp_path: Path):
+    """A snapshot of steps that are taken back is written anew; a resume gives the same.
+
+    After the return: a stop before it leaves a checkpoint to which the run would return instead.
+    """
+
+    def made(name: str, **changes: Any) -> MaskGitTrainer:
+        run = trainer(name, num_train_steps=9, max_skips=2, **changes)
+        poison(run, {5: math.nan, 6: math.nan})
+        return run
+
+    written: list[tuple[int, bytes]] = []
+    first = made("whole")
+    original = Snapshots.write
+
+    def seeing(self: Snapshots, step: int, *rest: Any) -> None:
+        original(self, step, *rest)
+        written.append((step, self.found()[step].read_bytes()))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Snapshots, "write", seeing)
+        first.train()
+    whole = snapshots_of(tmp_path / "whole")
+    assert [step for step, _ in written] == [2, 4, 6, 6, 8, 9]
+    assert written[2][1] != written[3][1]  # before the return, and after it
+    assert whole == dict(written)
+    assert first.guard.restarts == 1
+    for stop in (7, 8):  # between two checkpoints, and at one
+        name = f"broken{stop}"
+        interrupt(made(name), step=stop)
+        made(name, seed=1, resume=True).train()
+        assert snapshots_of(tmp_path / name) == whole, stop
+        assert sum("warning" in line for line in metrics(tmp_path / name)) >= 1
 
 
 def test_snapshots_that_cannot_be_averaged(trainer, tmp_path: Path):

@@ -28,6 +28,7 @@ from tests.runs import (
     logged,
     make_vae,
     metrics,
+    poison,
     vae_trainer,
 )
 
@@ -121,26 +122,6 @@ def test_a_lasting_new_level_is_accepted_after_some_returns():
 
 def test_guard_switched_off():
     assert all(judged(Guard(max_spike=0, max_skips=1), math.nan, math.inf, 1e30))
-
-
-def poison(trainer: VQGanVAETrainer, factors: dict[int, float]) -> list[int]:
-    """Multiply the gradients made from the batch at these positions of the data.
-
-    Returns:
-        the positions that the run comes to, in this order.
-    """
-    train_step, backward, seen = trainer.train_step, trainer.backward, []
-
-    def step(batches: Iterator[Any]) -> dict[str, Tensor]:
-        seen.append(trainer.step + trainer.guard.lost_steps)
-        return train_step(batches)
-
-    def spoiled(loss: Tensor) -> None:
-        backward(loss * factors.get(seen[-1], 1.0))
-
-    trainer.train_step = step  # type: ignore[method-assign]
-    trainer.backward = spoiled  # type: ignore[method-assign]
-    return seen
 
 
 def test_bad_steps_are_skipped_and_counted(
