@@ -41,9 +41,9 @@ def main() -> None:
         began = time.process_time()
         source = Folder(name, captions=True)
         listed = time.process_time()
+        print(f"{len(source):,} files: listing {listed - began:.1f} s", flush=True)
         report = check_data(source)
-        looked = time.process_time()
-    print(f"{len(source):,} files: listing {listed - began:.1f} s, looking {looked - listed:.1f} s")
+        print(f"looking {time.process_time() - listed:.1f} s")
     print(f"{report.images:,} images, {len(report.alike)} groups that look alike")
 
 
