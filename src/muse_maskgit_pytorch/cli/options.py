@@ -266,8 +266,9 @@ def add_data(parser: Parser) -> None:
         "--data",
         type=str | None,
         help="what to train on, in the place of trainer.folder: Parquet files or WebDataset tars "
-        "(one, a glob, {00..31}, or their folder), a folder of save_to_disk or of images, or a "
-        "data set on the hub, owner/name; with trainer.streaming read as the training goes on",
+        "(one, a glob, {00..31}, or their folder), a folder of save_to_disk or of images, a data "
+        "set on the hub, owner/name, or FILE.py:NAME, what that file calls so; with "
+        "trainer.streaming read as the training goes on",
     )
 
 

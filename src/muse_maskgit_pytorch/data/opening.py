@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import glob
+import importlib
 import math
 import re
+import sys
 import tarfile
 import time
 from pathlib import Path
@@ -14,6 +17,7 @@ from ..arguments import as_path, shown
 
 BRACES = re.compile(r"\{([^{}]*)\}")
 RANGE = re.compile(r"(\d+)\.\.(\d+)")
+OWN = re.compile(r"(.+)\.py:([A-Za-z_]\w*)")
 HUB = re.compile(r"[\w.-]+/[\w.-]+")
 READERS = {".parquet": "parquet", ".tar": "webdataset"}
 
@@ -39,17 +43,22 @@ def open_named(what: str, streaming: bool = False) -> Any:
     Args:
         what: a Parquet file or WebDataset tar, several of them as a glob (``shards/*.tar``), with
             braces (``{000..031}.tar``) or as their folder; a folder of `datasets.save_to_disk`; a
-            folder of images; or a data set on the hub, ``owner/name``, of which the split "train"
-            is read.
+            folder of images; a data set on the hub, ``owner/name``, of which the split "train" is
+            read; or ``FILE.py:NAME``, an object of one's own in a Python file, or a function
+            without arguments that makes it: the file is run.
         streaming: read as the training goes on, instead of preparing all first.
 
     Returns:
-        a `datasets.Dataset` or `IterableDataset`, or the path of a plain folder.
+        the object, a `datasets.Dataset` or `IterableDataset`, or the path of a plain folder.
 
     Raises:
         ValueError: there is nothing of that name, or a file is damaged.
         ImportError: it takes the datasets library, which is not installed.
     """
+    if own := OWN.fullmatch(str(what)):
+        if streaming:
+            raise ValueError(f"streaming is not for {what}, an object of your own: leave it out")
+        return _own(Path(f"{own[1]}.py"), own[2])
     path = as_path(what, "data")
     if path.is_dir() and _is_saved(path):
         return _from_disk(path, streaming)
@@ -67,6 +76,28 @@ def open_named(what: str, streaming: bool = False) -> Any:
             f"data {shown(what, 400)} is no file or folder, and cannot be had from the hub: "
             f"{_line(error)}"
         ) from error
+
+
+def _own(file: Path, name: str) -> Any:
+    """What a Python file calls so; its folder is on the path from here on.
+
+    Processes that load data find it by its name too.
+    """
+    if not file.is_file():
+        raise ValueError(f"data: there is no file {shown(str(file), 400)}")
+    if (folder := str(file.resolve().parent)) not in sys.path:
+        sys.path.insert(0, folder)
+    module = importlib.import_module(file.stem)
+    if Path(module.__file__ or "").resolve() != file.resolve():
+        raise ValueError(
+            f"data: {file.name} has the name of another module, {module.__name__}: rename it"
+        )
+    if not hasattr(module, name):
+        near = difflib.get_close_matches(name, [n for n in vars(module) if n[0] != "_"], 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"data: {shown(str(file), 400)} has nothing called {name}{hint}")
+    found = getattr(module, name)
+    return found() if callable(found) else found
 
 
 def files_of(what: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 import tarfile
 from collections.abc import Iterator
 from itertools import islice
@@ -145,6 +146,31 @@ def test_all_doors_give_the_same_pictures_and_captions(tmp_path: Path):
         assert isinstance(stream, RowStream)
         held = Stream(stream, View(SIZE), True).held(1 - 1e-9, 100)
         assert [held[i]["text"] for i in range(COUNT)] == [text for text, _ in wanted], name
+
+
+def test_an_object_in_a_python_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """By its name, or what a function makes; its neighbours can be imported."""
+    monkeypatch.setattr("sys.path", [*sys.path])
+    (tmp_path / "beside_own_data.py").write_text("count = 3")
+    (tmp_path / "own_data.py").write_text(
+        "from PIL import Image\nfrom beside_own_data import count\n"
+        "def pictures():\n"
+        "    return [{'image': Image.new('RGB', (16, 16)), 'text': f'{i}'} for i in range(count)]\n"
+        "loaded = pictures()[:2]\n"
+    )
+    for name, length in {"pictures": 3, "loaded": 2}.items():
+        source = open_source(f"{tmp_path}/own_data.py:{name}", None, True)
+        assert len(source) == length
+        assert source.item(1).text == "1"
+    with pytest.raises(ValueError, match=r"nothing called pictres; did you mean pictures\?"):
+        open_source(f"{tmp_path}/own_data.py:pictres", None)
+    with pytest.raises(ValueError, match=r"there is no file .*lost\.py"):
+        open_source(f"{tmp_path}/lost.py:pictures", None)
+    with pytest.raises(ValueError, match="leave it out"):
+        open_source(f"{tmp_path}/own_data.py:pictures", None, streaming=True)
+    (tmp_path / "json.py").write_text("pictures = []")
+    with pytest.raises(ValueError, match=r"json\.py has the name of another module"):
+        open_source(f"{tmp_path}/json.py:pictures", None)
 
 
 def test_a_folder_reads_named_columns_and_parquet_tables(tmp_path: Path):
