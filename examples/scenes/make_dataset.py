@@ -21,7 +21,7 @@ from scenes import SPLITS, Scenes
 from tqdm import tqdm
 
 from muse_maskgit_pytorch.files import replacing
-from muse_maskgit_pytorch.images import image_grid, save_png
+from muse_maskgit_pytorch.images import image_grid
 
 SHARD = 5_000  # scenes in a file
 
@@ -91,7 +91,8 @@ def draw_sheet(data: Scenes, out: Path, count: int = 48) -> None:
     """Draw the first scenes of a set side by side, with their captions."""
     rows = [data[number] for number in range(count)]
     texts = [row["text"] for row in rows]
-    save_png(image_grid([row["image"] for row in rows], 8, texts), out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    image_grid([row["image"] for row in rows], 8, texts).save(out, quality=80)
 
 
 def main() -> None:
@@ -104,7 +105,7 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=100_000, help="how many to write")
     parser.add_argument("--workers", type=int, default=1, help="processes that compose")
     parser.add_argument("--out", type=Path, help="folder to write to")
-    parser.add_argument("--sheet", type=Path, help="PNG of the first 48 scenes")
+    parser.add_argument("--sheet", type=Path, help="picture of the first 48 scenes (.png, .webp)")
     given = parser.parse_args()
     if not (given.out or given.sheet):
         parser.error("say what to make: --out FOLDER, --sheet FILE.png, or both")

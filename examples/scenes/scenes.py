@@ -301,8 +301,9 @@ class Scenes:
         dice = Dice(f"{self.split}/{self.seed}/{number}")
         of_forms = self.split == "form"
         wanted = {self.split} - {"train", "seen", "form"}
+        kind = dice.one(self._kinds)
         for _ in range(TRIES):
-            plan = self._plan(dice)
+            plan = self._plan(dice, kind)
             if heldout(plan) != wanted or not self._stands_out(plan):
                 continue
             caption = Writer(dice, of_forms).write(plan)
@@ -327,8 +328,7 @@ class Scenes:
             picture.paste(sprite, (left, top), sprite)
         return picture.reduce(CANVAS // (size or self.size))
 
-    def _plan(self, dice: Dice) -> Plan:
-        kind = dice.one(self._kinds)
+    def _plan(self, dice: Dice, kind: str) -> Plan:
         relation, counts = None, (1,)
         if kind == "count":
             counts = (dice.one((2, 3, 4)),)
@@ -346,7 +346,7 @@ class Scenes:
             tone = dice.one(subject.tones) if toned else None
             groups.append(Group(subject, tone, count, size, size != "medium" and kind != "plain"))
         background = WHITE
-        if kind != "plain" and dice.chance(0.85):
+        if kind != "plain" and dice.chance(0.9):
             background = dice.one(GRADIENTS if dice.chance(0.15) else tuple(COLOURS))
         return Plan(
             tuple(groups), relation, dice.one(STYLES), background,
@@ -388,11 +388,13 @@ class Scenes:
             means = [colour.mean(0) for colour in colours]
             if np.abs(means[0] - means[1]).max() < CONTRAST:
                 return False
-        if plan.background == WHITE:
+        if plan.arrangement == "plain":
             return True
         behind = np.array([COLOURS[colour] for colour in plan.background.split(" to ")])
         distances = (np.abs(each - behind[:, None]).max(-1).min(0) for each in colours)
-        return all((distance > CONTRAST).mean() > 0.6 for distance in distances)
+        # of what is white, outlines are enough on white
+        least = 0.2 if plan.background == WHITE else 0.6
+        return all((distance > CONTRAST).mean() > least for distance in distances)
 
     def _colours_of(self, style: str, group: Group) -> np.ndarray:
         """Colours of a sprite's visible pixels, some of them: int (K,3)."""
