@@ -14,10 +14,10 @@ PROPOSALS = 256
 # small thing is always smaller than one of no stated size, and this one smaller than a big one.
 LENGTHS = {
     "plain": {"big": (0.80, 0.90)},
-    "alone": {"small": (0.21, 0.26), "medium": (0.36, 0.44), "big": (0.62, 0.80)},
-    "in front": {"small": (0.22, 0.26), "medium": (0.36, 0.44), "big": (0.56, 0.68)},
+    "alone": {"small": (0.20, 0.25), "medium": (0.33, 0.40), "big": (0.60, 0.80)},
+    "in front": {"small": (0.21, 0.25), "medium": (0.33, 0.40), "big": (0.56, 0.68)},
     "same": {"small": (0.20, 0.25), "medium": (0.32, 0.39), "big": (0.45, 0.49)},
-    "pair": {"small": (0.20, 0.25), "medium": (0.32, 0.39), "big": (0.47, 0.57)},
+    "pair": {"small": (0.20, 0.25), "medium": (0.32, 0.39), "big": (0.48, 0.57)},
     "several": {"small": (0.19, 0.23), "medium": (0.29, 0.35)},
 }
 

@@ -21,7 +21,7 @@ from tests.runs import make_maskgit, metrics
 
 SCRIPT = Path(scenes.__file__).with_name("make_dataset.py")
 SHAPES = [(200, 120), (120, 200), (224, 224), (180, 90), (100, 110)]
-LIMITS = {"small": (0.1, 0.26), "medium": (0.27, 0.47), "big": (0.44, 0.95)}
+LIMITS = {"small": (0.17, 0.255), "medium": (0.275, 0.405), "big": (0.43, 0.91)}
 TONES = ("light", "medium", "dark")
 
 
