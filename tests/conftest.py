@@ -16,7 +16,8 @@ from tests import shapes
 CORE = """structures vqgan_vae quantizer minilm text masking layers transformer geometry
 conditioning sampling.options sampling.contract sampling.plan sampling.policies sampling.choose
 sampling.loop request maskgit muse images provenance features foreign words
-evaluation.metrics evaluation.tokenizer evaluation.generator training.gan"""
+evaluation.metrics evaluation.tokenizer evaluation.generator evaluation.figures
+evaluation.truth evaluation.drawing evaluation.scores training.gan"""
 jaxtyping.install_import_hook(
     [f"muse_maskgit_pytorch.{name}" for name in CORE.split()], f"{shapes.__name__}.check"
 )
@@ -43,6 +44,12 @@ def t5(tmp_path_factory: pytest.TempPathFactory) -> str:
 def resnet(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Path of a tiny image classifier with batch norm."""
     return str(hub.make_resnet(tmp_path_factory.mktemp("models") / "resnet"))
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Path of a tiny CLIP: 20 features, texts of up to 12 letters."""
+    return str(hub.make_clip(tmp_path_factory.mktemp("models") / "clip"))
 
 
 @pytest.fixture(scope="session")

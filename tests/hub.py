@@ -61,6 +61,43 @@ def make_resnet(folder: Path, seed: int = 0, mean: float = 0.5, std: float = 0.2
     return folder
 
 
+def make_clip(folder: Path, sigmoid: bool = False, seed: int = 0) -> Path:
+    """A network of two towers that reads letters: CLIP, or with ``sigmoid`` SigLIP."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import (
+        CLIPConfig,
+        CLIPModel,
+        PreTrainedTokenizerFast,
+        SiglipConfig,
+        SiglipModel,
+    )
+
+    letters = ["<pad>", "<bos>", "<eos>", " ", *string.ascii_lowercase]
+    reader = Tokenizer(models.WordLevel({c: i for i, c in enumerate(letters)}, unk_token="<pad>"))
+    reader.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    reader.post_processor = processors.TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=reader, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
+    )
+    size = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    text = dict(**size, vocab_size=len(letters), max_position_embeddings=12)
+    text |= dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, projection_size=24)
+    vision = dict(**size, image_size=32, patch_size=8)
+    config: Any = SiglipConfig if sigmoid else CLIPConfig
+    made = config(text_config=text, vision_config=vision, projection_dim=20)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model: Any = (SiglipModel if sigmoid else CLIPModel)(made)
+        for value in model.parameters():  # large enough to tell inputs apart
+            if value.ndim > 1:
+                torch.nn.init.normal_(value, std=value.shape[-1] ** -0.5)
+    model.eval().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def bring_code(folder: Path) -> Path:
     """Let a saved model ask for code of its own, which lies next to it.
 

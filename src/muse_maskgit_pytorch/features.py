@@ -73,7 +73,7 @@ class FeatureNet(nn.Module):
         self.name = name
         self.net: EfficientNetLite0 | HubNet
         try:
-            self.net = EfficientNetLite0.from_package() if name == LITE else HubNet(name)
+            self.net = self._opened(name)
         except FeatureNetError:
             raise
         except Exception as error:  # what a hub, a proxy or a damaged file may raise is endless
@@ -93,6 +93,9 @@ class FeatureNet(nn.Module):
             self.register_buffer(part, value.view(1, 3, 1, 1))
         self.requires_grad_(False)
         self.eval()
+
+    def _opened(self, name: str) -> EfficientNetLite0 | HubNet:
+        return EfficientNetLite0.from_package() if name == LITE else HubNet(name)
 
     def train(self, mode: bool = True) -> FeatureNet:
         """Stays in eval mode, whatever the module around it does."""
@@ -149,6 +152,49 @@ class FeatureNet(nn.Module):
         return self.net((images - self.mean) / self.std)
 
 
+class TextImageNet(FeatureNet):
+    """A frozen network of two towers, CLIP or SigLIP: images and texts as vectors of one space.
+
+    Of images, ``pooled`` gives these vectors (CLIP's after its projection), as CLIPScore and CMMD
+    have them, in the place of what the vision tower has before.
+
+    Args:
+        name: Hugging Face name or local path.
+
+    Raises:
+        FeatureNetError: as `FeatureNet`; a network without a tower for texts.
+    """
+
+    def _opened(self, name: str) -> Towers:
+        return Towers(name)
+
+    @torch.no_grad()
+    def embed_texts(self, texts: Sequence[str]) -> Float[Tensor, "B C"]:
+        """Texts as vectors; what is longer than the network reads is cut."""
+        assert isinstance(self.net, Towers)
+        return self.net.texts(list(texts), self.mean.device).float()
+
+
+def open_network(name: str) -> FeatureNet:
+    """A `TextImageNet` where the checkpoint has a tower for texts too, else a `FeatureNet`.
+
+    Raises:
+        FeatureNetError: as these.
+    """
+    if name == LITE:
+        return FeatureNet(name)
+    try:
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(
+            name, trust_remote_code=False, local_files_only=without_hub(name)
+        )
+    except Exception:  # `FeatureNet` says what is wrong
+        return FeatureNet(name)
+    towers = hasattr(config, "text_config") and hasattr(config, "vision_config")
+    return TextImageNet(name) if towers else FeatureNet(name)
+
+
 def lpips_distance(
     maps: Sequence[Float[Tensor, "B _ _ _"]], others: Sequence[Float[Tensor, "B _ _ _"]]
 ) -> Float[Tensor, " B"]:
@@ -193,8 +239,8 @@ class HubNet(nn.Module):
             raise FeatureNetError(f"the checkpoint {name!r} lacks weights: {sorted(missing)[:3]}")
         # where the file has no pooler, the model has a random one
         self.has_pooler = not report["missing_keys"]
-        self.model: Any = getattr(model, "vision_model", model).float()  # some files hold halves
-        self.config = self.model.config
+        self.model: Any = self._used(model).float()  # some files hold halves
+        self.config = getattr(self.model.config, "vision_config", self.model.config)
         self.head: nn.Linear | None = self._take_head() if headed else None
         names = [name for name, _ in (*self.named_parameters(), *self.named_modules())]
         self.any_size = not any(word in name for name in names for word in ("position", "rope"))
@@ -205,6 +251,10 @@ class HubNet(nn.Module):
         self.std = settings.get("image_std", IMAGENET_STD) if normalised else (1.0,) * 3
         default = getattr(self.config, "image_size", 224)
         self.input_size = _side(settings.get("crop_size") or settings.get("size") or default)
+
+    def _used(self, model: Any) -> Any:
+        """Of two towers the one for images."""
+        return getattr(model, "vision_model", model)
 
     def _take_head(self) -> nn.Linear:
         """Put the identity in the place of the last linear layer, which makes class scores."""
@@ -242,6 +292,48 @@ class HubNet(nn.Module):
         height, width = (side // _side(self.config.patch_size) for side in x.shape[-2:])
         # class and register tokens stand first
         return stage[:, -height * width :].mT.unflatten(2, (height, width))
+
+
+class Towers(HubNet):
+    """A Hugging Face network of a tower for images and one for texts, with its word pieces."""
+
+    def __init__(self, name: str):
+        from transformers import AutoTokenizer
+
+        super().__init__(name)
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            name, trust_remote_code=False, local_files_only=without_hub(name)
+        )
+        config, self.tokenizer = self.model.config.text_config, tokenizer
+        self.most = min(tokenizer.model_max_length, config.max_position_embeddings)
+        self.sigmoid = "siglip" in config.model_type  # trained on padded texts, without a mask
+
+    def _used(self, model: Any) -> Any:
+        for method in ("get_image_features", "get_text_features"):
+            if not hasattr(model, method):
+                raise FeatureNetError(
+                    f"{type(model).__name__} has no vectors of its own for texts and images: take "
+                    "a CLIP or a SigLIP"
+                )
+        return model
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Normalised images -> vectors (B,C), and no maps."""
+        return _vectors(self.model.get_image_features(pixel_values=x)), []
+
+    def texts(self, texts: list[str], device: torch.device) -> Tensor:
+        """Texts -> vectors (B,C)."""
+        tokens = self.tokenizer(
+            texts, padding="max_length", truncation=True, max_length=self.most, return_tensors="pt"
+        ).to(device)
+        mask = None if self.sigmoid else tokens["attention_mask"]
+        found = self.model.get_text_features(input_ids=tokens["input_ids"], attention_mask=mask)
+        return _vectors(found)
+
+
+def _vectors(found: Any) -> Tensor:
+    """What the releases of transformers give in several forms."""
+    return found if isinstance(found, Tensor) else found.pooler_output
 
 
 def _preprocessing(name: str, local: bool) -> dict[str, Any]:

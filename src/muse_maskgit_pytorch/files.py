@@ -84,6 +84,12 @@ def check_output(name: str, value: object, ending: str | None = None, folder: bo
     return path
 
 
+def cache_folder() -> Path:
+    """Where this package keeps what it can make again; not made here."""
+    above = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(above) / "muse-maskgit-pytorch"
+
+
 def digest_state(state: Mapping[str, Tensor], prefix: str = "") -> str:
     """SHA-256 of names, types, shapes and values, whatever the order and the device.
 

@@ -327,9 +327,9 @@ def _record(drawing: dict[str, Any], version: int) -> Record:
             raise ValueError(f"unknown options {stage!r} {sorted(unknown)}, of a later version?")
         _demand("seeds", values["seeds"], int, len(prompts))
         options[stage] = SampleOptions(**values).with_rows(len(prompts))
-    if "base" not in options:
-        raise ValueError("options of the base are missing")
     edit, size = drawing.get("edit"), drawing.get("image_size")
+    if not options or ("base" not in options and edit is None):
+        raise ValueError("options of the base are missing")
     if version > 1 or size is not None:  # at first, only of pictures of another size than trained
         _demand("image_size", size, int, 2)
     if edit is not None and not isinstance(edit["kind"], str):

@@ -154,8 +154,8 @@ class Request:
 
     @property
     def seeds(self) -> list[int]:
-        """Those of the base."""
-        seeds = self.options["base"].seeds
+        """Those of the first stage that draws."""
+        seeds = next(iter(self.options.values())).seeds
         assert isinstance(seeds, list)
         return seeds
 

@@ -21,7 +21,9 @@ from muse_maskgit_pytorch.features import (
     FeatureNet,
     FeatureNetError,
     HubNet,
+    TextImageNet,
     lpips_distance,
+    open_network,
 )
 from muse_maskgit_pytorch.images import to_tensor
 from muse_maskgit_pytorch.training.perceptual import PerceptualLoss
@@ -259,6 +261,51 @@ def test_a_network_that_cannot_be_had_names_the_remedies():
     for part in ("nobody/nothing", "local copy", LITE, "muse-maskgit-pytorch[perceptual]"):
         assert part in message
     assert "\n" not in message
+
+
+# Two towers ----------------------------------------------------------------------------------
+
+TEXTS = ["red fox", "owl", "a text of more letters than are read"]
+
+
+@pytest.mark.parametrize("sigmoid", [False, True])
+def test_two_towers_give_their_own_vectors_of_images_and_texts(tmp_path: Path, sigmoid: bool):
+    folder = hub.make_clip(tmp_path / "clip", sigmoid)
+    net = open_network(str(folder))
+    assert isinstance(net, TextImageNet)
+    model: Any = transformers.AutoModel.from_pretrained(folder).eval()
+    images = tiny.images(3, 32)
+    reader: Any = transformers.AutoTokenizer.from_pretrained(folder)
+    tokens = reader(TEXTS, padding="max_length", truncation=True, max_length=12)
+    inputs = {"input_ids": torch.tensor(tokens["input_ids"])}
+    if not sigmoid:
+        inputs["attention_mask"] = torch.tensor(tokens["attention_mask"])
+    with torch.no_grad():
+        wanted = model(pixel_values=(images - net.mean) / net.std, **inputs)
+    pairs = [
+        (net.pooled(images), wanted.image_embeds),
+        (net.embed_texts(TEXTS), wanted.text_embeds),
+    ]
+    for found, embeds in pairs:
+        unit = torch.nn.functional.normalize(embeds, dim=1)
+        assert torch.allclose(torch.nn.functional.normalize(found, dim=1), unit, atol=1e-5)
+    assert not torch.allclose(pairs[1][0][0], pairs[1][0][1], atol=1e-2)
+    with pytest.raises(ValueError, match="no classification head"):
+        net.logits(images)
+
+
+def test_padding_changes_no_text(clip: str):
+    net = open_network(clip)
+    assert isinstance(net, TextImageNet)
+    alone = net.embed_texts(["owl"])
+    assert torch.allclose(net.embed_texts(TEXTS)[1:2], alone, atol=1e-6)
+
+
+def test_one_tower_is_opened_as_one(resnet: str, tmp_path: Path):
+    assert type(open_network(resnet)) is FeatureNet
+    assert type(open_network(LITE)) is FeatureNet
+    with pytest.raises(FeatureNetError, match="'nobody/nothing' cannot be had"):
+        open_network("nobody/nothing")
 
 
 # Both ----------------------------------------------------------------------------------------

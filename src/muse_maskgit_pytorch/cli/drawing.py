@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jsonargparse import Namespace
 from tqdm.auto import tqdm
@@ -20,6 +21,9 @@ from ..sampling import per_row
 from ..structures import SampleStep
 from .options import SHIPPED_MODEL
 from .parser import stated
+
+if TYPE_CHECKING:
+    from ..evaluation import Drawer
 
 
 def check_options(config: Namespace, endings: dict[str, str]) -> None:
@@ -119,7 +123,7 @@ def each_files(folder: Path, labels: Sequence[str]) -> list[Path]:
     return [folder / f"{name}.png" for name in names]
 
 
-def announce(config: Namespace, model: Muse) -> None:
+def announce(config: Namespace, model: Muse | Drawer) -> None:
     """Say on standard error which model draws; standard output is for the names of files."""
     name = printable(config.model, 200)
     if config.model == SHIPPED_MODEL:

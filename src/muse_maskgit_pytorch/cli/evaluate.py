@@ -1,22 +1,41 @@
-"""`muse eval vae`: how good a tokenizer is, as a table, a file of figures and a sheet."""
+"""`muse eval`: how good a tokenizer or a generator is, as a table, files of figures and a page."""
 
 from __future__ import annotations
 
 import json
+import sys
+import warnings
 from dataclasses import asdict
+from importlib import import_module
 
 import torch
+from jsonargparse import Namespace
 from PIL import Image
 
-from ..data.folder import ImageFolder
+from ..arguments import as_path, printable, shown, whole
+from ..data.captions import read_prompts
+from ..data.folder import ImageFolder, open_source
 from ..devices import pick_device
-from ..evaluation import Metric, evaluate_tokenizer
-from ..features import FeatureNet, FeatureNetError
+from ..evaluation import (
+    Drawer,
+    FactJudge,
+    Metric,
+    Pictures,
+    Truth,
+    evaluate,
+    evaluate_tokenizer,
+)
+from ..evaluation.drawing import Part
+from ..evaluation.truth import of_texts
+from ..features import FeatureNet, FeatureNetError, open_network
 from ..files import check_output, replacing
 from ..foreign import load_tokenizer
 from ..images import image_grid
+from ..loading import open_model, open_stage
+from ..muse import Muse
 from ..vqgan_vae import ImageTokenizer
-from .parser import Parser
+from .drawing import announce, load_loras, note
+from .parser import Parser, stated
 
 SHEET = 8  # images on it
 
@@ -45,14 +64,149 @@ def eval_vae(parser: Parser, argv: list[str]) -> None:
             _sheet(vae, images).save(path, format="PNG")
 
 
+def eval_base(parser: Parser, argv: list[str]) -> None:
+    _eval_generator(parser.read(argv), "base")
+
+
+def eval_superres(parser: Parser, argv: list[str]) -> None:
+    _eval_generator(parser.read(argv), "superres")
+
+
+def eval_model(parser: Parser, argv: list[str]) -> None:
+    _eval_generator(parser.read(argv), "model")
+
+
+def _eval_generator(config: Namespace, part: Part) -> None:
+    out = check_output("--out", config.out, folder=True)
+    prompts_file = None if part == "superres" else config.prompts
+    if (config.data is None) == (prompts_file is None):
+        other = "" if part == "superres" else ", or --prompts FILE, but not both"
+        raise ValueError(f"say what to draw: --data FOLDER of captioned images{other}")
+    for name in ("samples", "references", "seeds", "batch_size"):
+        if config[name] is not None:
+            whole(f"--{name}", config[name], 1)
+    cache = None if config.cache is None else check_output("--cache", config.cache, folder=True)
+    texts = [] if prompts_file is None else read_prompts(as_path(prompts_file), prompts_file)
+    judge = None if config.judge is None else _judge(config.judge)
+    networks = _networks(config.features)
+    drawer = _drawer(config, part)
+    if prompts_file is None:
+        truth = _truth(config, drawer)
+        prompts = truth.prompts
+    else:
+        truth, prompts = None, of_texts(texts[: config.samples])
+    pictures = Pictures(out, drawer, prompts, config.seeds, config.seed, truth)
+    announce(config, drawer)
+    if there := pictures.draw(config.batch_size):
+        note(f"{there} of {len(pictures)} pictures are from an earlier start")
+    found = evaluate(pictures, truth, networks, judge, drawer.device, cache)
+    for network, figures in found.metrics.items():
+        print(f"{printable(network, 200)}\n{table(figures)}")
+    for line in found.left_out:
+        note(f"left out: {line}")
+    result = {
+        "setup": pictures.setup,
+        "data": config.data if prompts_file is None else prompts_file,
+        "metrics": {
+            network: {name: asdict(metric) for name, metric in figures.items()}
+            for network, figures in found.metrics.items()
+        },
+        "left_out": found.left_out,
+        "prompts": [
+            {"key": prompt.key, "text": prompt.text}
+            | {name: values[row] for name, values in (found.scores | found.spreads).items()}
+            for row, prompt in enumerate(prompts)
+        ],
+    }
+    with replacing(out / "figures.json") as path:
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(out / "figures.json")
+
+
+def _networks(names: list[str]) -> list[FeatureNet]:
+    """Those that can be had; of the others a warning says what is left out."""
+    found: dict[str, FeatureNet] = {}
+    for name in dict.fromkeys(names):
+        if name == "none":
+            continue
+        try:
+            found[name] = open_network(name)
+        except FeatureNetError as error:
+            warnings.warn(f"its figures are left out: {error}", stacklevel=2)
+    return list(found.values())
+
+
+def _drawer(config: Namespace, part: Part) -> Drawer:
+    """What draws, with its sampling options."""
+    if part == "superres":
+        stage = open_stage(config.model, "superres").to(pick_device(config.device))
+        if stage.cond_image_size is None:
+            raise ValueError(
+                f"{config.model} is a base stage and no super-resolution: muse eval base judges it"
+            )
+        model, stages = stage, {"superres": stage.preset(config.preset or "default")}
+    else:
+        model = open_model(config.model, config.device)
+        load_loras(model, config.lora)
+        stages = model.options(config.preset)
+        if part == "model" and model.superres is None and stated(config.superres):
+            raise ValueError(f"--superres options given, but {config.model!r} has no such stage")
+        if part == "base":
+            model, stages = Muse(model.base).eval(), {"base": stages["base"]}
+    model.precision = config.precision
+    options = {name: usual.replace(**stated(config[name])) for name, usual in stages.items()}
+    return Drawer(part, model, options, config.negative, config.image_size, config.large)
+
+
+def _truth(config: Namespace, drawer: Drawer) -> Truth:
+    captions = drawer.classes != ()  # an unconditional model needs none
+    source = open_source(
+        config.data, None, captions, classes=drawer.classes or (),
+        image_column=config.image_column, text_column=config.text_column,
+        streaming=config.streaming, min_size=config.min_size,
+    )  # fmt: skip
+    return Truth(source, drawer.geometry, drawer.size, config.samples, config.references, captions)
+
+
+def _judge(name: str) -> FactJudge:
+    """A judge of one's own, MODULE:NAME; a class or function is called to make it."""
+    module, _, attribute = name.partition(":")
+    sys.path.insert(0, "")  # the folder in which the command runs
+    try:
+        found = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"--judge {shown(name)} cannot be had ({error}): give MODULE:NAME, a module that "
+            "Python finds from here and a name in it"
+        ) from error
+    finally:
+        sys.path.remove("")
+    judge = found if hasattr(found, "facts") and not isinstance(found, type) else found()
+    if not hasattr(judge, "facts"):
+        raise ValueError(f"--judge {shown(name)} has no method facts(pictures, rows)")
+    return judge
+
+
 def table(figures: dict[str, Metric]) -> str:
-    """One line per figure: name, value, number of images, what to know."""
-    rows = [("metric", "value", "images", "")]
-    rows += [(name, f"{m.value:.5g}", str(m.images), m.note) for name, m in figures.items()]
-    wide = [max(len(row[column]) for row in rows) for column in range(3)]
+    """One line per figure: name, value, number of images, what to know.
+
+    The 95 % interval, and the figure of the true images, have columns where any figure has them.
+    """
+    rows = [["metric", "value", "95 %", "true", "images", ""]]
+    for name, m in figures.items():
+        between = "" if m.interval is None else " to ".join(f"{end:.4g}" for end in m.interval)
+        true = "" if m.truth is None else f"{m.truth:.4g}"
+        rows.append([name, f"{m.value:.5g}", between, true, str(m.images), m.note])
+    kept = [c for c in range(6) if c not in (2, 3) or any(row[c] for row in rows[1:])]
+    rows = [[row[column] for column in kept] for row in rows]
+    wide = [max(len(row[column]) for row in rows) for column in range(len(kept) - 1)]
     return "\n".join(
-        f"{name:<{wide[0]}}  {value:>{wide[1]}}  {images:>{wide[2]}}  {note}".rstrip()
-        for name, value, images, note in rows
+        "  ".join(
+            [f"{row[0]:<{wide[0]}}"]
+            + [f"{cell:>{width}}" for cell, width in zip(row[1:-1], wide[1:], strict=True)]
+            + [row[-1]]
+        ).rstrip()
+        for row in rows
     )
 
 

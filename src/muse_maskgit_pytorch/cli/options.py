@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 from .declared import declared
@@ -23,13 +23,7 @@ def add_options(parser: Parser, base: Collection[str] | None = None) -> None:
         parser: the command's.
         base: the sampling options of the base stage that count; None: all.
     """
-    parser.add_argument(
-        "--model",
-        type=str,
-        default=SHIPPED_MODEL,
-        help="name of a shipped model, file of a whole model or of a base stage, or hub repository",
-    )
-    parser.add_argument("--lora", type=str, action="append", default=[], help=LORA)
+    add_model(parser)
     parser.add_argument(
         "--negative",
         type=_texts,
@@ -39,19 +33,41 @@ def add_options(parser: Parser, base: Collection[str] | None = None) -> None:
         "--seed", type=int | list[int] | None, help="s for s, s + 1, ..., or one for each picture"
     )
     parser.add_argument(
+        "--out", type=str, default="out.png", help="the picture, or a sheet of all, with captions"
+    )
+    parser.add_argument("--each", type=str | None, help="folder for every picture as its own PNG")
+    add_sampling(parser, {"base": base, "superres": None})
+
+
+def add_model(parser: Parser) -> None:
+    """What draws."""
+    parser.add_argument(
+        "--model",
+        type=str,
+        default=SHIPPED_MODEL,
+        help="name of a shipped model, file of a whole model or of a base stage, or hub repository",
+    )
+    parser.add_argument("--lora", type=str, action="append", default=[], help=LORA)
+
+
+def add_sampling(parser: Parser, stages: Mapping[str, Collection[str] | None]) -> None:
+    """How it draws.
+
+    Args:
+        parser: the command's.
+        stages: names, and the sampling options of each that count; None: all.
+    """
+    single = " and ".join(f"--{stage}.*" for stage in stages)
+    parser.add_argument(
         "--preset",
         type=str | None,
-        help="sampling options by name, such as fast; --base.* and --superres.* change single ones",
+        help=f"sampling options by name, such as fast; {single} change single ones",
     )
     parser.add_argument(
         "--image_size",
         type=int | tuple[int, int] | None,
         help="side, or [height, width], in pixels, if not the trained square",
     )
-    parser.add_argument(
-        "--out", type=str, default="out.png", help="the picture, or a sheet of all, with captions"
-    )
-    parser.add_argument("--each", type=str | None, help="folder for every picture as its own PNG")
     parser.add_argument("--batch_size", type=int, default=16, help="pictures drawn together")
     parser.add_argument(
         "--large",
@@ -67,9 +83,8 @@ def add_options(parser: Parser, base: Collection[str] | None = None) -> None:
         help="float32 repeats bits; bfloat16, int8 and float8 are faster where the machine has "
         "them; auto: the faster of float32 and bfloat16, as measured here",
     )
-    sampling = declared("sampling.SampleOptions")
-    parser.add_optional(sampling, "base", skip={"seeds"}, only=base)
-    parser.add_optional(sampling, "superres", skip={"seeds"})
+    for stage, only in stages.items():
+        parser.add_optional(declared("sampling.SampleOptions"), stage, skip={"seeds"}, only=only)
 
 
 def _texts(value: Any) -> list[str] | str:
@@ -510,6 +525,92 @@ def eval_vae_parser() -> Parser:
         "--picture", type=str | None, help="sheet of images above their reconstructions, .png"
     )
     parser.add_argument("--device", type=str | None, help="by default a GPU where there is one")
+    return parser
+
+
+def eval_base_parser() -> Parser:
+    return _generator_parser(
+        "base", "Judge the first stage by what it draws of captions.", {"base": None}
+    )
+
+
+def eval_superres_parser() -> Parser:
+    return _generator_parser(
+        "superres",
+        "Judge the super-resolution stage by what it makes of true low-resolution images.",
+        {"superres": None},
+    )
+
+
+def eval_model_parser() -> Parser:
+    return _generator_parser(
+        "model",
+        "Judge a whole model by what it draws of captions.",
+        {"base": None, "superres": None},
+    )
+
+
+def _generator_parser(part: str, description: str, stages: dict[str, None]) -> Parser:
+    parser = Parser(
+        f"muse eval {part}",
+        f"{description} Pictures are kept in --out, and an interrupted evaluation goes on.",
+    )
+    add_model(parser)
+    parser.add_argument(
+        "--data",
+        type=str | None,
+        help="captioned true images, as of --data of muse train: what is drawn, and what it is "
+        "compared with",
+    )
+    parser.add_argument("--image_column", type=str | None, help="where the images stand")
+    parser.add_argument("--text_column", type=str | None, help="where the captions stand")
+    parser.add_argument(
+        "--streaming", type=bool, default=False, help="take the first ones of it, see --samples"
+    )
+    parser.add_argument("--min_size", type=int, default=0, help="leave out smaller images")
+    if part != "superres":
+        parser.add_argument(
+            "--prompts",
+            type=str | None,
+            help="in the place of data: text file with a prompt on each line, without empty lines "
+            "and # comments; figures that need true images are left out",
+        )
+    parser.add_argument("--samples", type=int | None, help="captions to draw; by default all")
+    parser.add_argument(
+        "--references",
+        type=int | None,
+        help="true images to compare with; by default those of the captions",
+    )
+    parser.add_argument("--seeds", type=int, default=1, help="pictures of each caption")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the first picture; the next ones have the next"
+    )
+    parser.add_argument("--negative", type=str | None, help="what to stay away from")
+    parser.add_argument(
+        "--features",
+        type=str,
+        nargs="+",
+        default=[declared("features.LITE")],
+        help="networks that judge: efficientnet-lite0, Hugging Face names or paths; of those with "
+        "two towers (CLIP, SigLIP) also agreement with the captions; or none",
+    )
+    parser.add_argument(
+        "--judge",
+        type=str | None,
+        help="judge of facts of your own, MODULE:NAME; see evaluation.FactJudge",
+    )
+    parser.add_argument(
+        "--out",
+        type=str,
+        required=True,
+        help="folder for pictures, figures.json and evaluation.html",
+    )
+    parser.add_argument(
+        "--cache",
+        type=str | None,
+        help="folder for the features of true images; by default the user's cache",
+    )
+    add_sampling(parser, dict(stages))
     return parser
 
 

@@ -25,7 +25,7 @@ from .opening import damage, files_of
 from .order import Sample
 from .pixels import View
 from .rows import Columns, Filter, labels_of, name_of, undecoded
-from .source import Item, place
+from .source import Item, Source, place
 from .wording import Wording
 from .workers import leave_signals_to_the_run, starting_processes
 
@@ -89,6 +89,10 @@ class RowStream:
             return True
         size = self.columns.size(row) if self.keep.min_size else None
         return self.keep.objection(row, size) is None
+
+    def first(self, count: int) -> Source:
+        """The first rows that are wanted, in memory; fewer where there are no more."""
+        return _Block(self, list(islice(filter(self.wanted, self.data), count)))
 
     def key(self, row: Mapping[str, Any]) -> str:
         """A name for a row that it has wherever it comes: a digest of its picture."""

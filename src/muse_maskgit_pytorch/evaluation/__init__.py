@@ -1,5 +1,19 @@
-"""How good a tokenizer is, in figures that can be compared."""
+"""How good a tokenizer or a generator is, in figures that can be compared."""
 
-from .tokenizer import Metric, evaluate_tokenizer
+from .drawing import Drawer, Pictures
+from .figures import Metric
+from .scores import Evaluation, FactJudge, evaluate
+from .tokenizer import evaluate_tokenizer
+from .truth import Prompt, Truth
 
-__all__ = ["Metric", "evaluate_tokenizer"]
+__all__ = [
+    "Drawer",
+    "Evaluation",
+    "FactJudge",
+    "Metric",
+    "Pictures",
+    "Prompt",
+    "Truth",
+    "evaluate",
+    "evaluate_tokenizer",
+]

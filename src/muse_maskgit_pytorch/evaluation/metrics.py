@@ -1,16 +1,19 @@
 """The figures by which images and codebooks are judged, each one formula.
 
-Three kinds: of an image and its reconstruction (PSNR, SSIM, MS-SSIM: one number per image), of sets
-of images (Fréchet distance, precision and recall of features; retrieval), of the codebook's use.
+Four kinds: of an image and its reconstruction (PSNR, SSIM, MS-SSIM: one number per image), of sets
+of images (Fréchet and kernel distances, precision, recall, density and coverage of features;
+retrieval), of pictures and what they were drawn from (CLIPScore, diversity), of the codebook's use.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 WINDOW, SIGMA = 11, 1.5
@@ -20,6 +23,8 @@ SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 # Mean squared error of images that are called equal, 100 dB: rounding to 8 bits alone makes 1e-6.
 LEAST_ERROR = 1e-10
 BLOCK = 256  # vectors of a set that are compared with another set at a time
+CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0
+CLIP_SCORE_WEIGHT = 2.5
 
 
 def psnr(images: Float[Tensor, "B 3 H W"], others: Float[Tensor, "B 3 H W"]) -> Float[Tensor, " B"]:
@@ -192,47 +197,173 @@ def _root(covariance: Tensor) -> Tensor:
     return vectors[:, kept] * values[kept].sqrt()
 
 
-def precision_recall(
-    real: Float[Tensor, "R C"], generated: Float[Tensor, "G C"], k: int = 3
-) -> tuple[float, float]:
-    """Precision and recall of a generator (Kynkäänniemi et al. 2019, eqs. 1 and 2), each in [0,1].
+@dataclass(frozen=True)
+class Neighbourhoods:
+    """Which vectors of two sets lie in each other's neighbourhoods; one value per vector.
 
-    The real images are taken to fill, in the space of features, the balls around each of their
-    vectors that reach to its k-th nearest neighbour among them. Precision is the share of the
-    generated vectors inside of any of these: how real they are. Recall is the same with the sets
-    exchanged: how much of the variety of the real ones is generated. Computed in float64.
+    Around each vector of a set lies the ball that reaches to its k-th nearest neighbour in it.
 
-    Both depend on the counts: compare figures of equal ones only.
+    Attributes:
+        precise: whether a generated vector is in any ball of the real ones, k = 3.
+        recalled: whether a real vector is in any ball of the generated ones, k = 3.
+        density: how many balls of the real ones a generated vector is in, over k = 5.
+        covered: whether any generated vector is in the ball of a real one, k = 5.
+    """
+
+    precise: Bool[Tensor, " G"]
+    recalled: Bool[Tensor, " R"]
+    density: Float[Tensor, " G"]
+    covered: Bool[Tensor, " R"]
+
+
+def neighbourhoods(
+    real: Float[Tensor, "R C"],
+    generated: Float[Tensor, "G C"],
+    k: int = 3,
+    density_k: int = 5,
+) -> Neighbourhoods:
+    """What precision, recall, density and coverage are the means of.
+
+    Precision and recall (Kynkäänniemi et al. 2019, eqs. 1 and 2) ask how real the generated
+    vectors are, and how much of the variety of the real ones is generated; one real outlier has a
+    ball that much falls into. Density and coverage (Naeem et al. 2020, eqs. 3 and 4) count the
+    balls, and look at those of the real vectors alone. Computed in float64.
+
+    All four depend on the counts: compare figures of equal ones only.
 
     Args:
         real: feature vectors.
         generated: feature vectors.
-        k: which neighbour; the paper's 3.
+        k: which neighbour bounds the balls of precision and recall; the paper's 3.
+        density_k: of density and coverage; the paper's 5.
+
+    Raises:
+        ValueError: a k below 1, or not below the number of vectors whose balls it bounds.
+    """
+    sets = {"real": real.detach().cpu().double(), "generated": generated.detach().cpu().double()}
+    for name, number in (("real", k), ("generated", k), ("real", density_k)):
+        if not 1 <= number < len(sets[name]):
+            raise ValueError(
+                f"k must be at least 1 and below the number of images, not {number} for "
+                f"{len(sets[name])} {name} ones: give more images"
+            )
+    real, generated = sets.values()
+    near, dense = _radii(real, (k, density_k))
+    [reach] = _radii(generated, (k,))
+    precise, density = [], []
+    recalled = torch.zeros(len(real), dtype=torch.bool)
+    covered = recalled.clone()
+    for part, radii in zip(generated.split(BLOCK), reach.split(BLOCK), strict=True):
+        distance = _distances(part, real)
+        precise.append((distance <= near).any(1))
+        density.append((distance <= dense).sum(1) / density_k)
+        recalled |= (distance <= radii[:, None]).any(0)
+        covered |= (distance <= dense).any(0)
+    return Neighbourhoods(torch.cat(precise), recalled, torch.cat(density), covered)
+
+
+def precision_recall(
+    real: Float[Tensor, "R C"], generated: Float[Tensor, "G C"], k: int = 3
+) -> tuple[float, float]:
+    """Precision and recall of a generator, each in [0,1]; see `neighbourhoods`.
 
     Raises:
         ValueError: k below 1, or not below the number of vectors of either set.
     """
+    found = neighbourhoods(real, generated, k, density_k=k)
+    return float(found.precise.double().mean()), float(found.recalled.double().mean())
+
+
+def _radii(points: Tensor, ks: tuple[int, ...]) -> list[Tensor]:
+    """Of each point the distances to its k-th nearest others, for each k."""
+    nearest = [  # the nearest of all is the point itself
+        _distances(part, points).topk(max(ks) + 1, dim=1, largest=False).values
+        for part in points.split(BLOCK)
+    ]
+    return [torch.cat(nearest)[:, k] for k in ks]
+
+
+def _distances(points: Tensor, others: Tensor) -> Tensor:
+    # by differences: equal vectors are exactly 0 apart, and a point on a ball is inside of it
+    return torch.cdist(points, others, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def kid(real: Float[Tensor, "R C"], generated: Float[Tensor, "G C"]) -> float:
+    """Kernel Inception distance (Bińkowski et al. 2018), of any network's features.
+
+    The squared maximum mean discrepancy with the kernel ``(x.y / C + 1)^3``, in the estimate
+    without bias, over all pairs: it may be negative, and unlike FID it is not too large from few
+    images. Computed in float64.
+
+    Raises:
+        ValueError: a set of fewer than two vectors.
+    """
     for name, features in {"real": real, "generated": generated}.items():
-        if not 1 <= k < len(features):
-            raise ValueError(
-                f"k must be at least 1 and below the number of images, not {k} for "
-                f"{len(features)} {name} ones: give more images"
-            )
+        if len(features) < 2:
+            raise ValueError(f"KID needs at least two {name} images, not {len(features)}")
+
+    def kernel(x: Tensor, y: Tensor) -> Tensor:
+        return (x @ y.T / x.shape[1] + 1) ** 3
+
+    def within(x: Tensor) -> float:
+        own = (x.square().sum(1) / x.shape[1] + 1) ** 3  # of each vector with itself
+        return float(_total(kernel, x, x) - own.sum()) / (len(x) * (len(x) - 1))
+
     real, generated = (features.detach().cpu().double() for features in (real, generated))
-    return _covered(generated, real, k), _covered(real, generated, k)
+    across = float(_total(kernel, real, generated)) / (len(real) * len(generated))
+    return within(real) + within(generated) - 2 * across
 
 
-def _covered(points: Tensor, centres: Tensor, k: int) -> float:
-    """Share of the points inside of any ball around a centre, up to its k-th nearest other one."""
+def cmmd(real: Float[Tensor, "R C"], generated: Float[Tensor, "G C"]) -> float:
+    """Distance of CMMD (Jayasumana et al. 2024), of any network's features.
 
-    def distances(part: Tensor) -> Tensor:
-        # by differences: equal vectors are exactly 0 apart, and a point on a ball is inside of it
-        return torch.cdist(part, centres, compute_mode="donot_use_mm_for_euclid_dist")
+    1000 times the squared maximum mean discrepancy with a Gaussian kernel of sigma 10, of features
+    brought to unit length; each vector's pair with itself counts, as in the authors' code. CMMD
+    proper takes the image embeddings of CLIP ViT-L/14 at 336 pixels. Computed in float64.
 
-    # the nearest of all is the centre itself
-    radii = [distances(part).kthvalue(k + 1, dim=1).values for part in centres.split(BLOCK)]
-    inside = [(distances(part) <= torch.cat(radii)).any(dim=1) for part in points.split(BLOCK)]
-    return float(torch.cat(inside).double().mean())
+    Raises:
+        ValueError: an empty set.
+    """
+    if not len(real) or not len(generated):
+        raise ValueError("CMMD needs at least one image of either kind")
+    gamma = 1 / (2 * CMMD_SIGMA**2)
+
+    def kernel(x: Tensor, y: Tensor) -> Tensor:
+        # both of unit length: |x - y|^2 = 2 - 2 x.y; less 1, since the distance is of small numbers
+        return torch.expm1(-gamma * (2 - 2 * x @ y.T))
+
+    real, generated = (
+        F.normalize(features.detach().cpu().double(), dim=1) for features in (real, generated)
+    )
+    within = [float(_total(kernel, x, x)) / len(x) ** 2 for x in (real, generated)]
+    across = float(_total(kernel, real, generated)) / (len(real) * len(generated))
+    return max(0.0, CMMD_SCALE * (sum(within) - 2 * across))
+
+
+def _total(kernel: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
+    """Sum of a kernel over all pairs of two sets."""
+    return torch.stack([kernel(part, y).sum() for part in x.split(BLOCK)]).sum()
+
+
+def diversity(features: Float[Tensor, "B S C"]) -> Float[Tensor, " B"]:
+    """Mean distance of the S pictures of each prompt from one another, in [0, 2]; S from 2.
+
+    The distance is 1 less the cosine of their features.
+    """
+    unit = F.normalize(features.double(), dim=-1)
+    count = unit.shape[1]
+    pairs = (unit @ unit.mT).sum((1, 2)) - count  # each with itself is 1
+    return (1 - pairs / (count * (count - 1))).clamp(0, 2)
+
+
+def clip_score(images: Float[Tensor, "B C"], texts: Float[Tensor, "B C"]) -> Float[Tensor, " B"]:
+    """CLIPScore of each picture and its text (Hessel et al. 2021): ``2.5 max(cos, 0)``.
+
+    Of the embeddings alone: neither the logit scale nor a bias that the network has takes part.
+    The authors begin every text with "A photo depicts"; here it stands as it is.
+    """
+    cosine = F.cosine_similarity(images.double(), texts.double(), dim=-1)
+    return CLIP_SCORE_WEIGHT * cosine.clamp(min=0)
 
 
 def num_nearer(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,15 +15,7 @@ from tqdm.auto import tqdm
 from ..features import FeatureNet, lpips_distance
 from ..vqgan_vae import ImageTokenizer
 from . import metrics
-
-
-@dataclass(frozen=True)
-class Metric:
-    """One figure, from how many images, and what to know when reading it."""
-
-    value: float
-    images: int
-    note: str
+from .figures import Metric
 
 
 @torch.no_grad()

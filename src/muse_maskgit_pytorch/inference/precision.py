@@ -24,7 +24,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 import platform
 import time
 import warnings
@@ -45,7 +44,7 @@ from torch import Tensor, nn
 from ..arguments import one_of
 from ..checkpoint import SPREADING, weights_key
 from ..devices import exact, fast_precisions
-from ..files import replacing
+from ..files import cache_folder, replacing
 from ..layers import Block, CrossAttention, SelfAttention
 from ..transformer import MaskGitTransformer, SelfCritic
 
@@ -306,8 +305,7 @@ def products(device: torch.device) -> dict[str, float]:
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     key = f"{name}, torch {torch.__version__}, {torch.get_num_threads()} threads"
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    path = folder / "muse-maskgit-pytorch" / "products.json"
+    path = cache_folder() / "products.json"
     known: dict[str, dict[str, float]] = {}
     with suppress(OSError, ValueError):
         read = json.loads(path.read_text(encoding="utf-8"))
