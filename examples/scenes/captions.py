@@ -46,7 +46,7 @@ RELATIONS = {
     ("left of", False): Forms(("left of", "to the left of"), ("on the left side of",)),
     ("left of", True): Forms(("right of", "to the right of"), ("on the right side of",)),
     ("above", False): Forms(("above", "above", "over"), ("higher up than",)),
-    ("above", True): Forms(("below", "below", "under"), ("lower down than",)),
+    ("above", True): Forms(("below", "below", "under", "beneath"), ("lower down than",)),
     ("in front of", False): Forms(("in front of",)),
     ("in front of", True): Forms(("behind",)),
 }
@@ -96,6 +96,7 @@ SENTENCES = {
         ("in {style} style, {things} {on}", "{things}, drawn in {style} style and {on}"),
     ),
 }
+WRITTEN = (False,) * 7 + (True,)  # with a capital and a full stop
 WITHOUT_ARTICLE = ("Santa Claus", "Mrs. Claus")
 
 
@@ -143,35 +144,39 @@ class Writer:
     def __init__(self, draw: Draw, held: bool):
         self.draw, self.held, self.forms = draw, held, []
 
-    def write(self, scene: Any) -> Caption:
+    def write(self, plan: Any) -> Caption:
         """The caption of a `scenes.Plan`."""
         self.forms = []
-        order = list(range(len(scene.groups)))
-        relation = None
-        if scene.relation:
+        order = list(range(len(plan.groups)))
+        if plan.relation:
             turned = self.draw.one((False, True))
             order = [1, 0] if turned else [0, 1]
-            relation = self._form(RELATIONS[scene.relation, turned])
+            relation = self._form(RELATIONS[plan.relation, turned])
         else:
             order.sort(key=lambda _: self.draw.one(range(1000)))
-        groups = [scene.groups[index] for index in order]
-        named = [self._named(group) for group in groups]
-        several = groups[0].count > 1
+            relation = ""
+        groups = [plan.groups[index] for index in order]
+        style = self.draw.one(STYLES[plan.style])
+        # of one kind of thing the style may be said as its sizes are: "a small 3D fox"
+        inside = plan.says_style and len(groups) == 1 and self.draw.one((True, False, False))
+        named = [self._named(group, style if inside else "") for group in groups]
         words = {
-            "is": "are" if several else "is",
-            "there": "there are" if several else "there is",
+            "is": "are" if groups[0].count > 1 else "is",
+            "there": "there are" if groups[0].count > 1 else "there is",
             "it": "them" if groups[-1].count > 1 else "it",
+            "relation": relation,
         }
-        if relation:
-            things = self._form(RELATED).format(*named, relation=relation, **words)
-        else:
-            things = self._form(LISTS[len(named)]).format(*named)
-        colours = scene.background.split(" to ")
+        forms = RELATED if relation else LISTS[len(named)]
+        colours = plan.background.split(" to ")
         on = self._form(GRADIENT if len(colours) == 2 else PLAIN).format(*colours)
-        sentence = self._form(SENTENCES[scene.says_background, scene.says_style])
-        style = self.draw.one(STYLES[scene.style])
-        on = on.replace("a orange", "an orange")
-        text = sentence.format(things=things, on=on, style=style, **words)
+        text = self._form(SENTENCES[plan.says_background, plan.says_style and not inside]).format(
+            things=self._form(forms).format(*named, **words),
+            on=on.replace("a orange", "an orange"),
+            style=style,
+            **words,
+        )
+        if self.draw.one(WRITTEN):
+            text = f"{text[0].upper()}{text[1:]}."
         return Caption(text, tuple(self.forms))
 
     def _form(self, forms: Forms) -> str:
@@ -180,8 +185,11 @@ class Writer:
         self.forms.append(form)
         return form
 
-    def _named(self, group: Any) -> str:
+    def _named(self, group: Any, style: str) -> str:
+        """A group with its number or article: "three small foxes with light skin"."""
         words = group.subject.name if group.count == 1 else group.subject.plural
+        if style:
+            words = f"{style} {words}"
         if group.says_size:
             words = f"{self._form(SIZES[group.size])} {words}"
         if group.tone:
