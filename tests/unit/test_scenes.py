@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import captions
@@ -112,6 +113,18 @@ def test_relations_are_of_the_boxes(train: list[Scene]):
         assert apart[along] > abs(apart[1 - along])
     assert set(seen) == set(scenes.RELATIONS)
     assert min(seen.values()) > 30
+
+
+def test_what_is_behind_is_hidden_a_little(path: Path, train: list[Scene]):
+    data = Scenes(path, size=256)
+    for scene in [scene for scene in train if scene.relation == "in front of"][:40]:
+        empty, behind, both = (
+            np.asarray(data.draw(replace(scene, things=scene.things[:count]))).astype(int)
+            for count in (0, 1, 2)
+        )
+        shown = (behind != empty).any(-1)
+        hidden = (shown & (both != behind).any(-1)).sum() / shown.sum()
+        assert 0.03 < hidden < 0.45
 
 
 def test_sizes_are_far_apart(train: list[Scene]):
