@@ -1,5 +1,6 @@
 """Sprites: what is read from an archive or a folder, and how it is cut out and kept."""
 
+import importlib.util
 import io
 import tarfile
 from pathlib import Path
@@ -8,7 +9,19 @@ import numpy as np
 import pytest
 import sprites
 from PIL import Image, features
-from sprites import STYLES, Sprites, Subject, cut, fluent, noto, toned, write_sprites
+from sprites import (
+    STYLES,
+    TONES,
+    Sprites,
+    Subject,
+    cut,
+    fluent,
+    is_tone_heldout,
+    noto,
+    read_subjects,
+    toned,
+    write_sprites,
+)  # fmt: skip
 
 ENGLAND = "\U0001f3f4\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f"
 
@@ -128,3 +141,19 @@ def test_written_and_read(tmp_path: Path):
         assert found.size(style, fox) == found.image(style, fox).size == size
         assert found.image(style, man, "light").getpixel((3, 3)) == (255, 192, 203, 255)
         assert found.image(style, man).getpixel((3, 3)) == (255, 255, 0, 255)
+
+
+def test_tones_are_held_out_as_in_the_emoji_set():
+    script = Path(sprites.__file__).parents[1] / "emoji" / "make_dataset.py"
+    spec = importlib.util.spec_from_file_location("make_emoji", script)
+    assert spec is not None
+    assert spec.loader is not None
+    emoji_set = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(emoji_set)
+    held = 0
+    for subject in read_subjects():
+        for tone in TONES:
+            here = is_tone_heldout(subject.emoji, tone)
+            assert here == emoji_set.is_heldout(toned(subject.emoji, tone))
+            held += here
+    assert held > 100
