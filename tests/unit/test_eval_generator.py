@@ -1,6 +1,9 @@
 """`muse eval base | superres | model`: figures, files, going on, and mistakes in one sentence."""
 
+import base64
+import io
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,8 @@ from PIL import Image
 from muse_maskgit_pytorch import Muse
 from muse_maskgit_pytorch import testing as tiny
 from muse_maskgit_pytorch.cli.main import main
-from muse_maskgit_pytorch.evaluation import drawing, metrics
+from muse_maskgit_pytorch.data.folder import open_source
+from muse_maskgit_pytorch.evaluation import Truth, drawing, metrics
 from muse_maskgit_pytorch.features import FeatureNet
 from muse_maskgit_pytorch.images import to_tensor
 from muse_maskgit_pytorch.loading import open_model, open_stage
@@ -229,6 +233,73 @@ def test_agreement_with_the_captions(root: Path, command, tmp_path: Path, clip: 
     assert found["truth"] is not None
 
 
+def test_the_page_needs_nothing_else(root: Path, command, tmp_path: Path, resnet: str, clip: str):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for file in (root / "images").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    (folder / "0.txt").write_text("a <b>bold</b> box")
+    line = command(data=folder, seeds=2)
+    assert main([*line, "--features", resnet, clip, "nobody/nothing"]) == 0
+    page = (tmp_path / "out" / "evaluation.html").read_text()
+    assert "<script" not in page
+    assert not {
+        link for link in re.findall(r"(?:src|href)='?([^' >]*)", page) if "data:" not in link
+    }
+    assert "<b>" not in page.partition("<main>")[2]
+    # a sheet of all, the worst and the best by the agreement; charts of three scores
+    assert page.count("<img ") == 3
+    assert page.count("class=bars") == 5
+    found = figures(tmp_path, clip)["clip_score"]
+    assert f"<td>{found['value']:.5g}<td>" in page
+    assert f"<td>{found['truth']:.4g}<td>" in page
+    [sheet, *_] = re.findall(r"src='data:image/png;base64,([^']*)'", page)
+    image = Image.open(io.BytesIO(base64.b64decode(sheet)))
+    assert image.width > image.height  # eight strips of three small pictures
+
+
+def test_a_stream_and_a_table(command, tmp_path: Path, resnet: str, root: Path, capsys):
+    datasets = pytest.importorskip("datasets")
+    rows = [
+        {"image": {"bytes": (root / "images" / f"{n}.png").read_bytes()}, "text": f"{c} box"}
+        for n, c in enumerate(COLOURS)
+    ]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    line = command(data=tmp_path / "rows.parquet", streaming="true")
+    assert "say how many to take, --samples" in fails(line, capsys)
+    assert main([*line, "--samples=7"]) == 0
+    prompts = json.loads((tmp_path / "out" / "figures.json").read_text())["prompts"]
+    assert {prompt["text"] for prompt in prompts} == {f"{c} box" for c in COLOURS[:7]}
+    assert figures(tmp_path, resnet)["fid"]["images"] == 7
+
+
+def test_judges_see_the_rows_of_the_data(root: Path):
+    rows = [
+        {"image": Image.open(root / "images" / f"{n}.png"), "text": c, "facts": [{"of": n}]}
+        for n, c in enumerate(COLOURS)
+    ]
+    source = open_source(rows, None, True)
+    geometry = open_stage(root / "base.safetensors").geometry
+    prompts = Truth(source, geometry, (16, 16), samples=4).prompts
+    assert [p.values for p in prompts] == [
+        {"text": p.text, "facts": [{"of": COLOURS.index(p.text)}]} for p in prompts
+    ]
+
+
+def test_a_model_that_takes_no_captions(root: Path, command, tmp_path: Path, resnet: str):
+    bare = tmp_path / "images"
+    bare.mkdir()
+    for file in (root / "images").glob("*.png"):
+        (bare / file.name).write_bytes(file.read_bytes())
+    stage = tiny.maskgit(
+        tiny.transformer(classes=[], text_embed_dim=None, t5_name="none"),
+        sample_options={"timesteps": 2},
+    )
+    stage.save(tmp_path / "free.safetensors")
+    assert main(command(model=tmp_path / "free.safetensors", data=bare)) == 0
+    assert figures(tmp_path, resnet)["fid"]["images"] == 8
+
+
 def test_prompts_alone(command, tmp_path: Path, clip: str, capsys):
     file = tmp_path / "prompts.txt"
     file.write_text("# mine\na red box\n\na blue box\n")
@@ -255,10 +326,9 @@ class Judge:
 """
 
 
-def test_a_judge_of_ones_own(command, tmp_path: Path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_a_judge_of_ones_own(command, tmp_path: Path):
     (tmp_path / "my_judge.py").write_text(JUDGE)
-    assert main(command(features="none", seeds=2, judge="my_judge:Judge")) == 0
+    assert main(command(features="none", seeds=2, judge=tmp_path / "my_judge.py:Judge")) == 0
     found = figures(tmp_path, "judge")
     counts = {name: metric["images"] for name, metric in found.items()}
     assert counts == {"b": 2, "red": 14, "all_right": 14}
@@ -327,8 +397,8 @@ def fails(argv: list[str], capsys) -> str:
         ("base", dict(batch_size=0), "--batch_size must be at least 1"),
         ("base", dict(preset="slow"), "slow"),
         ("base", dict(image_size=17), "17 is not a positive multiple"),
-        ("base", dict(judge="nothing"), "give MODULE:NAME"),
-        ("base", dict(judge="json:JSONDecoder"), "no method facts"),
+        ("base", dict(judge="nothing"), "--judge must be FILE.py:NAME"),
+        ("base", dict(judge="absent.py:Judge"), "there is no file 'absent.py'"),
         ("base", dict(model="absent.safetensors"), "absent.safetensors"),
         ("base", dict(**{"superres.timesteps": 3}), "unknown option --superres.timesteps"),
     ],

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import sys
 import warnings
 from dataclasses import asdict
-from importlib import import_module
+from typing import Any
 
 import torch
 from jsonargparse import Namespace
@@ -15,6 +14,7 @@ from PIL import Image
 from ..arguments import as_path, printable, shown, whole
 from ..data.captions import read_prompts
 from ..data.folder import ImageFolder, open_source
+from ..data.opening import own_object
 from ..devices import pick_device
 from ..evaluation import (
     Drawer,
@@ -30,10 +30,11 @@ from ..evaluation.truth import of_texts
 from ..features import FeatureNet, FeatureNetError, open_network
 from ..files import check_output, replacing
 from ..foreign import load_tokenizer
-from ..images import image_grid
+from ..images import image_grid, to_pil
 from ..loading import open_model, open_stage
 from ..muse import Muse
 from ..vqgan_vae import ImageTokenizer
+from ..watching.eval_page import write_eval_page
 from .drawing import announce, load_loras, note
 from .parser import Parser, stated
 
@@ -112,6 +113,7 @@ def _eval_generator(config: Namespace, part: Part) -> None:
             for network, figures in found.metrics.items()
         },
         "left_out": found.left_out,
+        "scores": list(found.scores),
         "prompts": [
             {"key": prompt.key, "text": prompt.text}
             | {name: values[row] for name, values in (found.scores | found.spreads).items()}
@@ -120,7 +122,13 @@ def _eval_generator(config: Namespace, part: Part) -> None:
     }
     with replacing(out / "figures.json") as path:
         path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(out / "figures.json")
+
+    def row(number: int) -> tuple[Any, list[Any]]:
+        true = None if truth is None else to_pil(truth.images([number]))[0]
+        first = number * pictures.seeds
+        return true, [pictures.picture(i) for i in range(first, first + pictures.seeds)]
+
+    print(write_eval_page(out / "evaluation.html", result, row))
 
 
 def _networks(names: list[str]) -> list[FeatureNet]:
@@ -147,12 +155,12 @@ def _drawer(config: Namespace, part: Part) -> Drawer:
         model, stages = stage, {"superres": stage.preset(config.preset or "default")}
     else:
         model = open_model(config.model, config.device)
+        if part == "base":
+            model = Muse(model.base).eval()
+        elif model.superres is None and stated(config.superres):
+            raise ValueError(f"--superres options given, but {config.model!r} has no such stage")
         load_loras(model, config.lora)
         stages = model.options(config.preset)
-        if part == "model" and model.superres is None and stated(config.superres):
-            raise ValueError(f"--superres options given, but {config.model!r} has no such stage")
-        if part == "base":
-            model, stages = Muse(model.base).eval(), {"base": stages["base"]}
     model.precision = config.precision
     options = {name: usual.replace(**stated(config[name])) for name, usual in stages.items()}
     return Drawer(part, model, options, config.negative, config.image_size, config.large)
@@ -169,19 +177,7 @@ def _truth(config: Namespace, drawer: Drawer) -> Truth:
 
 
 def _judge(name: str) -> FactJudge:
-    """A judge of one's own, MODULE:NAME; a class or function is called to make it."""
-    module, _, attribute = name.partition(":")
-    sys.path.insert(0, "")  # the folder in which the command runs
-    try:
-        found = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"--judge {shown(name)} cannot be had ({error}): give MODULE:NAME, a module that "
-            "Python finds from here and a name in it"
-        ) from error
-    finally:
-        sys.path.remove("")
-    judge = found if hasattr(found, "facts") and not isinstance(found, type) else found()
+    judge = own_object("--judge", name)
     if not hasattr(judge, "facts"):
         raise ValueError(f"--judge {shown(name)} has no method facts(pictures, rows)")
     return judge

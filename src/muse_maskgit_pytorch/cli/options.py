@@ -39,15 +39,16 @@ def add_options(parser: Parser, base: Collection[str] | None = None) -> None:
     add_sampling(parser, {"base": base, "superres": None})
 
 
-def add_model(parser: Parser) -> None:
-    """What draws."""
+def add_model(parser: Parser, lora: bool = True) -> None:
+    """What draws, and whether with adapters."""
     parser.add_argument(
         "--model",
         type=str,
         default=SHIPPED_MODEL,
         help="name of a shipped model, file of a whole model or of a base stage, or hub repository",
     )
-    parser.add_argument("--lora", type=str, action="append", default=[], help=LORA)
+    if lora:
+        parser.add_argument("--lora", type=str, action="append", default=[], help=LORA)
 
 
 def add_sampling(parser: Parser, stages: Mapping[str, Collection[str] | None]) -> None:
@@ -555,7 +556,7 @@ def _generator_parser(part: str, description: str, stages: dict[str, None]) -> P
         f"muse eval {part}",
         f"{description} Pictures are kept in --out, and an interrupted evaluation goes on.",
     )
-    add_model(parser)
+    add_model(parser, lora=part != "superres")
     parser.add_argument(
         "--data",
         type=str | None,
@@ -597,7 +598,7 @@ def _generator_parser(part: str, description: str, stages: dict[str, None]) -> P
     parser.add_argument(
         "--judge",
         type=str | None,
-        help="judge of facts of your own, MODULE:NAME; see evaluation.FactJudge",
+        help="judge of facts of your own, FILE.py:NAME; see evaluation.FactJudge",
     )
     parser.add_argument(
         "--out",

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..arguments import as_path, shown
+from ..arguments import as_path, is_function, shown
 
 BRACES = re.compile(r"\{([^{}]*)\}")
 RANGE = re.compile(r"(\d+)\.\.(\d+)")
@@ -55,10 +55,10 @@ def open_named(what: str, streaming: bool = False) -> Any:
         ValueError: there is nothing of that name, or a file is damaged.
         ImportError: it takes the datasets library, which is not installed.
     """
-    if own := OWN.fullmatch(str(what)):
+    if OWN.fullmatch(str(what)):
         if streaming:
             raise ValueError(f"streaming is not for {what}, an object of your own: leave it out")
-        return _own(Path(f"{own[1]}.py"), own[2])
+        return own_object("data", str(what))
     path = as_path(what, "data")
     if path.is_dir() and _is_saved(path):
         return _from_disk(path, streaming)
@@ -78,26 +78,37 @@ def open_named(what: str, streaming: bool = False) -> Any:
         ) from error
 
 
-def _own(file: Path, name: str) -> Any:
-    """What a Python file calls so; its folder is on the path from here on.
+def own_object(option: str, what: str) -> Any:
+    """What a Python file of one's own calls so; its folder is on the path from here on.
 
     Processes that load data find it by its name too.
+
+    Args:
+        option: that names it, for messages.
+        what: ``FILE.py:NAME``; a function or class without arguments is called. The file is run.
+
+    Raises:
+        ValueError: there is no such file, or nothing of that name in it.
     """
+    own = OWN.fullmatch(what)
+    if own is None:
+        raise ValueError(f"{option} must be FILE.py:NAME, not {shown(what, 400)}")
+    file, name = Path(f"{own[1]}.py"), own[2]
     if not file.is_file():
-        raise ValueError(f"data: there is no file {shown(str(file), 400)}")
+        raise ValueError(f"{option}: there is no file {shown(str(file), 400)}")
     if (folder := str(file.resolve().parent)) not in sys.path:
         sys.path.insert(0, folder)
     module = importlib.import_module(file.stem)
     if Path(module.__file__ or "").resolve() != file.resolve():
         raise ValueError(
-            f"data: {file.name} has the name of another module, {module.__name__}: rename it"
+            f"{option}: {file.name} has the name of another module, {module.__name__}: rename it"
         )
     if not hasattr(module, name):
         near = difflib.get_close_matches(name, [n for n in vars(module) if n[0] != "_"], 1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"data: {shown(str(file), 400)} has nothing called {name}{hint}")
+        raise ValueError(f"{option}: {shown(str(file), 400)} has nothing called {name}{hint}")
     found = getattr(module, name)
-    return found() if callable(found) else found
+    return found() if isinstance(found, type) or is_function(found) else found
 
 
 def files_of(what: str) -> list[str]:

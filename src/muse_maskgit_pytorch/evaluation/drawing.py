@@ -63,7 +63,7 @@ class Drawer:
         self.negative, self.large = negative, large
         self._last = model if isinstance(model, MaskGit) else (model.superres or model.base)
         self.size: Size = self.geometry.pixels(image_size)
-        self.fingerprint = fingerprint(model)
+        self.fingerprint = model.fingerprint if isinstance(model, Muse) else fingerprint(model)
 
     @property
     def geometry(self) -> Geometry:

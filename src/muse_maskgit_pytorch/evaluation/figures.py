@@ -12,6 +12,7 @@ from torch import Tensor
 
 RESAMPLES = 1000  # of the bootstrap, for what is a mean
 FEW_RESAMPLES = 20  # for what costs seconds each
+AT_ONCE = 2**20  # numbers that are drawn at a time
 LEVEL = 0.95  # of all intervals
 SUBSETS, LEAST = 10, 5  # disjoint parts of the prompts, and how many there must be in each
 # Student's t at 97.5 %, by the number of subsets less one.
@@ -40,11 +41,12 @@ class Metric:
     truth: float | None = None
 
 
-def resamples(prompts: int, count: int) -> Iterator[Int[Tensor, " B"]]:
-    """Numbers of prompts, drawn with replacement; the same in every call."""
+def resamples(prompts: int, count: int) -> Iterator[Int[Tensor, "K B"]]:
+    """Numbers of prompts, drawn with replacement, some draws at a time; the same in every call."""
     generator = torch.Generator().manual_seed(0)
-    for _ in range(count):
-        yield torch.randint(prompts, (prompts,), generator=generator)
+    some = max(1, AT_ONCE // prompts)
+    for at in range(0, count, some):
+        yield torch.randint(prompts, (min(some, count - at), prompts), generator=generator)
 
 
 def bootstrap_mean(
@@ -73,8 +75,8 @@ def bootstrap_mean(
     mean = float(sums.sum() / counts.sum())
     if len(sums) < 2:
         return mean, None
-    drawn = torch.stack(
-        [sums[rows].sum() / counts[rows].sum() for rows in resamples(len(sums), RESAMPLES)]
+    drawn = torch.cat(
+        [sums[rows].sum(1) / counts[rows].sum(1) for rows in resamples(len(sums), RESAMPLES)]
     )
     drawn = drawn[drawn.isfinite()]  # a draw may be without any value
     edges = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64)
@@ -83,7 +85,7 @@ def bootstrap_mean(
 
 
 def bootstrap_spread(
-    value: float, prompts: int, figure: Callable[[Tensor], float]
+    value: float, prompts: int, figure: Callable[[Tensor], float], least: float = -math.inf
 ) -> Interval | None:
     """An interval as wide as the figures of drawn prompts differ, around the figure of all.
 
@@ -93,16 +95,19 @@ def bootstrap_spread(
         value: the figure.
         prompts: how many there are.
         figure: of prompts by their numbers.
+        least: what no figure is below.
     """
     if prompts < 2:
         return None
-    drawn = torch.tensor([figure(rows) for rows in resamples(prompts, FEW_RESAMPLES)])
+    drawn = torch.tensor(
+        [figure(rows) for some in resamples(prompts, FEW_RESAMPLES) for rows in some]
+    )
     half = NORMAL * float(drawn.double().std())
-    return value - half, value + half
+    return max(least, value - half), value + half
 
 
 def subset_interval(
-    value: float, prompts: int, figure: Callable[[Tensor], float]
+    value: float, prompts: int, figure: Callable[[Tensor], float], least: float = -math.inf
 ) -> tuple[Interval | None, str]:
     """An interval by the figures of disjoint subsets of the prompts, around the figure of all.
 
@@ -113,6 +118,7 @@ def subset_interval(
         value: the figure.
         prompts: how many there are.
         figure: of prompts by their numbers.
+        least: what no figure is below.
 
     Returns:
         the interval, and a note of the subsets.
@@ -123,4 +129,4 @@ def subset_interval(
     order = torch.randperm(prompts, generator=torch.Generator().manual_seed(0))
     parts = torch.tensor([figure(part) for part in order.tensor_split(count)]).double()
     half = STUDENT[count - 2] * float(parts.std()) / math.sqrt(count)
-    return (value - half, value + half), f"interval by {count} subsets"
+    return (max(least, value - half), value + half), f"interval by {count} subsets"

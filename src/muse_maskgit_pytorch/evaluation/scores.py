@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -197,15 +198,17 @@ class _ByFeatures:
             return lambda prompts: figure(*self._part(prompts, real))
 
         value = metrics.frechet_of_sets(real, self.made)
-        note = f"{against}, {dim} features"
-        if few <= dim:
-            note += ", fewer images than features: compare equal numbers only"
-        note += "; too large from few images, which the interval does not show"
-        spread = bootstrap_spread(value, self.count, over(metrics.frechet_of_sets))
+        few_ones = ", fewer images than features" if few <= dim else ""
+        note = (
+            f"{against}, {dim} features{few_ones}; few images make it too large, beyond the "
+            "interval: compare equal numbers only"
+        )
+        spread = bootstrap_spread(value, self.count, over(metrics.frechet_of_sets), 0.0)
         self._add("fid", value, note, spread)
-        for name, figure in {"kid": metrics.kid, "cmmd": metrics.cmmd}.items():
+        kernels = {"kid": (metrics.kid, -math.inf), "cmmd": (metrics.cmmd, 0.0)}
+        for name, (figure, least) in kernels.items():
             value = figure(real, self.made)
-            interval, by = subset_interval(value, self.count, over(figure))
+            interval, by = subset_interval(value, self.count, over(figure), least)
             self._add(name, value, f"{against}; {by}", interval)
 
     def _neighbours(self, real: Tensor) -> None:

@@ -34,7 +34,7 @@ class Prompt:
     Attributes:
         text: the caption; empty for a model that takes none.
         key: name of its item in the data, or the number of its line.
-        values: the texts and numbers in its row, by column, where the data have any.
+        values: its row, by column, without pictures; where the data have columns.
     """
 
     text: str
@@ -147,7 +147,7 @@ class Truth:
         texts = item.get("text", "")
         text = texts if isinstance(texts, str) else texts[0]
         values = facts_of(self._data.source, row)[0].items()
-        return Prompt(text, key, {k: v for k, v in values if isinstance(v, str | int | float)})
+        return Prompt(text, key, {name: value for name, value in values if _is_plain(value)})
 
 
 def batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
@@ -162,6 +162,13 @@ def digest_files(files: Sequence[Path]) -> str:
     for file in files:
         digest.update(hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()[:16]
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value of a row is text or numbers, and no picture."""
+    if isinstance(value, Mapping):
+        return not value.keys() & {"bytes", "path"}
+    return value is None or isinstance(value, str | int | float | list | tuple)
 
 
 def _bytes(images: Tensor) -> memoryview:

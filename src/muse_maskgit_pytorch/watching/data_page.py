@@ -13,7 +13,7 @@ from PIL import Image
 
 from ..arguments import printable
 from ..images import image_grid
-from .page import embedded, write_page
+from .page import bars, embedded, write_page
 
 ROWS = 20  # of a list that are shown
 GROUPS, MEMBERS = 12, 5  # of pictures that look alike
@@ -108,8 +108,8 @@ def _histograms(report: Mapping[str, Any]) -> str:
     sides = Counter(_power(min(size)) for size in report["sizes"])
     shapes = Counter(_shape(width / height) for width, height in report["sizes"])
     lengths = Counter(_power(n) for n in report["lengths"])
-    charts = _bars("Shorter sides", "pixels", sides) + _bars("Shapes", "width : height", shapes)
-    return f"<div class=charts>{charts}{_bars('Captions', report['unit'], lengths)}</div>"
+    charts = bars("Shorter sides", "pixels", sides) + bars("Shapes", "width : height", shapes)
+    return f"<div class=charts>{charts}{bars('Captions', report['unit'], lengths)}</div>"
 
 
 def _power(number: int) -> tuple[float, str]:
@@ -126,19 +126,6 @@ def _shape(ratio: float) -> tuple[float, str]:
         return (0.0, "taller") if ratio < 1 else (9.0, "wider")
     name = min(known, key=lambda n: abs(math.log(known[n] / ratio)))
     return known[name], name
-
-
-def _bars(title: str, unit: str, counts: Mapping[tuple[float, str], int]) -> str:
-    if not counts:
-        return ""
-    most = max(counts.values())
-    rows = "".join(
-        f"<tr><th>{label}<td class=bar><i style='width:{100 * counts[low, label] / most:.1f}%'></i>"
-        f"<td>{counts[low, label]:,}"
-        for low, label in sorted(counts)
-    )
-    head = f"<figcaption><h3>{title}</h3><small>{unit}</small></figcaption>"
-    return f"<figure class=chart>{head}<table class=bars>{rows}</table></figure>"
 
 
 def _lists(report: Mapping[str, Any]) -> str:

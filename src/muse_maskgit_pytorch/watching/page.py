@@ -46,6 +46,26 @@ def table(title: str, values: Mapping[str, Any]) -> str:
     return f"<details><summary>{escape(title)}</summary>{table}</details>" if title else table
 
 
+def bars(title: str, unit: str, counts: Mapping[tuple[float, str], int]) -> str:
+    """A histogram; "" without counts.
+
+    Args:
+        title: of the chart.
+        unit: of what is counted.
+        counts: by where a bar stands and what it is called.
+    """
+    if not counts:
+        return ""
+    most = max(counts.values())
+    rows = "".join(
+        f"<tr><th>{label}<td class=bar><i style='width:{100 * counts[low, label] / most:.1f}%'></i>"
+        f"<td>{counts[low, label]:,}"
+        for low, label in sorted(counts)
+    )
+    head = f"<figcaption><h3>{title}</h3><small>{unit}</small></figcaption>"
+    return f"<figure class=chart>{head}<table class=bars>{rows}</table></figure>"
+
+
 def embedded(image: Image.Image, max_width: int, max_bytes: int) -> str:
     """An <img> with the picture in it, made smaller where it is too large."""
     if image.width > max_width:
