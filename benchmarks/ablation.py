@@ -27,7 +27,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "mask law: linear": {"maskgit": {"noise_schedule": "linear"}},
     "mask law: beta:12,3": {"maskgit": {"noise_schedule": "beta:12,3"}},
     "mask law: gaussian:0.55,0.25": {"maskgit": {"noise_schedule": "gaussian:0.55,0.25"}},
-    "label smoothing 0": {"maskgit": {"label_smoothing": 0.0}},
+    "label smoothing 0.1": {"maskgit": {"label_smoothing": 0.1}},
     "no QK-norm": {"alter": "no QK-norm"},
     "plain MLP": {"alter": "plain MLP"},
     "no zero-init": {"alter": "no zero-init"},
