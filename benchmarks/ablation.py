@@ -5,8 +5,8 @@
 
 Task, figures and files are those of `learning.py`; each row has the same seeds, batches and number
 of steps. An optimizer's learning rate is the best of ``--lrs``, by the loss of one seed; all other
-rows have AdamW's. The averages of weights are those of the first row's runs. What the package
-gives no choice of is changed from outside (`learning_worker.alter`).
+rows have ``--optimizer`` and its rate. The averages of weights are those of the first row's runs.
+What the package gives no choice of is changed from outside (`learning_worker.alter`).
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ spread = learning.spread
 
 ROWS: dict[str, dict[str, Any]] = {
     "as it is": {"averages": True},
-    "adafactor": {"optimizer": "adafactor"},
-    "muon": {"optimizer": "muon"},
+    "optimizer: adamw": {"optimizer": "adamw"},
+    "optimizer: adafactor": {"optimizer": "adafactor"},
+    "optimizer: muon": {"optimizer": "muon"},
     "mask law: linear": {"maskgit": {"noise_schedule": "linear"}},
     "mask law: beta:12,3": {"maskgit": {"noise_schedule": "beta:12,3"}},
     "mask law: gaussian:0.55,0.25": {"maskgit": {"noise_schedule": "gaussian:0.55,0.25"}},
@@ -43,14 +44,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--lrs", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2])
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--optimizer", default="muon", help="of the rows that name none")
     args = parser.parse_args()
+    args.rows = [row for row in args.rows if ROWS[row].get("optimizer") != args.optimizer]
     task = learning.Task(args.data, args.out)
     common: dict[str, Any] = dict(
         ours=True, steps=args.steps, looks=4, weight_decay=0.01, maskgit={}
     )
 
     def run(row: str, lr: float, seed: int) -> dict[str, Any]:
-        spec = {"optimizer": "adamw", **common, **ROWS[row], "lr": lr, "seed": seed}
+        spec = {"optimizer": args.optimizer, **common, **ROWS[row], "lr": lr, "seed": seed}
         name = f"{row.replace(' ', '-').replace(':', '')}-{lr:g}-{args.steps}-{seed}"
         return task.run(name, spec)
 

@@ -1,12 +1,20 @@
-"""Scenes for the command line: `--data examples/scenes/splits.py:train`.
+"""Scenes for the command line.
+
+    muse train vae --data examples/scenes/splits.py:train ...
+    muse eval base --data examples/scenes/splits.py:seen64 --judge examples/scenes/splits.py:judge
 
 The sprites are data/sprites.safetensors, or what the variable SPRITES names.
 """
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Sequence
+from typing import Any
 
+from judge import Judge
+from PIL import Image
 from scenes import Scenes
 
 SPRITES = os.environ.get("SPRITES", "data/sprites.safetensors")
@@ -30,3 +38,42 @@ def seen() -> Scenes:
 def seen64() -> Scenes:
     """The same of 64 px."""
     return Scenes(SPRITES, "seen", size=64, length=1000)
+
+
+class PromptJudge:
+    """A `Judge` as `muse eval --judge` asks it: of prompts that are scenes.
+
+    What a prompt states is in its column "facts" (`make_dataset.py`), or follows from its key, by
+    which a `Scenes` names it.
+    """
+
+    def __init__(self, judge: Judge):
+        self.judge = judge
+        self._scenes: dict[tuple[str, int], Scenes] = {}
+
+    def facts(self, pictures: Sequence[Image.Image], rows: Sequence[Any]) -> list[dict[str, bool]]:
+        """Which kinds of facts are right in each picture.
+
+        Raises:
+            ValueError: a prompt that is no scene.
+        """
+        return self.judge.facts(pictures, [self._stated(row) for row in rows])
+
+    def _stated(self, row: Any) -> list[dict[str, Any]]:
+        if "facts" in row.values:
+            return json.loads(row.values["facts"])
+        try:
+            split, seed, number = row.key.split(" ")
+            if (split, int(seed)) not in self._scenes:
+                self._scenes[split, int(seed)] = Scenes(SPRITES, split, int(seed))
+            return self._scenes[split, int(seed)].scene(int(number)).facts()
+        except ValueError as error:
+            raise ValueError(
+                f"{row.key!r} is no scene ({error}): the judge needs --data {__file__}:seen, or a "
+                "data set of make_dataset.py"
+            ) from error
+
+
+def judge() -> PromptJudge:
+    """The judge whose weights are data/scenes-judge.safetensors, or what JUDGE names."""
+    return PromptJudge(Judge.load(os.environ.get("JUDGE", "data/scenes-judge.safetensors")))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import judge as judging
 import numpy as np
 import pytest
+import splits
 import torch
 from judge import Found, Judge, Reading
 from layout import LENGTHS
@@ -171,3 +174,17 @@ def test_it_learns_to_see(sprites: Sprites, data: Scenes, tmp_path: Path):
         return to_pil(torch.ones(len(pictures), 3, 64, 64))
 
     assert judging.accuracy(judge.eval(), few, 4, emptied)["subject"] == (0, 4)
+
+
+def test_it_judges_prompts(data: Scenes, monkeypatch: pytest.MonkeyPatch):
+    """By their keys, or by what stands in the column of a data set."""
+    monkeypatch.setattr(splits, "SPRITES", data.sprites)
+    asked = []
+    stand_in: Any = SimpleNamespace(facts=lambda pictures, stated: asked.extend(stated))
+    given = splits.PromptJudge(stand_in)
+    facts = data.scene(7).facts()
+    for values in ({}, {"facts": json.dumps(facts)}):
+        given.facts([], [SimpleNamespace(key="train 0 7", values=values)])
+    assert asked == [facts, facts]
+    with pytest.raises(ValueError, match=r"'a photo' is no scene .*make_dataset\.py"):
+        given.facts([], [SimpleNamespace(key="a photo", values={})])
