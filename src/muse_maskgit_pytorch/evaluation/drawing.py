@@ -159,11 +159,11 @@ class Pictures:
         prompts: B of them.
         seeds: S, pictures of each prompt.
         seed: of the first picture; the next ones have the next.
-        truth: of the prompts; None: there is none.
+        truth: of the prompts, whose low-resolution images "superres" takes; others need none.
 
     Raises:
-        ValueError: no prompts, seeds below 1; a folder of something else, or of an evaluation with
-            other settings, the first of which is named.
+        ValueError: no prompts, seeds below 1, "superres" without truth; a folder of something
+            else, or of an evaluation with other settings, the first of which is named.
     """
 
     def __init__(
@@ -177,6 +177,8 @@ class Pictures:
     ):
         if not prompts:
             raise ValueError("there are no prompts to draw")
+        if drawer.part == "superres" and truth is None:
+            raise ValueError("super-resolution is drawn from true images: give their truth")
         self.folder, self.drawer, self.prompts = folder, drawer, list(prompts)
         self.seeds, self.seed = whole("seeds", seeds, 1), whole("seed", seed)
         self._truth = truth if drawer.part == "superres" else None
