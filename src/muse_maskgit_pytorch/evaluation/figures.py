@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from tqdm.auto import tqdm
 
 RESAMPLES = 1000  # of the bootstrap, for what is a mean
 FEW_RESAMPLES = 20  # for what costs seconds each
@@ -99,9 +100,9 @@ def bootstrap_spread(
     """
     if prompts < 2:
         return None
-    drawn = torch.tensor(
-        [figure(rows) for some in resamples(prompts, FEW_RESAMPLES) for rows in some]
-    )
+    draws = (rows for some in resamples(prompts, FEW_RESAMPLES) for rows in some)
+    look = dict(total=FEW_RESAMPLES, desc="interval", delay=2, leave=False, dynamic_ncols=True)
+    drawn = torch.tensor([figure(rows) for rows in tqdm(draws, **look)])
     half = NORMAL * float(drawn.double().std())
     return max(least, value - half), value + half
 

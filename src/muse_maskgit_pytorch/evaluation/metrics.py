@@ -23,6 +23,7 @@ SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 # Mean squared error of images that are called equal, 100 dB: rounding to 8 bits alone makes 1e-6.
 LEAST_ERROR = 1e-10
 BLOCK = 256  # vectors of a set that are compared with another set at a time
+ROUNDING = 1e-12  # of a sum of a few thousand products in float64, and to spare
 CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0
 CLIP_SCORE_WEIGHT = 2.5
 
@@ -240,7 +241,9 @@ def neighbourhoods(
     Raises:
         ValueError: a k below 1, or not below the number of vectors whose balls it bounds.
     """
-    sets = {"real": real.detach().cpu().double(), "generated": generated.detach().cpu().double()}
+    centre = real.detach().cpu().double().mean(0)  # small numbers have small errors
+    sets = {"real": real, "generated": generated}
+    sets = {name: x.detach().cpu().double() - centre for name, x in sets.items()}
     for name, number in (("real", k), ("generated", k), ("real", density_k)):
         if not 1 <= number < len(sets[name]):
             raise ValueError(
@@ -254,11 +257,13 @@ def neighbourhoods(
     recalled = torch.zeros(len(real), dtype=torch.bool)
     covered = recalled.clone()
     for part, radii in zip(generated.split(BLOCK), reach.split(BLOCK), strict=True):
-        distance = _distances(part, real)
+        distance, error = _distances(part, real)
+        distance -= error  # a point on a ball is inside of it
+        inside = distance <= dense
         precise.append((distance <= near).any(1))
-        density.append((distance <= dense).sum(1) / density_k)
+        density.append(inside.sum(1) / density_k)
         recalled |= (distance <= radii[:, None]).any(0)
-        covered |= (distance <= dense).any(0)
+        covered |= inside.any(0)
     return Neighbourhoods(torch.cat(precise), recalled, torch.cat(density), covered)
 
 
@@ -275,17 +280,18 @@ def precision_recall(
 
 
 def _radii(points: Tensor, ks: tuple[int, ...]) -> list[Tensor]:
-    """Of each point the distances to its k-th nearest others, for each k."""
+    """Of each point the squared distances to its k-th nearest others, for each k."""
     nearest = [  # the nearest of all is the point itself
-        _distances(part, points).topk(max(ks) + 1, dim=1, largest=False).values
+        _distances(part, points)[0].topk(max(ks) + 1, dim=1, largest=False).values
         for part in points.split(BLOCK)
     ]
     return [torch.cat(nearest)[:, k] for k in ks]
 
 
-def _distances(points: Tensor, others: Tensor) -> Tensor:
-    # by differences: equal vectors are exactly 0 apart, and a point on a ball is inside of it
-    return torch.cdist(points, others, compute_mode="donot_use_mm_for_euclid_dist")
+def _distances(points: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared distances, by a product of matrices, and how far rounding may make them wrong."""
+    norms = points.square().sum(1)[:, None] + others.square().sum(1)
+    return (norms - 2 * points @ others.T).clamp(min=0), ROUNDING * norms
 
 
 def kid(real: Float[Tensor, "R C"], generated: Float[Tensor, "G C"]) -> float:
