@@ -52,7 +52,8 @@ def resident(field: str) -> int:
 def step(model: MaskGit, optimizer: torch.optim.Optimizer, ema: EMA, rows: int) -> None:
     mask = torch.rand(rows, model.transformer.seq_len) < 0.64
     ids = torch.randint(model.vae.codebook_size, mask.shape)
-    cond = model.transformer.cond_encoder
+    transformer: Any = model.transformer
+    cond = transformer.cond_encoder
     terms = model.losses(
         ids, text_embeds=TextEmbeds(torch.randn(rows, TEXT, 384), torch.ones(rows, TEXT) > 0),
         cond_ids=None if cond is None else torch.randint(1024, (rows, int(cond.seq_len))),

@@ -149,6 +149,65 @@ def make_vqmodel(folder: Path, seed: int = 0, **changes: Any) -> Any:
     return model
 
 
+def make_amused(folder: Path, seed: int = 0, variant: str | None = None, **changes: Any) -> Any:
+    """An aMUSEd in diffusers' layout, saved by its own pipeline: 32 px, 64 tokens of 50 codes.
+
+    Args:
+        folder: a new one.
+        seed: of the weights.
+        variant: "fp16" saves half precision under its names.
+        changes: of the transformer's arguments.
+
+    Returns:
+        the pipeline, in eval mode; with ``variant``, its weights are those of the files.
+    """
+    from diffusers import AmusedPipeline, AmusedScheduler, UVit2DModel
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+
+    made: dict[str, Any] = dict(
+        hidden_size=32, encoder_hidden_size=12, num_hidden_layers=2, num_attention_heads=2,
+        in_channels=16, block_out_channels=24, codebook_size=50, vocab_size=64, sample_size=8,
+        intermediate_size=40, cond_embed_dim=20, micro_cond_encode_dim=8, micro_cond_embed_dim=40,
+        num_res_blocks=2, block_num_heads=2,
+    ) | changes  # fmt: skip
+    folder.mkdir(parents=True)
+    letters = [*string.ascii_lowercase, *string.digits, ",", ".", "'", "-"]
+    names = [*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({name: i for i, name in enumerate(names)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    files = [str(folder / "vocab.json"), str(folder / "merges.txt")]
+    tokenizer: Any = CLIPTokenizer(*files, model_max_length=12)
+    for file in files:
+        Path(file).unlink()
+    text: Any = CLIPTextConfig(
+        vocab_size=len(names), hidden_size=12, intermediate_size=24, projection_dim=20,
+        num_hidden_layers=3, num_attention_heads=2, max_position_embeddings=12,
+        bos_token_id=len(names) - 2, eos_token_id=len(names) - 1,
+    )  # fmt: skip
+    diffusers_class: Any = UVit2DModel
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        parts: dict[str, Any] = dict(
+            text_encoder=CLIPTextModelWithProjection(text), transformer=diffusers_class(**made)
+        )
+        for part in parts.values():  # large enough to tell inputs apart, and norms not all ones
+            for value in part.parameters():
+                std = 0.1 if value.ndim == 1 else value[0].numel() ** -0.5
+                value.add_(torch.randn_like(value), alpha=std)
+        parts["vqvae"] = make_vqmodel(folder / "vqvae", seed)
+    scheduler: Any = AmusedScheduler(mask_token_id=made["vocab_size"] - 1)
+    pipeline_class: Any = AmusedPipeline
+    pipeline = pipeline_class(tokenizer=tokenizer, scheduler=scheduler, **parts)
+    for part in parts.values():
+        part.eval().to(torch.float16 if variant else torch.float32)
+    if variant:
+        shutil.rmtree(folder / "vqvae")
+    pipeline.save_pretrained(folder, variant=variant)
+    for part in parts.values():
+        part.float()
+    return pipeline
+
+
 def _save(model_class, config, folder: Path, seed: int) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from .text import TextEncoder, TextEncoderError
     from .training.maskgit_trainer import MaskGitTrainer
     from .training.vae_trainer import VQGanVAETrainer
-    from .transformer import MaskGitTransformer, SelfCritic, TokenCritic
+    from .transformer import MaskedTransformer, MaskGitTransformer, SelfCritic, TokenCritic
     from .vqgan_vae import ImageTokenizer, VQGanVAE
 
 __version__ = "0.2.0"
@@ -45,6 +45,7 @@ _HOMES = {
     "MaskGit": "maskgit",
     "MaskGitTrainer": "training.maskgit_trainer",
     "MaskGitTransformer": "transformer",
+    "MaskedTransformer": "transformer",
     "Muse": "muse",
     "SampleOptions": "sampling",
     "SampleStep": "structures",

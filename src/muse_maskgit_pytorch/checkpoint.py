@@ -48,7 +48,7 @@ _NOTED: list[Path] = []  # the first file that was saved under another ending
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # a file's weights
 ENDINGS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")  # of files that hold weights
 # Kinds that a saved model may hold although the model's own module does not import theirs.
-ELSEWHERE = {"ForeignVQGAN": ".foreign"}
+ELSEWHERE = {"ForeignVQGAN": ".foreign", "AmusedTransformer": ".foreign"}
 
 
 def save_tree(path: str | os.PathLike, tree: dict[str, Any], kind: str) -> Path:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
@@ -21,7 +21,7 @@ from .arguments import as_tensor, as_text, plain, shown, whole
 from .geometry import Geometry, ImageSize, Size
 from .images import resize
 from .structures import Conditioning, TextEmbeds
-from .text import LongTexts, TextEncoder, get_text_encoder
+from .text import ClassLabels, LongTexts, TextEncoder
 from .vqgan_vae import ImageTokenizer
 
 
@@ -30,20 +30,18 @@ class Conditioner:
     """Makes the conditioning of one stage.
 
     Attributes:
-        text_encoder: its Hugging Face name or path, or the names of classes in its place.
-        max_text_len: of the text encoder.
+        reader: gives what reads texts, when there are any.
+        classes: names of the classes that stand for texts, if the stage has classes.
         geometry: of the stage.
         cond_vae: tokenizer of the low-resolution images; None for a base.
         device: of the results.
-        own_encoder: in the place of the one that all models share.
     """
 
-    text_encoder: str | tuple[str, ...]
-    max_text_len: int
+    reader: Callable[[], TextEncoder | ClassLabels]
+    classes: tuple[str, ...] | None
     geometry: Geometry
     cond_vae: ImageTokenizer | None
     device: torch.device
-    own_encoder: TextEncoder | None = None
 
     def embed_texts(
         self,
@@ -65,12 +63,12 @@ class Conditioner:
         """
         if (texts is None) == (text_embeds is None):
             raise ValueError("give either texts or text_embeds")
-        classes = self.text_encoder if isinstance(self.text_encoder, tuple) else None
+        classes = self.classes
         if text_embeds is not None:
             text = check_embeds(text_embeds, allow_empty or classes == ()).to(self.device)
             return TextEmbeds(text.embeds.float(), text.mask)
         texts = check_texts(texts, allow_empty or classes == (), classes)
-        encoder = self.own_encoder or get_text_encoder(self.text_encoder, self.max_text_len)
+        encoder = self.reader()
         distinct = {text: i for i, text in enumerate(dict.fromkeys(texts))}
         text = encoder.encode([*distinct], self.device, long)
         seen = torch.tensor([bool(text.strip()) for text in distinct], device=self.device)

@@ -9,7 +9,7 @@ from fractions import Fraction
 from typing import Any
 
 from .arguments import plain, ratio, shown, whole
-from .transformer import MaskGitTransformer
+from .transformer import MaskedTransformer
 from .vqgan_vae import ImageTokenizer
 
 ImageSize = int | tuple[int, int]  # side of a square, or height and width, in pixels
@@ -26,12 +26,14 @@ class Geometry:
         factor: pixels per token.
         cond_image_size: side of the low-resolution images; None for a base.
         cond_factor: their pixels per token.
+        side_step: sides in tokens are multiples of it (`MaskedTransformer`); of a base alone.
     """
 
     image_size: int
     factor: int
     cond_image_size: int | None = None
     cond_factor: int = 1
+    side_step: int = 1
 
     @classmethod
     def of(
@@ -40,6 +42,7 @@ class Geometry:
         image_size: int,
         cond_vae: ImageTokenizer | None = None,
         cond_image_size: int | None = None,
+        side_step: int = 1,
     ) -> Geometry:
         """Check the sizes against the tokenizers.
 
@@ -49,7 +52,7 @@ class Geometry:
         """
         vae.fmap_size(image_size)
         if cond_image_size is None:
-            return cls(image_size, vae.factor)
+            return cls(image_size, vae.factor, side_step=side_step)
         if not 0 < cond_image_size < image_size:
             raise ValueError(
                 f"cond_image_size {cond_image_size} must be smaller than image_size {image_size}"
@@ -58,7 +61,7 @@ class Geometry:
         low.fmap_size(cond_image_size)
         return cls(image_size, vae.factor, cond_image_size, low.factor)
 
-    def check(self, name: str, model: MaskGitTransformer, vae: ImageTokenizer) -> None:
+    def check(self, name: str, model: MaskedTransformer, vae: ImageTokenizer) -> None:
         """Refuse a transformer that was made for other tokens.
 
         Raises:
@@ -145,9 +148,9 @@ class Geometry:
         return height // self.cond_factor, width // self.cond_factor
 
     def _step(self) -> int:
-        """The smallest step in pixels that is whole tokens at both resolutions."""
+        """The smallest step in pixels that is whole tokens, and enough of them, everywhere."""
         if self.cond_image_size is None:
-            return self.factor
+            return self.factor * self.side_step
         low, factor = Fraction(self.cond_image_size, self.image_size), self.cond_factor
         own = low.denominator * factor // math.gcd(low.numerator, factor)
         return math.lcm(self.factor, own)

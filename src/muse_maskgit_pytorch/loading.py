@@ -11,6 +11,7 @@ import torch
 from .arguments import as_path
 from .checkpoint import CheckpointError, find_file, kind_of
 from .devices import pick_device
+from .foreign import is_pipeline
 from .maskgit import MaskGit
 from .muse import Muse
 
@@ -21,7 +22,8 @@ def open_model(name: str | PathLike[str], device: str | None = None) -> Muse:
     """Load a model that draws, in eval mode: a whole one, or a base stage alone as one.
 
     Args:
-        name: a file, the name of a shipped model, or a hub repository (`Muse.from_pretrained`).
+        name: a file, the name of a shipped model, a hub repository, or a folder in diffusers'
+            layout (`Muse.from_pretrained`).
         device: such as "cpu" or "cuda:1". If None, a GPU where there is one, else the CPU.
 
     Raises:
@@ -29,6 +31,8 @@ def open_model(name: str | PathLike[str], device: str | None = None) -> Muse:
         ValueError: a device that cannot be used.
     """
     where: torch.device = pick_device(device)
+    if is_pipeline(name):
+        return Muse.from_pretrained(name).to(where)
     path = find_file(name)
     kind = kind_of(path)
     if kind == "Muse":
@@ -56,6 +60,10 @@ def open_stage(name: str | PathLike[str], stage: Stage = "base") -> MaskGit:
     stem, _, suffix = os.fspath(name).rpartition(":")
     if suffix in get_args(Stage) and stem and not as_path(name).exists():
         name, stage = stem, suffix  # type: ignore[assignment]
+    if is_pipeline(name):
+        if stage != "base":
+            raise CheckpointError(f"{name} has no stage {stage!r}: it has a base alone")
+        return Muse.from_pretrained(name).base
     path = find_file(name)
     kind = kind_of(path)
     if kind == "MaskGit":

@@ -24,9 +24,8 @@ from torch import Tensor, nn
 
 from .arguments import as_path, real, shown, whole
 from .files import digest_state, replacing
-from .layers import Block
 from .text import TextEncoder
-from .transformer import MaskGitTransformer
+from .transformer import MaskedTransformer
 from .weights import CheckpointError, is_finite, reading, safetensors_file
 
 PREFIX = "base_model.model."  # of the names in peft's files
@@ -51,7 +50,7 @@ def peft() -> Any:
 
 
 def add_lora(
-    transformer: MaskGitTransformer,
+    transformer: MaskedTransformer,
     rank: int,
     alpha: float | None = None,
     targets: Sequence[str] | None = None,
@@ -66,7 +65,7 @@ def add_lora(
         rank: of the products B A, at least 1.
         alpha: their weight; ``rank`` by default, which makes it 1.
         targets: which layers: names, or their last parts, such as "to_qkv" or "ff.to_out". By
-            default all linear layers of the blocks.
+            default all linear layers of the blocks (`MaskedTransformer.block_types`), if any.
 
     Raises:
         ImportError: peft is not installed.
@@ -78,10 +77,10 @@ def add_lora(
     inside = {
         f"{name}.{part}"
         for name, block in transformer.named_modules()
-        if isinstance(block, Block)
+        if isinstance(block, transformer.block_types)
         for part, _ in block.named_modules()
     }
-    chosen = linear & inside
+    chosen = linear & inside or linear
     if targets is not None:
         chosen = set()
         for target in targets:
@@ -143,7 +142,7 @@ def has_lora(transformer: nn.Module) -> bool:
 
 
 def save_lora(
-    transformer: MaskGitTransformer,
+    transformer: MaskedTransformer,
     folder: str | os.PathLike[str],
     stage: str,
     encoder: TextEncoder | None = None,

@@ -29,8 +29,8 @@ from .sampling import Callback, Denoiser, SampleOptions, Step, choose_tokens, sa
 from .sampling.contract import same_as_before
 from .sampling.loop import plain_step
 from .structures import Conditioning, LossTerms, MaskedTokens, Schedule, TextEmbeds
-from .text import LongTexts, TextEncoder, get_text_encoder
-from .transformer import MaskGitTransformer, SelfCritic, TokenCritic
+from .text import LongTexts, TextEncoder
+from .transformer import MaskedTransformer, SelfCritic, TokenCritic
 from .vqgan_vae import ImageTokenizer
 
 Part = Literal["all", "transformer", "critic"]
@@ -42,7 +42,7 @@ class MaskGit(Saveable):
 
     Args:
         vae: trained tokenizer; it is frozen and stays in eval mode.
-        transformer: made for ``vae``'s codebook and token grid.
+        transformer: made for ``vae``'s codebook and token grid; ours, or any `MaskedTransformer`.
         image_size: side of the images in pixels.
         cond_image_size: side of the low-resolution images: makes this the super-resolution stage.
         cond_vae: tokenizer of the low-resolution images; ``vae`` by default.
@@ -82,7 +82,7 @@ class MaskGit(Saveable):
         self,
         *,
         vae: ImageTokenizer,
-        transformer: MaskGitTransformer,
+        transformer: MaskedTransformer,
         image_size: int,
         cond_image_size: int | None = None,
         cond_vae: ImageTokenizer | None = None,
@@ -117,7 +117,9 @@ class MaskGit(Saveable):
             raise ValueError("token_critic and self_token_critic exclude each other: choose one")
         if cond_vae is not None and cond_image_size is None:
             raise ValueError("cond_vae is given without cond_image_size: set both or neither")
-        self.geometry = Geometry.of(vae, image_size, cond_vae, cond_image_size)
+        self.geometry = Geometry.of(
+            vae, image_size, cond_vae, cond_image_size, transformer.side_step
+        )
         self.geometry.check("transformer", transformer, vae)
         if token_critic is not None:
             self.geometry.check("token_critic", token_critic, vae)
@@ -216,11 +218,9 @@ class MaskGit(Saveable):
     @property
     def conditioner(self) -> Conditioner:
         """What makes this stage's conditioning, from its present parts."""
-        model = self.transformer
-        return Conditioner(
-            model.text_encoder, model.max_text_len, self.geometry, self.cond_vae, self.device,
-            self.own_encoder,
-        )  # fmt: skip
+        reader = self.transformer.text_reader if self.own_encoder is None else self._own_reader
+        classes = self.transformer.classes
+        return Conditioner(reader, classes, self.geometry, self.cond_vae, self.device)
 
     def check_saveable(self, state: Mapping[str, Tensor] | None = None) -> None:
         """See `Saveable.check_saveable`."""
@@ -249,7 +249,13 @@ class MaskGit(Saveable):
         if not isinstance(encoder, str) or encoder == "none":
             what = "classes" if isinstance(encoder, tuple) else "embeddings of one's own (t5_name)"
             raise ValueError(f"this model has no text encoder to adapt: it reads {what}")
-        return get_text_encoder(encoder, self.transformer.max_text_len)
+        reader = self.transformer.text_reader()
+        assert isinstance(reader, TextEncoder)
+        return reader
+
+    def _own_reader(self) -> TextEncoder:
+        assert self.own_encoder is not None
+        return self.own_encoder
 
     def embed_texts(
         self,

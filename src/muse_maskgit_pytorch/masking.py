@@ -80,7 +80,10 @@ def mask_ratio(
     0.64 (2.6). "arccos" is 2/pi acos(u), a different law with the same mean, which other code bases
     use under the same name as the first. "beta:12,3" gives ratios of that density (AutoNAT's
     default, Ni et al. 2024; mean 0.8), "gaussian:0.55,0.25" MAGE's (Li et al. 2023): mean and
-    spread, cut to [0.5, 1]. A table holds the ratios between that 1 and that 0, at equal distances.
+    spread, cut to [0.5, 1]. "cosine32" and "linear32" are "cosine" and "linear" in single precision
+    whatever ``u`` is, as diffusers' `AmusedScheduler` counts: cos(pi/3) is just below 1/2 there,
+    and one token may hang on that. A table holds the ratios between that 1 and that 0, at equal
+    distances.
     A function of one's own gives the ratios at ``u``.
     """
     if callable(schedule):
@@ -89,6 +92,8 @@ def mask_ratio(
         return read_table([1.0, *schedule, 0.0], u)
     if schedule == "cosine":
         return torch.cos(u * (math.pi / 2))
+    if schedule in ("cosine32", "linear32"):
+        return mask_ratio(u.float(), schedule[:-2])
     if schedule == "arccos":
         return torch.acos(u) * (2 / math.pi)
     if schedule == "linear":

@@ -19,6 +19,7 @@ from .arguments import plain, real, shown, whole
 from .checkpoint import CheckpointError, Saveable
 from .conditioning import check_texts
 from .files import digest_text
+from .foreign import is_pipeline, read_pipeline
 from .geometry import ImageSize, Size
 from .images import to_pil
 from .inference.precision import Precision
@@ -78,10 +79,14 @@ class Muse(Saveable):
         """Rebuild a saved model, in eval mode, on the CPU.
 
         Args:
-            name: as in `Saveable.from_pretrained`.
+            name: as in `Saveable.from_pretrained`. Or an aMUSEd in diffusers' layout, a folder or
+                a hub repository such as ``amused/amused-256``.
             precision: in which it draws (`precision`).
         """
-        made = super().from_pretrained(name)
+        if is_pipeline(name):
+            made = cls(MaskGit(**read_pipeline(name))).eval()
+        else:
+            made = super().from_pretrained(name)
         made.precision = precision
         return made
 

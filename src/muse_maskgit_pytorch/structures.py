@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-Schedule = Literal["cosine", "arccos", "linear", "square"]
+Schedule = Literal["cosine", "arccos", "linear", "square", "cosine32", "linear32"]
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,8 @@ def maskgit(model: MaskGitTransformer | None = None, **changes: Any) -> Any:
     changes.setdefault("vae", vae())
     changes.setdefault("image_size", 16)
     made = MaskGit(transformer=model or transformer(), **changes)
-    for added in (made.transformer.cond_encoder, made.critic):
+    low: Any = getattr(made.transformer, "cond_encoder", None)
+    for added in (low, made.critic):
         if added is not None:
             randomise(added)
     return made

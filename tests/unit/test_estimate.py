@@ -76,7 +76,7 @@ def test_arithmetic_is_that_of_the_products():
     """Two operations for each weight and token, three times as many with the way back."""
     found = estimated(rows=1, depth=4)
     with sketching(10**6):
-        blocks = small(depth=4).transformer.blocks
+        blocks: Any = small(depth=4).transformer.blocks
     weights = sum(p.numel() for p in blocks.parameters() if p.ndim == 2)
     assert found.forward == pytest.approx(2 * 16 * weights, rel=0.35)  # and attention, and text
     assert found.backward == pytest.approx(2 * found.forward, rel=0.15)

@@ -1,4 +1,4 @@
-"""Other people's tokenizers, and `load_tokenizer`, which reads any tokenizer by its name.
+"""Other people's models: `load_tokenizer` reads any tokenizer by its name, `read_pipeline` aMUSEd.
 
 Three published formats hold one and the same network, the VQGAN of Esser et al. 2021 (arXiv
 2012.09841), under other names and with small differences:
@@ -22,7 +22,16 @@ diffusers' `VQModel`, taming's by its one-to-one correspondence with it, MaskGIT
 independent writing-down of the published architecture (tests).
 """
 
+from .amused import AmusedTransformer
 from .loading import load_tokenizer
 from .network import Family, ForeignVQGAN
+from .pipeline import is_pipeline, read_pipeline
 
-__all__ = ["Family", "ForeignVQGAN", "load_tokenizer"]
+__all__ = [
+    "AmusedTransformer",
+    "Family",
+    "ForeignVQGAN",
+    "is_pipeline",
+    "load_tokenizer",
+    "read_pipeline",
+]

@@ -45,8 +45,8 @@ from ..arguments import one_of
 from ..checkpoint import SPREADING, weights_key
 from ..devices import exact, fast_precisions
 from ..files import cache_folder, replacing
-from ..layers import Block, CrossAttention, SelfAttention
-from ..transformer import MaskGitTransformer, SelfCritic
+from ..layers import CrossAttention, SelfAttention
+from ..transformer import MaskedTransformer, SelfCritic
 
 Precision = Literal["float32", "bfloat16", "int8", "float8", "auto", "reference"]
 
@@ -150,8 +150,8 @@ _copies: WeakKeyDictionary[nn.Module, dict[str, tuple[Any, Any]]] = WeakKeyDicti
 def prepared(network: Any, precision: Precision) -> Any:
     """The network, or the copy of it that computes in a precision; made once for its weights.
 
-    A network that is compiled, spread over devices, being trained with adapters or not ours stays
-    as it is.
+    A network that is compiled, spread over devices, being trained with adapters or without
+    ``block_types`` (`MaskedTransformer`) stays as it is.
 
     Args:
         network: a transformer or a critic, in eval mode.
@@ -163,7 +163,7 @@ def prepared(network: Any, precision: Precision) -> Any:
     one_of("precision", precision, Precision)
     if isinstance(network, SelfCritic):
         return network.reading(prepared(network.transformer, precision))
-    if not isinstance(network, MaskGitTransformer):
+    if not isinstance(network, MaskedTransformer) or not network.block_types:
         return network
     device = network.device
     chosen = resolved(precision, device)
@@ -241,7 +241,7 @@ def _torchao() -> bool:
     return find_spec("torchao") is not None
 
 
-def _copy(network: MaskGitTransformer, kind: str) -> MaskGitTransformer:
+def _copy(network: MaskedTransformer, kind: str) -> MaskedTransformer:
     """The network with other linear layers, sharing everything else."""
     device = network.device
 
@@ -262,7 +262,7 @@ def _copy(network: MaskGitTransformer, kind: str) -> MaskGitTransformer:
         if type(module) is nn.Linear:
             return layer(module) if inside else module
         made = copy.copy(module)
-        inside = inside or isinstance(module, Block)
+        inside = inside or isinstance(module, network.block_types)
         made._modules = {
             name: child and of(child, inside) for name, child in module._modules.items()
         }
@@ -276,7 +276,7 @@ def _copy(network: MaskGitTransformer, kind: str) -> MaskGitTransformer:
         made = of(network, inside=False)
         if type(network.to_logits) is nn.Linear:
             made._modules["to_logits"] = head(network.to_logits)
-    assert isinstance(made, MaskGitTransformer)
+    assert isinstance(made, MaskedTransformer)
     return made
 
 

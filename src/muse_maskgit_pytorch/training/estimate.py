@@ -222,7 +222,7 @@ def of_maskgit(
         width = transformer.text_embed_dim
         mask = torch.ones(count, text_len, dtype=torch.bool)
         text = TextEmbeds(torch.empty(count, text_len, width), mask) if width else None
-        encoder = transformer.cond_encoder
+        encoder: Any = transformer.cond_encoder
         cond = None
         if encoder is not None:
             cond = torch.zeros(count, int(encoder.seq_len), dtype=torch.long)
