@@ -36,7 +36,7 @@ from .maskgit import MaskGit
 from .muse import Muse
 from .sampling import Denoiser, SamplePlan, SampleState, Step, per_row, step
 from .text import WORD, ClassLabels, TextEncoder, get_text_encoder
-from .transformer import Context
+from .transformer import Context, MaskGitTransformer
 
 Weights = Mapping[str, float]
 Words = list[tuple[str, list[int]]]
@@ -342,6 +342,11 @@ def _alignment(source: Words, target: Words) -> tuple[Float[Tensor, "Ls Lt"], Fl
 def _encoder(muse: Muse, model: MaskGit) -> TextEncoder | ClassLabels:
     """The one whose states the model reads: a cascade uses the base's for both if it can."""
     base, read = muse.base.transformer, model.transformer
+    if not isinstance(read, MaskGitTransformer):
+        raise ValueError(
+            f"words are edited in this package's own transformers: a {type(read).__name__} does "
+            "not say how it attends to them"
+        )
     read = base if read.text_encoder == base.text_encoder else read
     return get_text_encoder(read.text_encoder, read.max_text_len)
 

@@ -7,7 +7,7 @@ aesthetic score) scales and shifts what the norms give. None of this changes ove
 steps, so `AmusedTransformer.encode_context` computes all of it once, down to every block's keys and
 values.
 
-The weights have the names of diffusers' `UVit2DModel`, so that its files, and adapters for it, fit.
+The weights have the names of diffusers' `UVit2DModel`, so that its files fit as they are.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """aMUSEd against diffusers: its transformer, its scheduler, its pipelines, with random weights."""
 
 import copy
+import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from muse_maskgit_pytorch import Muse
+from muse_maskgit_pytorch import CheckpointError, Muse, TextEncoderError, open_model
+from muse_maskgit_pytorch.editing import free, outpaint, vary
 from muse_maskgit_pytorch.foreign import AmusedTransformer
-from muse_maskgit_pytorch.images import to_pil, to_tensor
+from muse_maskgit_pytorch.images import save_png, to_pil, to_tensor
+from muse_maskgit_pytorch.inference.precision import _copy
 from muse_maskgit_pytorch.sampling import SampleOptions, make_plan
 from muse_maskgit_pytorch.structures import Conditioning
+from muse_maskgit_pytorch.words import emphasise
 from tests import hub
 
 TEXTS = ["a cat", "two dogs"]
@@ -201,3 +206,106 @@ def test_inpainting_is_that_of_the_pipeline(
     ).images
     assert torch.equal(ours, theirs.flatten(1))
     assert torch.equal(ours[~mask.view(1, -1)], ids[~mask.view(1, -1)])
+
+
+def test_edits_precisions_and_best_of(muse: Muse, tmp_path: Path):
+    options: dict[str, Any] = dict(seeds=1, timesteps=3)
+    [picture] = pictures(1)
+    assert outpaint(muse, picture, "a lake", right=16, **options)[0].size == (48, 32)
+    assert vary(muse, picture, "a lake", strength=0.5, **options)[0].size == (32, 32)
+    assert free(muse, picture, "a hill", at=(100,), seeds=1)[0][0].size == (32, 32)
+    best = muse.best_of(2, lambda image, text: to_tensor(image).mean().item(), "a cat", **options)
+    assert muse.like(save_png(best[0], tmp_path / "best.png"))[0].tobytes() == best[0].tobytes()
+    ids = torch.full((1, 64), muse.base.transformer.mask_id)
+    text = muse.base.embed_texts("a cat")
+    logits = {}
+    for precision in ("float32", "reference"):
+        muse.precision = precision  # type: ignore[assignment]
+        denoiser = muse.base.denoiser(text, SampleOptions(cond_scale=2.0))
+        hidden, _ = denoiser.hidden(ids, torch.tensor([2.0]))
+        logits[precision] = denoiser.network.to_logits(hidden)
+    muse.precision = "float32"
+    torch.testing.assert_close(logits["float32"], logits["reference"], rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="words are edited in this package's own transformers"):
+        emphasise(muse, "a cat", {"cat": 2.0})
+
+
+def test_one_file_holds_it_all(made: tuple[Path, Any], muse: Muse, tmp_path: Path):
+    again = Muse.from_pretrained(muse.save(tmp_path / "amused.safetensors"))
+    assert again.fingerprint == muse.fingerprint
+    drawn = [model(TEXTS, seeds=1, timesteps=3)[1].tobytes() for model in (muse, again)]
+    assert drawn[0] == drawn[1]
+    assert open_model(made[0], "cpu").fingerprint == muse.fingerprint
+
+
+def test_half_precision_alone(tmp_path: Path):
+    pipeline = hub.make_amused(tmp_path / "model", variant="fp16")
+    assert not [*tmp_path.rglob("model.safetensors")]
+    model: Any = Muse.from_pretrained(tmp_path / "model").base.transformer
+    assert model.dtype == torch.float32
+    pooled, states = texts_of(pipeline, ["a cat"])
+    found = model.text_reader().encode("a cat").embeds
+    torch.testing.assert_close(found[:, 0], pooled)
+    torch.testing.assert_close(found[:, 1:, :12], states)
+    weight = pipeline.transformer.state_dict()["project_to_hidden.weight"]
+    assert torch.equal(model.project_to_hidden.weight, weight)
+
+
+@pytest.mark.parametrize(
+    "part, message",
+    [
+        ("transformer/config.json", "has no transformer/config.json"),
+        ("transformer/diffusion_pytorch_model.safetensors", "no weights of the transformer"),
+        ("vqvae/diffusion_pytorch_model.safetensors", "no weights of a tokenizer"),
+        ("scheduler/scheduler_config.json", "has no scheduler/scheduler_config.json"),
+        ("text_encoder/config.json", "has no text_encoder/config.json"),
+        ("text_encoder/model.safetensors", "text encoder .* cannot be had"),
+    ],
+)
+def test_missing_parts_are_named(part: str, message: str, made: tuple[Path, Any], tmp_path: Path):
+    shutil.copytree(made[0], tmp_path / "model")
+    (tmp_path / "model" / part).unlink()
+    with pytest.raises((CheckpointError, TextEncoderError), match=message):
+        Muse.from_pretrained(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    "file, change, message",
+    [
+        ("model_index.json", {"transformer": ["diffusers", "FluxModel"]}, "aMUSEd's are read"),
+        ("transformer/config.json", {"hidden_size": 48}, "does not fit aMUSEd's transformer"),
+        ("transformer/config.json", {"hidden_size": "many"}, "hidden_size"),
+        ("transformer/config.json", {"downsample": True}, "downsample and upsample differ"),
+        ("transformer/config.json", {"micro_cond_embed_dim": 7}, "must be 5 times"),
+        ("scheduler/scheduler_config.json", {"mask_token_id": 3}, "mask_id 3 must be"),
+        ("scheduler/scheduler_config.json", {"masking_schedule": "x"}, "masking_schedule 'x'"),
+        ("text_encoder/config.json", {"hidden_size": 99}, "belongs to another model"),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    file: str, change: dict[str, Any], message: str, made: tuple[Path, Any], tmp_path: Path
+):
+    shutil.copytree(made[0], tmp_path / "model")
+    path = tmp_path / "model" / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(CheckpointError, match=message):
+        Muse.from_pretrained(tmp_path / "model")
+
+
+def test_calls_that_cannot_be(made: tuple[Path, Any], muse: Muse, tmp_path: Path):
+    with pytest.raises(ValueError, match=r"text_embeds are .*must|this transformer reads"):
+        muse(text_embeds=torch.rand(1, 12, 20))
+    with pytest.raises(ValueError, match="reads no low-resolution tokens"):
+        muse.base.transformer.with_low_resolution(50, 16)
+    with pytest.warns(UserWarning, match="exceed 12 tokens and are cut"):
+        muse("a cat that is far too long for it", timesteps=1, seeds=1)
+
+
+def test_bfloat16_moves_logits_a_little(muse: Muse):
+    """The copy of `inference.precision`, which follows the same code."""
+    plain: Any = muse.base.transformer
+    branches = muse.base.conditioner.branches(muse.base.embed_texts("a cat"))
+    ids = torch.randint(50, (1, 64))
+    expected = logits_of(plain, ids, *branches)
+    found = logits_of(_copy(plain, "bfloat16"), ids, *branches)  # type: ignore[arg-type]
+    assert 0 < (found - expected).std() / expected.std() < 0.05
