@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from .arguments import real, shown
+from .checkpoint import unwrapped
 from .conditioning import check_texts
 from .layers import CrossAttention
 from .maskgit import MaskGit
@@ -342,7 +343,7 @@ def _alignment(source: Words, target: Words) -> tuple[Float[Tensor, "Ls Lt"], Fl
 def _encoder(muse: Muse, model: MaskGit) -> TextEncoder | ClassLabels:
     """The one whose states the model reads: a cascade uses the base's for both if it can."""
     base, read = muse.base.transformer, model.transformer
-    if not isinstance(read, MaskGitTransformer):
+    if not isinstance(unwrapped(read), MaskGitTransformer):
         raise ValueError(
             f"words are edited in this package's own transformers: a {type(read).__name__} does "
             "not say how it attends to them"
