@@ -163,7 +163,10 @@ class Killer:
                 process.wait(120)
         finally:
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+                # a launcher's workers have sessions of their own, and live on without it
+                os.kill(process.pid, signal.SIGSTOP)
+                for pid in (*children(process.pid), process.pid):
+                    os.kill(pid, signal.SIGKILL)
                 process.wait()
         return took
 
