@@ -75,6 +75,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark-lora"))
     parser.add_argument("--train", type=int, default=20, help="pictures to learn from")
     parser.add_argument("--test", type=int, default=200, help="other subjects to draw")
+    parser.add_argument("--word", default="3D", help="that captions end with; empty: none")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1e-3)
@@ -87,13 +88,14 @@ def main() -> None:
     generator = torch.Generator().manual_seed(args.seed)
     order = [list(files)[row] for row in torch.randperm(len(files), generator=generator)]
     learnt, others = order[: args.train], order[args.train : args.train + args.test]
+    ending = f", {args.word}" if args.word else ""
     data = args.out / "images"
     data.mkdir(parents=True, exist_ok=True)
     for number, caption in enumerate(learnt):
         on_white(files[caption]).save(data / f"{number:03d}.png")
-        (data / f"{number:03d}.txt").write_text(f"{caption}, 3D", encoding="utf-8")
+        (data / f"{number:03d}.txt").write_text(f"{caption}{ending}", encoding="utf-8")
     true = torch.stack([to_tensor(on_white(files[caption]), None) for caption in others])
-    prompts = [f"{caption}, 3D" for caption in others]
+    prompts = [f"{caption}{ending}" for caption in others]
     network = FeatureNet(LITE)
 
     def drawn(model: Muse, texts: list[str]) -> Tensor:
@@ -108,8 +110,9 @@ def main() -> None:
         again = model.base.decode(model.base.vae.encode_to_ids(true).flatten(1))
     results = {"reconstruction": figures(again, true, network)}
     before = drawn(model, prompts)
-    results["before, its own words"] = figures(drawn(model, others), true, network)
     results["before"] = figures(before, true, network)
+    if ending:
+        results["before, without the word"] = figures(drawn(model, others), true, network)
     started = time.process_time()
     MaskGitTrainer(
         model.base, folder=str(data), results_folder=str(args.out / "run"), lora_rank=args.rank,
@@ -120,7 +123,8 @@ def main() -> None:
     model = Muse.from_pretrained(args.model).load_lora(args.out / "run" / "base-lora-ema")
     after = drawn(model, prompts)
     results["after"] = figures(after, true, network)
-    results["after, without the words"] = figures(drawn(model, others), true, network)
+    if ending:
+        results["after, without the word"] = figures(drawn(model, others), true, network)
 
     print(f"\n{'':26}" + "".join(f"{name:>10}" for name in results["after"]))
     for name, row in results.items():
