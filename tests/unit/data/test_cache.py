@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image, ImageOps
 from torch.nn.utils.rnn import pad_sequence
 
-from muse_maskgit_pytorch import MaskGitTrainer, TextEmbeds, TokenCache, conditioning, write_cache
+from muse_maskgit_pytorch import MaskGitTrainer, TextEmbeds, TokenCache, transformer, write_cache
 from muse_maskgit_pytorch import testing as tiny
 from muse_maskgit_pytorch.cli.main import run
 from muse_maskgit_pytorch.data import Folder, ImageDataset, Item, split
@@ -60,7 +60,7 @@ class Encoder:
 @pytest.fixture(autouse=True)
 def encoder(monkeypatch: pytest.MonkeyPatch) -> Encoder:
     made = Encoder()
-    monkeypatch.setattr(conditioning, "get_text_encoder", lambda *_: made)
+    monkeypatch.setattr(transformer, "get_text_encoder", lambda *_: made)
     return made
 
 
@@ -142,7 +142,7 @@ def test_training_from_a_cache_is_training_from_the_images(
     seen = train("seen", folder=str(images), cache_tokens=False)
     if make is base:
         train("own", folder=str(images))
-    monkeypatch.setattr(conditioning, "get_text_encoder", None)
+    monkeypatch.setattr(transformer, "get_text_encoder", None)
     shutil.move(images, tmp_path / "gone")
     cached = train("cached", cache=str(tmp_path / "cache"))
     results = [tmp_path / name for name in ("seen", "own", "cached") if (tmp_path / name).exists()]
@@ -547,7 +547,7 @@ def test_the_command_caches_for_recipes_and_they_train_from_it(
     assert capsys.readouterr().out.splitlines()[-1] == said
     with pytest.raises(ValueError, match="neither folder nor data is given"):
         run([word for word in words if word not in ("--folder", "images")])
-    monkeypatch.setattr(conditioning, "get_text_encoder", None)
+    monkeypatch.setattr(transformer, "get_text_encoder", None)
     for name in low:
         run(["train", name, "--config", f"{name}.yaml", "--trainer.folder", "null",
              "--trainer.cache", "c"])  # fmt: skip
