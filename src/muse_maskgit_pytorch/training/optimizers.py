@@ -146,7 +146,7 @@ class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024): momentum, made orthogonal.
 
     It does what torch's own does with ``adjust_lr_fn="match_rms_adamw"``, which gives its steps the
-    size of AdamW's. But torch's computes in bfloat16 everywhere, which makes a training step four
+    size of AdamW's. But torch's computes in bfloat16 everywhere, which makes a training step three
     times as long on a processor that has it in software only: there this one computes in float32.
 
     Args:
