@@ -169,7 +169,10 @@ class Judge(nn.Module):
 
     def save(self, path: str | Path) -> None:
         """Write the weights, in half precision, and the subjects."""
-        state = {k: v.half() if v.is_floating_point() else v for k, v in self.state_dict().items()}
+        state = {
+            k: v.half().contiguous() if v.is_floating_point() else v
+            for k, v in self.state_dict().items()
+        }
         with replacing(path) as temporary:
             save_file(
                 state, temporary, {"subjects": json.dumps(self.subjects), "width": f"{self.width}"}
@@ -379,7 +382,13 @@ def worsened(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def train(
-    judge: Judge, data: Scenes, out: Path, steps: int, lr: float = 2e-3, batch: int = BATCH
+    judge: Judge,
+    data: Scenes,
+    out: Path,
+    steps: int,
+    lr: float = 2e-3,
+    batch: int = BATCH,
+    bf16: bool = False,
 ) -> None:
     """Train on scenes of the split "train", and write the weights every 500 steps.
 
@@ -390,9 +399,11 @@ def train(
         steps: in all, the learning rate falling to zero.
         lr: its peak.
         batch: scenes of a step.
+        bf16: convolutions in bfloat16, where the processor has it.
     """
     known = {name: number for number, name in enumerate(judge.subjects)}
-    judge.train()
+    judge.train().to(memory_format=torch.channels_last)
+    halved = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
     optimizer = torch.optim.AdamW(judge.parameters(), lr, (0.9, 0.98), weight_decay=0.01)
     generator = torch.Generator().manual_seed(0)
     right: dict[str, float] = dict.fromkeys(("subject", "tone", "style"), 0.0)
@@ -406,7 +417,9 @@ def train(
         images = torch.stack([_pixels(data.draw(scene)) for scene in scenes])
         images = worsened(images, generator)
         heat, boxes, rows = targets(scenes)
-        loss = find_loss(judge.finder(images), heat, boxes, rows)
+        with halved:
+            maps = judge.finder(images).float()
+        loss = find_loss(maps, heat, boxes, rows)
         sides = boxes[:, 2:] - boxes[:, :2]
         shift = 0.05 * torch.randn(boxes.shape, generator=generator) * sides.repeat(1, 2)
         groups = [scene.groups[thing.group] for scene in scenes for thing in scene.things]
@@ -415,8 +428,10 @@ def train(
             "tone": torch.tensor([1 + TONES.index(g.tone) if g.tone else 0 for g in groups]),
             "style": torch.tensor([STYLES.index(s.style) for s in scenes for _ in s.things]),
         }
-        logits = judge.namer(cut_out(images, boxes + shift, rows))
+        with halved:
+            logits = judge.namer(cut_out(images, boxes + shift, rows))
         for (kind, true), guess in zip(labels.items(), logits, strict=True):
+            guess = guess.float()
             loss = loss + F.cross_entropy(guess, true)
             here = float((guess.argmax(1) == true).float().mean())
             right[kind] += (here - right[kind]) / min(step + 1, 50)
@@ -465,6 +480,7 @@ def main() -> None:
     training.add_argument("--lr", type=float, default=2e-3)
     training.add_argument("--init_from", type=Path, help="a judge to go on from")
     training.add_argument("--seed", type=int, default=1, help="of the scenes")
+    training.add_argument("--bf16", action="store_true", help="faster on some processors")
     checking = commands.add_parser("check", help="how often it is right about real scenes")
     checking.add_argument("judge", type=Path)
     checking.add_argument("--count", type=int, default=1000)
@@ -478,7 +494,7 @@ def main() -> None:
         known = arguments.init_from
         judge = Judge.load(known) if known else Judge([s.name for s in sprites.subjects])
         data = Scenes(sprites, seed=arguments.seed, size=SIDE)
-        train(judge, data, arguments.out, arguments.steps, arguments.lr)
+        train(judge, data, arguments.out, arguments.steps, arguments.lr, bf16=arguments.bf16)
         return
     judge = Judge.load(arguments.judge)
     for size in arguments.sizes:

@@ -3,41 +3,32 @@
     muse train vae --data examples/scenes/splits.py:train ...
     muse eval base --data examples/scenes/splits.py:seen64 --judge examples/scenes/splits.py:judge
 
-The sprites are data/sprites.safetensors, or what the variable SPRITES names.
+Each split goes by its name, with pictures of 128 px, or of 64 with that behind it. The sprites are
+data/sprites.safetensors, or what the variable SPRITES names.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from judge import Judge
 from PIL import Image
-from scenes import Scenes
+from scenes import SPLITS, Scenes
 
 SPRITES = os.environ.get("SPRITES", "data/sprites.safetensors")
 
 
-def train() -> Scenes:
-    """A million scenes to train on, of 128 px."""
-    return Scenes(SPRITES, "train", size=128)
-
-
-def train64() -> Scenes:
-    """The same scenes of 64 px."""
-    return Scenes(SPRITES, "train", size=64)
-
-
-def seen() -> Scenes:
-    """A thousand other scenes of the same kinds, of 128 px."""
-    return Scenes(SPRITES, "seen", size=128, length=1000)
-
-
-def seen64() -> Scenes:
-    """The same of 64 px."""
-    return Scenes(SPRITES, "seen", size=64, length=1000)
+def __getattr__(name: str) -> Callable[[], Scenes]:
+    """The splits by name, of 128 px, or with 64 behind it: ``train``, ``seen64``, ``form``..."""
+    split = name.removesuffix("64")
+    if split not in SPLITS:
+        raise AttributeError(name)
+    length = 1_000_000 if split == "train" else 1000
+    return partial(Scenes, SPRITES, split, size=64 if name.endswith("64") else 128, length=length)
 
 
 class PromptJudge:
