@@ -402,7 +402,7 @@ def train(
         bf16: convolutions in bfloat16, where the processor has it.
     """
     known = {name: number for number, name in enumerate(judge.subjects)}
-    judge.train().to(memory_format=torch.channels_last)
+    judge.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     halved = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
     optimizer = torch.optim.AdamW(judge.parameters(), lr, (0.9, 0.98), weight_decay=0.01)
     generator = torch.Generator().manual_seed(0)
