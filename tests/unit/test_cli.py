@@ -607,8 +607,8 @@ def test_an_impossible_output_is_refused_before_any_work(
         ["generate", "a", "--gif=/proc/a.gif"],
         ["bundle", "--base=b.safetensors", "--out=/proc/a.safetensors"],
         ["bundle", "--base=b.safetensors", "--out=a.bin"],
-        ["tune", "--model=emoji", "--folder=f", "--preset=p", "--out=/proc/a.safetensors"],
-        ["tune", "--model=emoji", "--folder=f", "--preset=p", "--results=/proc/a"],
+        ["tune", "--model=emoji", "--data=f", "--preset=p", "--out=/proc/a.safetensors"],
+        ["tune", "--model=emoji", "--data=f", "--preset=p", "--results=/proc/a"],
         ["eval", "vae", "--vae=emoji:base", "--folder=f", "--image_size=8", "--out=/proc/a.json"],
     ],
 )

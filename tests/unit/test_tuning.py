@@ -16,6 +16,8 @@ from muse_maskgit_pytorch import testing as tiny
 from muse_maskgit_pytorch.checkpoint import CheckpointError, load_tree
 from muse_maskgit_pytorch.cli.main import main
 from muse_maskgit_pytorch.evaluation import tuning
+from muse_maskgit_pytorch.evaluation.generator import FactFigures, Judge
+from muse_maskgit_pytorch.evaluation.truth import of_texts
 from muse_maskgit_pytorch.evaluation.tuning import (
     Results,
     Trials,
@@ -86,13 +88,16 @@ def test_it_ends_when_a_round_changes_nothing():
     assert len(candidates) == 1 + sum(map(len, AXES.values())) - 2  # two are the start's own
 
 
-@pytest.mark.parametrize("score, scale", [("balanced", 1.0), ("fid", 2.0), ("recall", 3.0)])
+@pytest.mark.parametrize(
+    "score, scale", [("balanced", 1.0), ("fid", 2.0), ("recall", 3.0), ("facts", 1.0)]
+)
 def test_scores(score: Any, scale: float):
     figures: dict[Any, dict[str, float]] = {
-        4.0: {"fid": 9.0, "recall_at_1": 0.5},
-        1.0: {"fid": 7.0, "recall_at_1": 0.5},
-        2.0: {"fid": 1.0, "recall_at_1": 0.4},  # more real, but not what was asked for
-        3.0: {"fid": 8.0, "recall_at_1": 0.6},
+        4.0: {"fid": 9.0, "recall_at_1": 0.5, "all_right": 0.2, "facts": 0.5},
+        1.0: {"fid": 7.0, "recall_at_1": 0.5, "all_right": 0.3, "facts": 0.6},
+        # more real, but not what was asked for
+        2.0: {"fid": 1.0, "recall_at_1": 0.4, "all_right": 0.1, "facts": 0.9},
+        3.0: {"fid": 8.0, "recall_at_1": 0.6, "all_right": 0.3, "facts": 0.5},
     }
     axes = {"guidance": [{"cond_scale": scale} for scale in figures]}
     found = last(search(lambda options: figures[options.cond_scale], START, axes, score))
@@ -100,7 +105,9 @@ def test_scores(score: Any, scale: float):
 
 
 def test_an_unknown_score_and_no_rounds():
-    with pytest.raises(ValueError, match="score must be one of balanced, fid, recall, not 'best'"):
+    with pytest.raises(
+        ValueError, match="score must be one of balanced, fid, recall, facts, not 'best'"
+    ):
         list(search(planted(), START, AXES, "best"))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="rounds must be at least 1, not 0"):
         list(search(planted(), START, AXES, rounds=0))
@@ -287,25 +294,55 @@ def test_a_file_of_something_else(tmp_path: Path):
 
 def test_what_is_reported_comes_from_other_captions_and_seeds(stage: Any, resnet: str):
     network, texts, images = FeatureNet(resnet), [f"caption {i}" for i in range(9)], tiny.images(9)
-    first, second = make_trials(stage, network, texts, images)
+    prompts = of_texts(texts)
+    first, second = make_trials(stage, network, prompts, images)
     assert not {*first.judge.captions} & {*second.judge.captions}
     assert {*first.judge.captions} | {*second.judge.captions} == {*texts}
     assert not {*first._turns} & {*second._turns}
-    again, _ = make_trials(stage, network, texts, images, captions=4)
+    again, _ = make_trials(stage, network, prompts, images, captions=4)
     assert len(again.judge.captions) == 4
     assert {*again.judge.captions} <= {*first.judge.captions}
 
     # the truth of each half is its own, among all the others
     for trial in (first, second):
         truth = images[[texts.index(caption) for caption in trial.judge.captions]]
+        assert isinstance(trial.judge, Judge)
         assert trial.judge.figures(truth)["recall_at_1"] == 1
         others = images[[i for i, text in enumerate(texts) if text not in trial.judge.captions]]
         assert trial.judge.figures(others[:4], torch.arange(4))["recall_at_5"] < 1
     # and among those of the gallery: pictures next to its images are not recognised
     noisy = (images + 0.05 * torch.randn_like(images)).clamp(0, 1)
-    _, hard = make_trials(stage, network, texts, images, gallery=noisy)
+    hard: Any
+    _, hard = make_trials(stage, network, prompts, images, gallery=noisy)
     rows = [texts.index(caption) for caption in hard.judge.captions]
     assert hard.judge.figures(noisy[rows])["recall_at_1"] == 0
+
+
+class Dark:
+    """A judge for whom captions with an even number ask for a dark picture and a small one."""
+
+    def facts(self, pictures: Any, rows: Any) -> list[dict[str, bool]]:
+        return [
+            {"dark": picture.convert("L").resize((1, 1)).getpixel((0, 0)) < 128, "small": True}
+            if int(row.text.split()[-1]) % 2 == 0
+            else {}
+            for picture, row in zip(pictures, rows, strict=True)
+        ]
+
+
+def test_a_judge_of_facts_in_the_place_of_a_network(stage: Any):
+    prompts = of_texts([f"caption {i}" for i in range(9)])
+    first, second = make_trials(stage, Dark(), prompts, tiny.images(9), seeds=1)
+    assert not {*first.judge.captions} & {*second.judge.captions}
+    numbers = [int(caption.split()[-1]) for caption in first.judge.captions]
+    images = torch.ones(2 * len(numbers), 3, 16, 16)  # two draws of each, the second one dark
+    images[len(numbers) :] = 0
+    figures: Any = first.judge.figures(images)
+    assert figures == {"images": 2 * len(numbers), "all_right": 0.5, "facts": 0.75}
+    assert {"all_right", "facts", "passes"} < first(START).keys()
+    odd = Trials(stage, FactFigures(Dark(), of_texts(["caption 1"])), tiny.images(1), [0])
+    with pytest.raises(ValueError, match="the judge finds no fact in these prompts"):
+        odd(START)
 
 
 @pytest.mark.parametrize(
@@ -319,7 +356,9 @@ def test_what_is_reported_comes_from_other_captions_and_seeds(stage: Any, resnet
 )
 def test_too_little(stage: Any, resnet: str, count: int, changes: dict, says: str):
     with pytest.raises(ValueError, match=says):
-        make_trials(stage, FeatureNet(resnet), ["a"] * count, tiny.images(count), **changes)
+        make_trials(
+            stage, FeatureNet(resnet), of_texts(["a"] * count), tiny.images(count), **changes
+        )
 
 
 # The file of the model -----------------------------------------------------------------------
@@ -413,7 +452,7 @@ def few(monkeypatch):
 @pytest.fixture
 def command(model_file: Path, folder: Path, resnet: str) -> Callable[..., list[str]]:
     def made(**changes: Any) -> list[str]:
-        options = dict(model=model_file, folder=folder, preset="fast", timesteps=2, network=resnet)
+        options = dict(model=model_file, data=folder, preset="fast", timesteps=2, network=resnet)
         options |= dict(seeds=1, score="fid", device="cpu", policies="[confidence,halton]")
         return ["tune", *(f"--{name}={value}" for name, value in {**options, **changes}.items())]
 
@@ -489,7 +528,7 @@ def test_an_interruption_tells_what_was_found(
         (dict(rounds=0), "rounds must be at least 1"),
         (dict(captions=2), "captions must be at least 4"),
         (dict(out="a.png"), "--out 'a.png' must end in .safetensors"),
-        (dict(folder="absent"), "'absent' does not exist"),
+        (dict(data="absent"), "'absent' does not exist"),
         (dict(network="nobody/nothing"), "nobody/nothing"),
         (dict(device="abc"), "--device 'abc'"),
         (dict(step=3), "did you mean"),
@@ -502,6 +541,24 @@ def test_bad_input(command, changes: dict, says: str, capsys):
     assert says in error
 
 
+def test_the_command_with_a_judge(command, few, tmp_path: Path, capsys):
+    (tmp_path / "own.py").write_text(
+        "class Judge:\n    def facts(self, pictures, rows):\n"
+        "        return [{'dark': p.getpixel((0, 0))[0] < 128} for p in pictures]\n"
+    )
+    judge = f"{tmp_path / 'own.py'}:Judge"
+    main(command(judge=judge, score="facts", rounds=1))
+    printed = capsys.readouterr().out
+    assert "all_right" in printed
+    assert "recall_at_1" not in printed
+    for changes, says in (
+        (dict(judge=judge), "--score fid is by a network, and --judge is given"),
+        (dict(score="facts"), "--score facts is by a judge: say which, --judge FILE.py:NAME"),
+    ):
+        assert main(command(**changes)) == 2
+        assert says in capsys.readouterr().err
+
+
 def test_bad_files(command, stage: Any, folder: Path, tmp_path: Path, capsys):
     def error(**changes: Any) -> str:
         assert main(command(**changes)) == 2
@@ -510,9 +567,9 @@ def test_bad_files(command, stage: Any, folder: Path, tmp_path: Path, capsys):
     bare = tmp_path / "bare"
     bare.mkdir()
     (bare / "a.png").write_bytes((folder / "0.png").read_bytes())
-    assert "has a caption" in error(folder=bare)
+    assert "has a caption" in error(data=bare)
     (bare / "a.txt").write_text("a caption")
-    assert "1 captioned images are too few" in error(folder=bare)
+    assert "1 captioned images are too few" in error(data=bare)
     other = tmp_path / "other.safetensors"
     other.write_text("precious")
     assert "exists and is not the file of --model" in error(out=other)

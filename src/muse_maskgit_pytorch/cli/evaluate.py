@@ -88,7 +88,7 @@ def _eval_generator(config: Namespace, part: Part) -> None:
             whole(f"--{name}", config[name], 1)
     cache = None if config.cache is None else check_output("--cache", config.cache, folder=True)
     texts = [] if prompts_file is None else read_prompts(as_path(prompts_file), prompts_file)
-    judge = None if config.judge is None else _judge(config.judge)
+    judge = None if config.judge is None else open_judge(config.judge)
     networks = _networks(config.features)
     drawer = _drawer(config, part)
     if prompts_file is None:
@@ -176,7 +176,12 @@ def _truth(config: Namespace, drawer: Drawer) -> Truth:
     return Truth(source, drawer.geometry, drawer.size, config.samples, config.references, captions)
 
 
-def _judge(name: str) -> FactJudge:
+def open_judge(name: str) -> FactJudge:
+    """A judge by FILE.py:NAME.
+
+    Raises:
+        ValueError: there is none.
+    """
     judge = own_object("--judge", name)
     if not hasattr(judge, "facts"):
         raise ValueError(f"--judge {shown(name)} has no method facts(pictures, rows)")

@@ -625,10 +625,11 @@ def tune_parser() -> Parser:
         help="name of a shipped model, file of a model or of a stage, or hub repository",
     )
     parser.add_argument(
-        "--folder",
+        "--data",
         type=str,
         required=True,
-        help="images with captions: half are searched on, half reported on",
+        help="images with captions, as of muse train, not streamed: half are searched on, half "
+        "reported on",
     )
     parser.add_argument(
         "--gallery",
@@ -657,11 +658,12 @@ def tune_parser() -> Parser:
     )
     parser.add_argument(
         "--score",
-        type=declared("evaluation.tuning.Score"),
-        default="balanced",
+        type=declared("evaluation.tuning.Score") | None,
         help="what is better: balanced, the lowest FID with no fewer captions met (R@1) than at "
-        "the start; fid; or recall, R@1",
+        "the start; fid; recall, R@1; or facts, the most pictures with all facts right, which is "
+        "the default with --judge, as balanced is without",
     )
+    parser.add_argument("--judge", type=str | None, help="judge of facts, as of muse eval")
     parser.add_argument("--rounds", type=int, default=3, help="through all settings, at most")
     parser.add_argument("--captions", type=int | None, help="so many of each half; by default all")
     parser.add_argument("--seeds", type=int, default=2, help="pictures of each caption")

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import find_file
-from ..data.folder import ImageFolder
+from ..data.folder import ImageFolder, open_source
 from ..devices import pick_device
+from ..evaluation import Truth
 from ..evaluation.tuning import (
     SCORES,
     Figures,
@@ -29,6 +30,7 @@ from ..files import check_output
 from ..loading import open_stage
 from ..presets import check_preset
 from ..sampling import SampleOptions
+from .evaluate import open_judge
 from .parser import Parser
 
 
@@ -40,19 +42,27 @@ def tune(parser: Parser, argv: list[str]) -> None:
     out = _check_out(config.out, model)
     if config.results is not None:
         config.results = check_output("--results", config.results)
+    score = config.score or ("balanced" if config.judge is None else "facts")
+    if (score == "facts") != (config.judge is not None):
+        raise ValueError(
+            f"--score {score} is by "
+            + ("a judge: say which, --judge FILE.py:NAME" if score == "facts" else "a network, and "
+               "--judge is given: leave one of them out")
+        )  # fmt: skip
+    judge = None if config.judge is None else open_judge(config.judge)
     stage = open_stage(model, config.stage)
     start = start_of(stage, config.preset, config.timesteps)
     axes = make_axes(stage, config.policies)
     results = Results(config.results)
     size = stage.image_size
-    dataset = ImageFolder(config.folder, size, captions=True, cache=True)
+    truth = Truth(open_source(config.data, None, True), stage.geometry, (size, size))
     gallery = ImageFolder(config.gallery, size, cache=True) if config.gallery else None
     device = pick_device(config.device)
     tuned_on, others = make_trials(
         stage.to(device),
-        FeatureNet(config.network).to(device),
-        dataset.texts or [],
-        _images(dataset),
+        judge or FeatureNet(config.network).to(device),
+        truth.prompts,
+        truth.images(range(len(truth))),
         gallery=None if gallery is None else _images(gallery),
         captions=config.captions,
         seeds=config.seeds,
@@ -62,7 +72,7 @@ def tune(parser: Parser, argv: list[str]) -> None:
     )
     found = start
     try:
-        for found in search(tuned_on, start, axes, config.score, config.rounds):  # noqa: B007
+        for found in search(tuned_on, start, axes, score, config.rounds):  # noqa: B007
             pass
         figures = [trial(options) for trial in (tuned_on, others) for options in (start, found)]
     except KeyboardInterrupt:
@@ -70,11 +80,11 @@ def tune(parser: Parser, argv: list[str]) -> None:
         raise
     print(table(figures))
     print(f"{config.preset}: {_json(found)}")
-    better = SCORES[config.score]
+    better = SCORES[score]
     before, after = figures[2:]
     if found != start and better(after, before) <= better(before, before):
         warnings.warn(
-            f"by the score {config.score!r} this is no better on the captions not searched on: "
+            f"by the score {score!r} this is no better on the captions not searched on: "
             "take more captions or seeds",
             stacklevel=2,
         )

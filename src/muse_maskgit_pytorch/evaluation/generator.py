@@ -9,7 +9,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..features import FeatureNet
+from ..images import to_pil
 from . import metrics
+from .scores import FactJudge, judged
+from .truth import Prompt
 
 NEIGHBOUR = 3  # of precision and recall: which one bounds the ball around an image
 
@@ -116,6 +119,47 @@ class Judge:
         device = self._network.mean.device
         batches = images.split(self._batch_size)
         return torch.cat([self._network.pooled(x.to(device).float()).cpu() for x in batches])
+
+
+class FactFigures:
+    """Prompts by whose facts generated images are judged, in the place of a `Judge`.
+
+    Args:
+        judge: says which facts are right.
+        prompts: what to draw.
+
+    Attributes:
+        captions: the prompts' texts.
+    """
+
+    def __init__(self, judge: FactJudge, prompts: Sequence[Prompt]):
+        self.captions = [prompt.text for prompt in prompts]
+        self._judge, self._prompts = judge, list(prompts)
+
+    def figures(self, generated: Float[Tensor, "G 3 H W"]) -> dict[str, float]:
+        """Judge images.
+
+        Args:
+            generated: RGB in [0, 1], one of each prompt, then perhaps again one of each.
+
+        Returns:
+            "images", how many were judged; "all_right", the share of those of whose prompts
+            something is stated in which all of it is right; "facts", of all kinds of facts of all
+            images the share that is right.
+
+        Raises:
+            ValueError: the judge finds no fact in any prompt.
+        """
+        prompts = self._prompts * (len(generated) // len(self._prompts))
+        facts = [kinds for kinds in judged(self._judge, to_pil(generated), prompts) if kinds]
+        if not facts:
+            raise ValueError("the judge finds no fact in these prompts: it must know their data")
+        single = [right for kinds in facts for right in kinds.values()]
+        return {
+            "images": len(generated),
+            "all_right": sum(all(kinds.values()) for kinds in facts) / len(facts),
+            "facts": sum(single) / len(single),
+        }
 
 
 def _check_count(name: str, images: Tensor) -> None:

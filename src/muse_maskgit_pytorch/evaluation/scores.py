@@ -297,7 +297,7 @@ def _by_facts(found: Evaluation, pictures: Pictures, truth: Truth | None, judge:
     made = [
         facts
         for rows in batches(range(len(pictures)), size)
-        for facts in _judged(
+        for facts in judged(
             judge, [pictures.picture(row) for row in rows], [prompts[row] for row in rows]
         )
     ]
@@ -305,7 +305,7 @@ def _by_facts(found: Evaluation, pictures: Pictures, truth: Truth | None, judge:
     if truth is not None:
         for rows in batches(range(len(pictures.prompts)), size):
             known = [pictures.prompts[row] for row in rows]
-            true += _judged(judge, to_pil(truth.images(rows)), known)
+            true += judged(judge, to_pil(truth.images(rows)), known)
     if not any(made):
         found.left_out.append("facts: the judge finds none in these prompts")
         return
@@ -338,10 +338,14 @@ def _kind(judged: Sequence[Facts], kind: str) -> tuple[Tensor, Tensor]:
     return table[:, 0].double(), table[:, 1]
 
 
-def _judged(
+def judged(
     judge: FactJudge, pictures: Sequence[Image.Image], rows: Sequence[Prompt]
 ) -> list[Facts]:
-    """What a judge says, checked."""
+    """What a judge says, checked.
+
+    Raises:
+        ValueError: something else than one dict a picture.
+    """
     given = judge.facts(pictures, rows)
     if not isinstance(given, list) or len(given) != len(pictures):
         raise ValueError(

@@ -30,11 +30,13 @@ from ..provenance import fingerprint
 from ..sampling import ORDERS, Policy, SampleOptions
 from ..structures import TextEmbeds
 from ..transformer import MaskGitTransformer
-from .generator import NEIGHBOUR, Judge
+from .generator import NEIGHBOUR, FactFigures, Judge
+from .scores import FactJudge
+from .truth import Prompt
 
 Figures = dict[str, float]
 Changes = dict[str, Any]
-Score = Literal["balanced", "fid", "recall"]
+Score = Literal["balanced", "fid", "recall", "facts"]
 
 # What the search tries, in this order: for each setting the changes among which it chooses.
 GUIDANCE: tuple[Changes, ...] = (
@@ -64,6 +66,7 @@ SCORES: dict[Score, Callable[[Figures, Figures], tuple[float, ...]]] = {
     "balanced": lambda new, start: (new["recall_at_1"] >= start["recall_at_1"], -new["fid"]),
     "fid": lambda new, start: (-new["fid"], new["recall_at_1"]),
     "recall": lambda new, start: (new["recall_at_1"], -new["fid"]),
+    "facts": lambda new, start: (new["all_right"], new["facts"]),
 }
 
 
@@ -132,7 +135,7 @@ class Trials:
     def __init__(
         self,
         stage: MaskGit,
-        judge: Judge,
+        judge: Judge | FactFigures,
         images: Float[Tensor, "B 3 H W"],
         turns: Sequence[int],
         results: Results | None = None,
@@ -201,8 +204,8 @@ class Trials:
 
 def make_trials(
     stage: MaskGit,
-    network: FeatureNet,
-    texts: Sequence[str],
+    by: FeatureNet | FactJudge,
+    prompts: Sequence[Prompt],
     images: Float[Tensor, "B 3 H W"],
     *,
     gallery: Float[Tensor, "R 3 H W"] | None = None,
@@ -218,11 +221,12 @@ def make_trials(
 
     Args:
         stage: what draws.
-        network: whose features judge.
-        texts: the captions.
+        by: what judges: a network's features, or a judge of facts.
+        prompts: the captions.
         images: the true image of each, of the stage's size.
         gallery: further real images among which, with ``images``, the true one is looked for: the
-            more, the harder, and among a few hundred nearly every picture is recognised.
+            more, the harder, and among a few hundred nearly every picture is recognised. A judge
+            of facts has no use for it.
         captions: so many of each half; by default all.
         seeds: draws of each caption.
         results: as in `Trials`; both share it.
@@ -236,10 +240,10 @@ def make_trials(
         ValueError: fewer than eight captioned images, too few captions, no seeds.
     """
     least = NEIGHBOUR + 1
-    if len(texts) < 2 * least:
+    if len(prompts) < 2 * least:
         raise ValueError(
-            f"{len(texts)} captioned images are too few: it takes {least} to search on and {least} "
-            "others to report on"
+            f"{len(prompts)} captioned images are too few: it takes {least} to search on and "
+            f"{least} others to report on"
         )
     if captions is not None and captions < least:
         raise ValueError(f"captions must be at least {least}, not {captions}")
@@ -247,20 +251,26 @@ def make_trials(
         if value < 1:
             raise ValueError(f"{name} must be at least 1, not {value}")
     everything = images if gallery is None else torch.cat([images, gallery])
-    setup = {"network": network.name, "gallery": digest_pixels(everything)}
-    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0))
+    if isinstance(by, FeatureNet):
+        setup = {"network": by.name, "gallery": digest_pixels(everything)}
+    else:
+        setup = {"judge": f"{type(by).__module__}.{type(by).__qualname__}"}
+    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(0))
     halves = []
     for part, turns in ((order[0::2], range(seeds)), (order[1::2], range(seeds, 2 * seeds))):
         rows = part[:captions].sort().values
         rest = torch.ones(len(everything), dtype=torch.bool).index_fill(0, rows, False)
-        captioned = [texts[row] for row in rows.tolist()]
-        judge = Judge(
-            network,
-            captioned,
-            images[rows],
-            gallery=everything[rest],
-            batch_size=8,  # the fastest on a CPU, and a GPU does not mind
-        )
+        captioned = [prompts[row] for row in rows.tolist()]
+        if isinstance(by, FeatureNet):
+            judge = Judge(
+                by,
+                [prompt.text for prompt in captioned],
+                images[rows],
+                gallery=everything[rest],
+                batch_size=8,  # the fastest on a CPU, and a GPU does not mind
+            )
+        else:
+            judge = FactFigures(by, captioned)
         halves.append(Trials(stage, judge, images[rows], turns, results, batch_size, bf16, setup))
     return halves[0], halves[1]
 
@@ -337,13 +347,14 @@ def search(
     It ends where no single setting can be improved, which need not be the best there is.
 
     Args:
-        trial: gives the figures of options, at least "recall_at_1" and "fid". Asked again for the
-            same ones, so it should remember.
+        trial: gives the figures of options, at least those that the score takes. Asked again for
+            the same ones, so it should remember.
         start: what to improve.
         axes: the settings, each with its changes; ties go to what stands already.
         score: "balanced", the lowest FID of those with at least the start's "recall_at_1": more
             real, and no further from the captions. "fid" alone forgets the text, "recall", the
-            highest "recall_at_1", all but the text; each settles the other's ties.
+            highest "recall_at_1", all but the text; each settles the other's ties. "facts", the
+            most pictures in which all facts are right, then the most facts.
         rounds: at most.
 
     Yields:
