@@ -3,8 +3,8 @@
     muse train vae --data examples/scenes/splits.py:train ...
     muse eval base --data examples/scenes/splits.py:seen64 --judge examples/scenes/splits.py:judge
 
-Each split goes by its name, with pictures of 128 px, or of 64 with that behind it. The sprites are
-data/sprites.safetensors, or what the variable SPRITES names.
+Each split goes by its name, with pictures of 128 px, or of 64 or 256 with that behind it. The
+sprites are data/sprites.safetensors, or what the variable SPRITES names.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ SPRITES = os.environ.get("SPRITES", "data/sprites.safetensors")
 
 
 def __getattr__(name: str) -> Callable[[], Scenes]:
-    """The splits by name, of 128 px, or with 64 behind it: ``train``, ``seen64``, ``form``..."""
-    split = name.removesuffix("64")
-    if split not in SPLITS:
+    """The splits by name and size: ``train``, ``seen64``, ``form256``."""
+    split = name.rstrip("0123456789")
+    size = name.removeprefix(split) or "128"
+    if split not in SPLITS or size not in ("64", "128", "256"):
         raise AttributeError(name)
     length = 1_000_000 if split == "train" else 1000
-    return partial(Scenes, SPRITES, split, size=64 if name.endswith("64") else 128, length=length)
+    return partial(Scenes, SPRITES, split, size=int(size), length=length)
 
 
 class PromptJudge:
