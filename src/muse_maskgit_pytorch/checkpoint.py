@@ -14,6 +14,7 @@ import inspect
 import itertools
 import json
 import os
+import tempfile
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from contextlib import nullcontext
@@ -26,8 +27,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .arguments import as_path, fitting, printable, shown, with_names, without_functions
-from .files import digest_state, replacing, without_hub
+from .files import check_output, digest_state, replacing
+from .hub import card, check_repository, hub_file, is_repository, not_on_hub, upload
 from .weights import (
+    ENDINGS,
     Allowance,
     CheckpointError,
     check_weights,
@@ -42,11 +45,11 @@ from .weights import (
 
 FORMAT = "muse_maskgit_pytorch"
 VERSION = 1
+MODEL, CONFIG, CARD = "model.safetensors", "config.json", "README.md"  # of a model's folder
 SHIPPED = resources.files(FORMAT) / "pretrained"
 _LOADINGS = itertools.count()
 _NOTED: list[Path] = []  # the first file that was saved under another ending
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # a file's weights
-ENDINGS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")  # of files that hold weights
 # Kinds that a saved model may hold although the model's own module does not import theirs.
 ELSEWHERE = {"ForeignVQGAN": ".foreign", "AmusedTransformer": ".foreign"}
 
@@ -141,6 +144,22 @@ def kind_of(path: str | os.PathLike) -> str:
     path = as_path(path)
     with reading(path), safetensors_file(path) as file:
         return _kind(path, file)
+
+
+def stated_by(path: str | os.PathLike) -> dict[str, Any]:
+    """What the header of a model's file says of it: format, version, kind and config.
+
+    Raises:
+        CheckpointError: as `kind_of`, or the file holds no model.
+    """
+    path = as_path(path)
+    with reading(path), safetensors_file(path) as file:
+        kind, header = _kind(path, file), file.metadata()
+        config = dict(json.loads(header["tree"])["dict"]).get("config")
+        if config is None:
+            raise CheckpointError(f"{path} holds a {kind}, and no model")
+        version = int(header["version"])
+        return dict(format=FORMAT, version=version, kind=kind, config=_rebuilt(path, config, {}))
 
 
 def _kind(path: Path, file: Any) -> str:
@@ -291,6 +310,11 @@ class Saveable(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
+    @property
+    def task(self) -> str | None:
+        """What the model is for, in the hub's words, where it has some."""
+        return None
+
     def check_saveable(self, state: Mapping[str, Tensor] | None = None) -> None:
         """Refuse, before any work, a model that could not be rebuilt from its file.
 
@@ -380,6 +404,71 @@ class Saveable(nn.Module):
         tree = {"config": self.config, "state": state} | ({"homes": homes} if homes else {})
         return save_tree(path, tree, kind=type(self).__name__)
 
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, dtype: torch.dtype | None = None
+    ) -> Path:
+        """Write a folder as the Hugging Face hub has it, which `from_pretrained` reads.
+
+        It gets ``model.safetensors``, the same file as of `save`; ``config.json``, what its header
+        says, for people; and a short model card, ``README.md``, where there is none yet
+        (`card.write_card` writes a longer one). Other files in it stay.
+
+        Args:
+            save_directory: the folder; it is made.
+            dtype: as in `save`.
+
+        Returns:
+            the folder.
+
+        Raises:
+            ValueError: as in `save`.
+        """
+        folder = check_output("save_directory", save_directory, folder=True)
+        return self._write_folder(folder, folder.name, dtype)
+
+    def _write_folder(self, folder: Path, name: str, dtype: torch.dtype | None) -> Path:
+        """The same, with the name that its card is to have."""
+        stated = stated_by(self.save(folder / MODEL, dtype))
+        with replacing(folder / CONFIG) as temporary:
+            temporary.write_text(f"{json.dumps(stated, indent=2)}\n", encoding="utf-8")
+        if not (folder / CARD).exists():
+            with replacing(folder / CARD) as temporary:
+                temporary.write_text(self.model_card(name), encoding="utf-8")
+        return folder
+
+    def push_to_hub(self, repo_id: str, *, dtype: torch.dtype | None = None, **commit: Any) -> str:
+        """Put the folder of `save_pretrained` on the Hugging Face hub.
+
+        Args:
+            repo_id: repository, ``owner/name``; it is made if need be.
+            dtype: as in `save`.
+            **commit: ``commit_message``, ``private``, ``token``, ``branch`` and ``create_pr``, as
+                in `hub.upload`.
+
+        Returns:
+            the address of the commit.
+
+        Raises:
+            ValueError: as in `save`, or no name of a repository.
+            OSError: the hub cannot be reached, or refuses.
+        """
+        check_repository(repo_id)
+        with tempfile.TemporaryDirectory() as folder:
+            return upload(self._write_folder(Path(folder), repo_id, dtype), repo_id, **commit)
+
+    def model_card(self, name: str, license: str | None = None, body: str = "") -> str:
+        """A card for the hub: title, how to load the model, and what follows (`hub.card`).
+
+        Args:
+            name: of the repository, or of the folder.
+            license: of the weights, by the hub's name for it, such as "mit".
+            body: the rest of the card, in Markdown.
+        """
+        kind, module = type(self).__name__, type(self).__module__
+        ours = module.startswith(f"{FORMAT}.")
+        home = f"{FORMAT}{ELSEWHERE.get(kind, '')}" if ours else module
+        return card(name, kind, home, self.task, license, body)
+
     @torch.inference_mode(False)
     def load(self, path: str | os.PathLike) -> Self:
         """Load weights into this module, from ``save``'s file or a ``.pt`` state dict.
@@ -424,8 +513,9 @@ class Saveable(nn.Module):
         """Rebuild a saved model, in eval mode, on the CPU.
 
         Args:
-            name: a file of ``save``; the name of a model shipped with the package; or a
-                repository on the Hugging Face hub (``owner/name``) with a ``model.safetensors``.
+            name: a file of `save`; a folder of `save_pretrained`; a repository on the Hugging Face
+                hub (``owner/name``) with such a folder's files; or the name of a model shipped
+                with the package.
         """
         path = find_file(name)
         with reading(path):
@@ -671,6 +761,8 @@ def _hints(init: Callable[..., Any]) -> dict[str, Any]:
 def find_file(name: str | os.PathLike) -> Path:
     """Find a saved model by path, by the name of a shipped one, or on the Hugging Face hub.
 
+    A folder, or a repository, is one of `Saveable.save_pretrained`.
+
     Raises:
         CheckpointError: there is none; says what lies near. Or the file is a training's checkpoint.
     """
@@ -678,22 +770,25 @@ def find_file(name: str | os.PathLike) -> Path:
     if path.is_file():
         _refuse_checkpoint(path)
         return path
+    if path.is_dir():
+        if not (path / MODEL).is_file():
+            raise CheckpointError(
+                f"{path} has no {MODEL}, which the folder of a saved model has; "
+                f"{_near(path / MODEL)}"
+            )
+        _refuse_checkpoint(path / MODEL)
+        _check_config(path / MODEL, path / CONFIG)
+        return path / MODEL
     shipped = Path(str(SHIPPED)) / f"{name}.safetensors"
     if shipped.is_file():
         return shipped
     text = str(name)
     if is_repository(text):
-        from huggingface_hub import hf_hub_download
-
-        try:
-            return Path(
-                hf_hub_download(text, "model.safetensors", local_files_only=without_hub(text))
-            )
-        except Exception as error:
-            raise CheckpointError(
-                f"{text} could not be had from the Hugging Face hub ({type(error).__name__}): "
-                "check the name and the network, or give the path of a local copy"
-            ) from error
+        if (found := hub_file(text, MODEL)) is None:
+            raise not_on_hub(text, MODEL)
+        if (config := hub_file(text, CONFIG)) is not None:
+            _check_config(found, config)
+        return found
     if "/" in text or text.endswith(ENDINGS):
         raise CheckpointError(f"no such model file: {printable(text, 200)}; {_near(path)}")
     known = sorted(p.stem for p in Path(str(SHIPPED)).glob("*.safetensors"))
@@ -701,6 +796,22 @@ def find_file(name: str | os.PathLike) -> Path:
         f"unknown model {shown(text, 200)}: not a file, and the shipped models are {known}; "
         "a hub repository is written owner/name"
     )
+
+
+def _check_config(path: Path, config: Path) -> None:
+    """Refuse a model file of this package beside the configuration of another model."""
+    try:
+        stated = json.dumps(stated_by(path), sort_keys=True)
+    except CheckpointError:
+        return  # whoever reads it says what is wrong with it
+    if not config.is_file():
+        return
+    with reading(config):
+        if json.dumps(json.loads(config.read_text("utf-8")), sort_keys=True) != stated:
+            raise CheckpointError(
+                f"{config} is not what {path} says of itself: one of the two belongs to another "
+                "model; fetch both anew, or delete the first, which is for people alone"
+            )
 
 
 def _refuse_checkpoint(path: Path) -> None:
@@ -733,9 +844,3 @@ def _near(path: Path) -> str:
 
     found = ", ".join(printable(name, 100) for name in sorted(names, key=unlike)[:5])
     return f"in {folder} there {f'are {found}' if found else 'is none'}"
-
-
-def is_repository(name: str) -> bool:
-    """Whether a name can be that of a hub repository, and is not that of a file."""
-    ours = name.startswith((".", "/", "~")) or name.endswith(ENDINGS)
-    return name.count("/") == 1 and not ours

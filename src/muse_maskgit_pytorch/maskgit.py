@@ -158,6 +158,11 @@ class MaskGit(Saveable):
         return self
 
     @property
+    def task(self) -> str:
+        texts = self.transformer.classes is None
+        return "text-to-image" if texts else "unconditional-image-generation"
+
+    @property
     def precision(self) -> Precision:
         """In which precision it generates (`inference.precision.Precision`); not saved with it.
 

@@ -91,6 +91,10 @@ class Muse(Saveable):
         return made
 
     @property
+    def task(self) -> str:
+        return self.base.task
+
+    @property
     def precision(self) -> Precision:
         """In which precision its stages generate (`MaskGit.precision`)."""
         return self.base.precision

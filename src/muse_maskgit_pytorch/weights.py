@@ -25,8 +25,11 @@ from torch.overrides import TorchFunctionMode
 
 from .arguments import printable
 
+ENDINGS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")  # of files that hold weights
 # Tensors may take so many times the bytes of their file, since equal ones are stored once.
 SHARED, FREE = 16, 64 * 2**20
+# What files of torch.save begin with: an archive, before 1.6 a pickle of some protocol.
+PICKLES = (b"PK\x03\x04", *(bytes([0x80, protocol]) for protocol in range(2, 6)))
 
 
 class CheckpointError(ValueError):
@@ -66,6 +69,14 @@ def safetensors_file(path: Path) -> Iterator[Any]:
     """
     if not path.is_file():
         raise CheckpointError(f"no such checkpoint file: {path}")
+    with open(path, "rb") as begin:
+        first = begin.read(9)
+        if first.startswith(PICKLES) and first[8:] not in (b"", b"{"):
+            raise CheckpointError(
+                f"{path} is a pickle (of torch.save), and this must be safetensors: make the model "
+                "with the arguments that its weights are of, read them with model.load(), which "
+                'executes nothing, and write model.save("model.safetensors")'
+            )
     with ExitStack() as stack:
         try:
             file = stack.enter_context(safetensors.safe_open(path, "pt"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from os import PathLike
 from pathlib import Path
@@ -15,16 +14,16 @@ from torch import Tensor
 from ..arguments import as_path, shown, whole
 from ..checkpoint import (
     FORMAT,
+    MODEL,
     _classes,
     find_file,
     how_to_know,
-    is_repository,
     kind_of,
     load_tree,
     rebuild,
     state_of,
 )
-from ..files import without_hub
+from ..hub import hub_file, is_repository
 from ..vqgan_vae import ImageTokenizer
 from ..weights import (
     CheckpointError,
@@ -67,7 +66,8 @@ def load_tokenizer(
             - a ``.safetensors`` of this package: a tokenizer, or a MaskGit, whose tokenizer it is;
             - the same of a Muse, with its stage: ``path:base`` or ``path:superres``;
             - the name of a shipped model, with its stage: ``emoji:base``;
-            - a folder: diffusers' ``VQModel``, taming's or MaskGIT-VQGAN's, perhaps with the
+            - a folder of ``save_pretrained``, with a stage where the model has several;
+            - another folder: diffusers' ``VQModel``, taming's or MaskGIT-VQGAN's, perhaps with the
               part of it that is meant: ``path:vqvae``;
             - the file with the weights in such a folder, its configuration next to it;
             - a repository on the Hugging Face hub with any of these, perhaps with a subfolder or
@@ -93,6 +93,9 @@ def _find(name: str) -> tuple[Path, str | None]:
     if place.is_dir():
         if folder.is_file():
             return folder, None
+        own = place / MODEL
+        if not folder.is_dir() and own.is_file() and _is_own(own):
+            return find_file(place), part
         found = [folder / weights for weights in WEIGHTS if (folder / weights).is_file()]
         found = found or sorted(folder.glob("*.ckpt"))[:2]
         if len(found) == 1 or (found and found[0].suffix != ".ckpt"):
@@ -108,26 +111,13 @@ def _find(name: str) -> tuple[Path, str | None]:
 
 
 def _download(repository: str, part: str) -> tuple[Path, str | None]:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
-
-    local = without_hub(repository)
     candidates = [(f"{part}/{weights}".lstrip("/"), None) for weights in WEIGHTS]
     candidates = [(part, None)] if Path(part).suffix else candidates
     for file, rest in [*candidates, ("model.safetensors", part or None)]:
-        try:
-            path = Path(hf_hub_download(repository, file, local_files_only=local))
-        except EntryNotFoundError:
+        if (path := hub_file(repository, file)) is None:
             continue
-        except Exception as error:
-            raise CheckpointError(
-                f"{repository} could not be had from the Hugging Face hub "
-                f"({type(error).__name__}): check the name and the network"
-            ) from error
         if not _is_own(path):
-            config = str(Path(file).with_name("config.json"))
-            with contextlib.suppress(EntryNotFoundError):  # what needs it says so
-                hf_hub_download(repository, config, local_files_only=local)
+            hub_file(repository, str(Path(file).with_name("config.json")))  # what needs it says so
         return path, rest
     raise CheckpointError(
         f"{repository}{part and ':'}{part} has no weights of a tokenizer on the Hugging Face hub, "

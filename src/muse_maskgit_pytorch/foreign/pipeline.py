@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from ..arguments import as_path, shown, whole
-from ..checkpoint import is_repository, state_of
-from ..files import without_hub
+from ..checkpoint import state_of
+from ..hub import hub_file, is_repository
 from ..weights import CheckpointError, check_weights, reading, sketching, unfilled
 from .amused import MICRO_CONDITIONS, AmusedTransformer
 from .loading import CONFIG_BYTES, WEIGHTS, _read_state, load_tokenizer
@@ -175,18 +175,7 @@ def _find(name: str, file: str) -> Path | None:
     place = as_path(name)
     if place.exists():
         return place / file if (place / file).is_file() else None
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(name, file, local_files_only=without_hub(name)))
-    except EntryNotFoundError:
-        return None
-    except Exception as error:
-        raise CheckpointError(
-            f"{name} could not be had from the Hugging Face hub ({type(error).__name__}): check "
-            "the name and the network, or give the path of a local copy"
-        ) from error
+    return hub_file(name, file)
 
 
 def _config(name: str, file: str) -> tuple[Path, dict[str, Any]]:
@@ -199,7 +188,7 @@ def _config(name: str, file: str) -> tuple[Path, dict[str, Any]]:
     if path is None:
         raise CheckpointError(
             f"{name} has no {file}, which a model in diffusers' layout needs: fetch the whole "
-            "repository (huggingface-cli download), or point at its folder"
+            f"repository (hf download), or point at its folder"
         )
     with reading(path):
         if path.stat().st_size > CONFIG_BYTES:
