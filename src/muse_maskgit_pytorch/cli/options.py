@@ -151,13 +151,53 @@ def bundle_parser() -> Parser:
         help="tokenizers with fine-tuned decoders, for the places of those with the same ids",
     )
     parser.add_argument("--out", type=str, required=True, help="file to write, .safetensors")
+    add_dtype(parser)
+    return parser
+
+
+def push_parser() -> Parser:
+    parser = Parser("muse push", "Write a model's folder with its card, and push it to the hub.")
+    parser.add_argument(
+        "--model",
+        type=str,
+        required=True,
+        help="file, folder or hub repository of a model, a stage or a tokenizer, or shipped model",
+    )
+    parser.add_argument("--out", type=str | None, help="folder to write")
+    parser.add_argument(
+        "--repo", type=str | None, help="repository on the Hugging Face hub to push to, owner/name"
+    )
+    parser.add_argument(
+        "--runs", nargs="*", type=str, default=[], help="results folders of the trainings"
+    )
+    parser.add_argument(
+        "--figures", nargs="*", type=str, default=[], help="JSON files of figures of muse eval"
+    )
+    parser.add_argument(
+        "--pictures", nargs="*", type=str, default=[], help="PNGs to show that this model drew"
+    )
+    parser.add_argument("--license", type=str | None, help="of the weights, such as mit")
+    parser.add_argument(
+        "--limits", nargs="*", type=str, default=[], help="sentences on what it cannot do"
+    )
+    add_dtype(parser)
+    parser.add_argument("--private", type=bool | None, help="a repository that is made is private")
+    parser.add_argument("--message", type=str | None, help="of the commit")
+    parser.add_argument("--branch", type=str | None, help="to commit to, in the place of main")
+    parser.add_argument(
+        "--create_pr", type=bool, default=False, help="propose the commit, instead of making it"
+    )
+    return parser
+
+
+def add_dtype(parser: Parser) -> None:
+    """How weights are stored."""
     parser.add_argument(
         "--dtype",
         type=Literal["float32", "float16", "bfloat16"],
         default="float32",
         help="type of the stored weights; float16 halves the file",
     )
-    return parser
 
 
 # muse edit --------------------------------------------------------------------------------------

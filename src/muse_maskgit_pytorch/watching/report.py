@@ -81,6 +81,16 @@ class Run:
         steps = [curve[-1][0] for curve in self.curves.values()]
         return max([*steps, *(step for step, _ in self.warnings)], default=0)
 
+    @property
+    def seconds(self) -> float:
+        """What its steps took, without validation, pictures and pauses."""
+        speeds = self.curves.get("steps_per_s", [])
+        return sum(
+            (step - before) / speed
+            for (before, _), (step, speed) in pairwise([(0, 0.0), *speeds])
+            if speed > 0
+        )
+
 
 def read_metrics(folder: str | os.PathLike) -> dict[str, Run]:
     """Read the log of a run, stage by stage, in the order in which they began.
@@ -195,12 +205,6 @@ def _figures(run: Run) -> str:
         step, value = pick(curve, key=lambda point: point[1])
         return f"{curve[-1][1]:.4g}<small>best {value:.4g} at {_short(step)}</small>"
 
-    speeds = run.curves.get("steps_per_s", [])
-    seconds = sum(
-        (step - before) / speed
-        for (before, _), (step, speed) in pairwise([(0, 0.0), *speeds])
-        if speed > 0
-    )
     usage, perplexity, psnr, speed = (
         last(name) for name in ("codebook_usage", "codebook_perplexity", "psnr", "steps_per_s")
     )
@@ -209,7 +213,7 @@ def _figures(run: Run) -> str:
     loss, skipped = last("loss"), run.curves.get("skipped_steps", [(0, 0.0)])[-1][1]
     tiles = {
         "steps": f"{run.step:,}",
-        "training time": seconds and f"{_duration(seconds)}",
+        "training time": run.seconds and f"{_duration(run.seconds)}",
         "steps per second": speed and f"{speed:.3g}",
         "validation PSNR, dB": best("valid_psnr", max),
         "training PSNR, dB": psnr is not None and f"{psnr:.4g}",
