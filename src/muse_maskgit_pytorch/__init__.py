@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .muse import Muse
     from .sampling import SampleOptions
     from .structures import Conditioning, LossTerms, SampleStep, TextEmbeds
-    from .text import TextEncoder, TextEncoderError
+    from .text import TextCompute, TextEncoder, TextEncoderError
     from .training.maskgit_trainer import MaskGitTrainer
     from .training.vae_trainer import VQGanVAETrainer
     from .transformer import MaskedTransformer, MaskGitTransformer, SelfCritic, TokenCritic
@@ -51,6 +51,7 @@ _HOMES = {
     "SampleStep": "structures",
     "SelfCritic": "transformer",
     "TextEmbeds": "structures",
+    "TextCompute": "text",
     "TextEncoder": "text",
     "TextEncoderError": "text",
     "TokenCache": "data.cache",

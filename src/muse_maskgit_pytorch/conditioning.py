@@ -21,7 +21,7 @@ from .arguments import as_tensor, as_text, plain, shown, whole
 from .geometry import Geometry, ImageSize, Size
 from .images import resize
 from .structures import Conditioning, TextEmbeds
-from .text import ClassLabels, LongTexts, TextEncoder
+from .text import ClassLabels, LongTexts, TextCompute, TextEncoder
 from .vqgan_vae import ImageTokenizer
 
 
@@ -35,6 +35,7 @@ class Conditioner:
         geometry: of the stage.
         cond_vae: tokenizer of the low-resolution images; None for a base.
         device: of the results.
+        compute: how texts are encoded.
     """
 
     reader: Callable[[], TextEncoder | ClassLabels]
@@ -42,6 +43,7 @@ class Conditioner:
     geometry: Geometry
     cond_vae: ImageTokenizer | None
     device: torch.device
+    compute: TextCompute
 
     def embed_texts(
         self,
@@ -68,9 +70,14 @@ class Conditioner:
             text = check_embeds(text_embeds, allow_empty or classes == ()).to(self.device)
             return TextEmbeds(text.embeds.float(), text.mask)
         texts = check_texts(texts, allow_empty or classes == (), classes)
+        compute = self.compute
         encoder = self.reader()
+        if compute.precision != "float32":
+            encoder = encoder.at(compute.precision)
         distinct = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-        text = encoder.encode([*distinct], self.device, long)
+        text = encoder.encode([*distinct], compute.device or self.device, long).to(self.device)
+        if compute.free:
+            encoder.free()
         seen = torch.tensor([bool(text.strip()) for text in distinct], device=self.device)
         text = TextEmbeds(text.embeds, text.mask & seen[:, None])
         if len(distinct) == len(texts):

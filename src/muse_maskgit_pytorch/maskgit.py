@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from .arguments import as_tensor, one_of, real
+from .arguments import as_tensor, fitting, one_of, real
 from .checkpoint import Saveable
 from .conditioning import Conditioner, check_pixels, one_each
 from .cross_entropy import TINY, cross_entropy
@@ -23,13 +23,14 @@ from .geometry import Geometry, ImageSize
 from .inference.compiling import compiled
 from .inference.graphs import GRAPHS, by_graphs
 from .inference.precision import Precision, prepared, resolved, rows_at_once
+from .linears import check_available
 from .masking import IGNORE_INDEX, ScheduleFunction, check_schedule, draw_mask, mask_tokens
 from .presets import find_preset, make_presets
 from .sampling import Callback, Denoiser, SampleOptions, Step, choose_tokens, sample_tokens
 from .sampling.contract import same_as_before
 from .sampling.loop import plain_step
 from .structures import Conditioning, LossTerms, MaskedTokens, Schedule, TextEmbeds
-from .text import LongTexts, TextEncoder
+from .text import LongTexts, TextCompute, TextEncoder
 from .transformer import MaskedTransformer, SelfCritic, TokenCritic
 from .vqgan_vae import ImageTokenizer
 
@@ -145,6 +146,7 @@ class MaskGit(Saveable):
         steps = 8 if cond_image_size else 24
         self.own_encoder: TextEncoder | None = None  # with an adapter (`lora`), not in its file
         self._precision: Precision = "float32"
+        self._text_compute = TextCompute()
         self._compile: dict[str, Any] | None = None
         self.presets = make_presets(sample_options or {}, presets or {}, steps)
         self.default_options = self.presets["default"]
@@ -177,6 +179,20 @@ class MaskGit(Saveable):
         one_of("precision", precision, Precision)
         resolved(precision, self.device)
         self._precision = precision
+
+    @property
+    def text_compute(self) -> TextCompute:
+        """How its texts are encoded: precision, device, and whether the encoder is kept.
+
+        Not saved with it.
+        """
+        return self._text_compute
+
+    @text_compute.setter
+    def text_compute(self, compute: TextCompute) -> None:
+        compute = fitting("text_compute", compute, TextCompute)
+        check_available(compute.precision, torch.device(compute.device or self.device))
+        self._text_compute = compute
 
     def compile(self, **options: Any) -> None:
         """Compile the loss, each sampling step and decoding, from their next use on.
@@ -223,9 +239,11 @@ class MaskGit(Saveable):
     @property
     def conditioner(self) -> Conditioner:
         """What makes this stage's conditioning, from its present parts."""
-        reader = self.transformer.text_reader if self.own_encoder is None else self._own_reader
+        reader, compute = self.transformer.text_reader, self.text_compute
+        if self.own_encoder is not None:
+            reader, compute = self._own_reader, TextCompute(device=compute.device)
         classes = self.transformer.classes
-        return Conditioner(reader, classes, self.geometry, self.cond_vae, self.device)
+        return Conditioner(reader, classes, self.geometry, self.cond_vae, self.device, compute)
 
     def check_saveable(self, state: Mapping[str, Tensor] | None = None) -> None:
         """See `Saveable.check_saveable`."""

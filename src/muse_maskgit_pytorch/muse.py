@@ -25,10 +25,11 @@ from .images import to_pil
 from .inference.precision import Precision
 from .lora import TEXT, Lora
 from .maskgit import MaskGit
-from .provenance import Record, attach, fingerprint, read_records, warn_of_other_bits
+from .provenance import Record, attach, fingerprint, made_on, read_records, warn_of_other_bits
 from .request import Drawn, Request
 from .sampling import Callback, SampleOptions, Step, known_fields
 from .structures import SampleStep, TextEmbeds
+from .text import TextCompute
 
 
 class Muse(Saveable):
@@ -103,6 +104,16 @@ class Muse(Saveable):
     def precision(self, precision: Precision) -> None:
         for stage in self.stages.values():
             stage.precision = precision
+
+    @property
+    def text_compute(self) -> TextCompute:
+        """How its stages encode texts (`MaskGit.text_compute`)."""
+        return self.base.text_compute
+
+    @text_compute.setter
+    def text_compute(self, compute: TextCompute) -> None:
+        for stage in self.stages.values():
+            stage.text_compute = compute
 
     def compile(self, **options: Any) -> None:
         """Compile its stages (`MaskGit.compile`)."""
@@ -359,7 +370,8 @@ class Muse(Saveable):
         """PIL images; they carry the record of how they were drawn if that is known."""
         pictures = to_pil(drawn.images)
         if drawn.has_record:
-            attach(pictures, drawn, self.fingerprint, self.device, self.precision, self.loras)
+            made_by = made_on(self.device, self.precision, self.text_compute.precision, self.loras)
+            attach(pictures, drawn, self.fingerprint, made_by)
         return pictures
 
     @property
@@ -396,7 +408,8 @@ class Muse(Saveable):
         records = [record.allowing(large) for record in records]
         for record in records:  # before any work
             record.check(self, name)
-        warn_of_other_bits(records, self.device, name, self.precision)
+        made_by = made_on(self.device, self.precision, self.text_compute.precision)
+        warn_of_other_bits(records, made_by, name)
         pictures = []
         for record in records:
             batch = self.pictures(self.draw(record.request, callback))

@@ -9,7 +9,7 @@ In the file it is one JSON document in an uncompressed iTXt chunk named "muse", 
 
     {"format": "muse_maskgit_pytorch picture", "version": 2, "drawings": [
         {"model": fingerprint, "made_by": {"package": ..., "torch": ..., "device": ...,
-         "threads": ...},
+         "threads": ..., ...},
          "prompts": [...], "negative_prompts": [...] or null,
          "options": {"base": {field of SampleOptions: value}, "superres": {...}}, "rows": [0],
          "image_size": [height, width], "edit": {"kind": ..., setting: value} or null}]}
@@ -39,6 +39,7 @@ from .images import read_record, record_of, set_record
 from .inference.precision import Precision, resolved
 from .request import MAX_ROWS, Drawn, Request
 from .sampling import SampleOptions, upgraded
+from .text import TextPrecision
 
 FORMAT, VERSION = "muse_maskgit_pytorch picture", 2
 # Arguments of a model that decide no picture: a record has the options that were used. ff_dim says
@@ -80,7 +81,8 @@ class Record:
         request: the call, with its whole batch.
         rows: which pictures of the batch are shown, 0-based.
         model: `fingerprint` of the model.
-        made_by: "package" and "torch", the versions, "device", its type, "precision", on a CPU
+        made_by: "package" and "torch", the versions, "device", its type, "precision" and
+            "text_precision", those of the model and of its text encoder, on a CPU
             "threads", their number: it decides the order of sums, and so single pixels; and "lora",
             the adapters, where there were any.
         version: of the format in which it was written.
@@ -187,12 +189,9 @@ def attach(
     pictures: Sequence[Image.Image],
     drawn: Drawn,
     model: str,
-    device: torch.device,
-    precision: Precision = "float32",
-    loras: Sequence[str] = (),
+    made_by: dict[str, str],
 ) -> None:
     """Give the pictures of a whole batch their records, for `save_png` to write."""
-    made_by = made_on(device, precision) | ({"lora": "; ".join(loras)} if loras else {})
     for row, picture in enumerate(pictures):
         set_record(picture, to_json([Record(drawn.request, (row,), model, made_by)]))
 
@@ -211,27 +210,35 @@ def attach_to_sheet(sheet: Image.Image, pictures: Sequence[Image.Image]) -> None
     set_record(sheet, to_json(joined))
 
 
-def made_on(device: torch.device, precision: Precision = "float32") -> dict[str, str]:
+def made_on(
+    device: torch.device,
+    precision: Precision = "float32",
+    text_precision: TextPrecision = "float32",
+    loras: Sequence[str] = (),
+) -> dict[str, str]:
     """What else the bits of a picture depend on."""
     made = {"package": __version__, "torch": str(torch.__version__), "device": device.type}
-    made["precision"] = resolved(precision, device)
+    made["precision"], made["text_precision"] = resolved(precision, device), text_precision
+    if loras:
+        made["lora"] = "; ".join(loras)
     if device.type == "cpu":
         made["threads"] = str(torch.get_num_threads())
     return made
 
 
 def warn_of_other_bits(
-    records: Sequence[Record],
-    device: torch.device,
-    source: str | PathLike[str],
-    precision: Precision = "float32",
+    records: Sequence[Record], here: Mapping[str, str], source: str | PathLike[str]
 ) -> None:
     """Warn where single pixels may differ, since other arithmetic drew them.
 
-    Records of earlier versions say neither the number of threads nor the precision.
+    Records of earlier versions say neither the number of threads nor the precisions.
+
+    Args:
+        records: of the pictures.
+        here: what they would depend on now (`made_on`).
+        source: of the records, for the message.
     """
-    here = made_on(device, precision)
-    for name in ("device", "torch", "threads", "precision"):
+    for name in ("device", "torch", "threads", "precision", "text_precision"):
         there = {record.made_by.get(name, here.get(name)) for record in records}
         if name in here and (others := there - {here[name]}):
             warnings.warn(

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import difflib
 import functools
+import gc
 import json
 import math
 import re
@@ -23,6 +24,7 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -31,11 +33,13 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from .arguments import one_of, shown, whole
-from .devices import arithmetic
+from .devices import arithmetic, pick_device
 from .files import digest_file, without_hub
+from .linears import check_available, lower
 from .structures import TextEmbeds
 
 LongTexts = Literal["cut", "windows"]
+TextPrecision = Literal["float32", "bfloat16", "int8"]
 
 DEFAULT_TEXT_ENCODER = "google/t5-v1_1-base"
 KEPT_BYTES = 32 * 2**20  # of states that are kept, for prompts that come again
@@ -122,18 +126,32 @@ def _at_hand(name: str) -> str:
     return f"; at hand is {installed[0]!r}" if installed else ""
 
 
-def _of_package(folder: Path) -> tuple[Any, Any, int | None, Callable[[str], str]]:
-    """As `_of_transformers`, of what `packaged_copy` found."""
-    from .minilm import MiniLM, Reader, name_in_hub
+def _reader(name: str) -> tuple[Any, int | None]:
+    """A caption tokenizer, and for how many tokens its encoder has positions."""
+    if folder := packaged_copy(name):
+        from .minilm import Reader
 
-    model = MiniLM(folder)
-    return Reader(folder), model, model.position.num_embeddings, name_in_hub
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return Reader(folder), config["max_position_embeddings"]
+    from transformers import AutoConfig, AutoTokenizer
+
+    config = _from_hub(AutoConfig.from_pretrained, name)
+    tokenizer = _from_hub(AutoTokenizer.from_pretrained, name)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"  # the places of a text's tokens hold in any batch
+    config = getattr(config, "text_config", config)
+    return tokenizer, getattr(config, "max_position_embeddings", None)
 
 
-def _of_transformers(name: str) -> tuple[Any, Any, int | None, Callable[[str], str]]:
-    """Tokenizer, model, for how many tokens it has positions, and what its layers are called."""
+def _weights(name: str) -> tuple[Any, Callable[[str], str]]:
+    """An encoder, and what its layers are called in transformers' own class."""
+    if folder := packaged_copy(name):
+        from .minilm import MiniLM, name_in_hub
+
+        return MiniLM(folder), name_in_hub
     import transformers
-    from transformers import AutoConfig, AutoModel, AutoTokenizer
+    from transformers import AutoConfig, AutoModel
 
     config = _from_hub(AutoConfig.from_pretrained, name)
     # encoder-decoder and two-tower models have a class that loads the text encoder alone
@@ -144,18 +162,12 @@ def _of_transformers(name: str) -> tuple[Any, Any, int | None, Callable[[str], s
         "clip": "CLIPTextModel",
     }
     model_class = getattr(transformers, alone.get(config.model_type, ""), AutoModel)
-    tokenizer = _from_hub(AutoTokenizer.from_pretrained, name)
     model = _from_hub(model_class.from_pretrained, name)
     whole, prefix = model, ""
     if getattr(config, "is_encoder_decoder", False) and hasattr(model, "get_encoder"):
         model = model.get_encoder()
         prefix = next(f"{name}." for name, part in whole.named_modules() if part is model)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "right"  # the places of a text's tokens hold in any batch
-    config = getattr(config, "text_config", config)
-    limit = getattr(config, "max_position_embeddings", None)
-    return tokenizer, model, limit, functools.partial(str.__add__, prefix)
+    return model, functools.partial(str.__add__, prefix)
 
 
 @functools.cache
@@ -171,38 +183,122 @@ def embed_dim(name: str) -> int:
     return getattr(config, "d_model", None) or config.hidden_size
 
 
+@dataclass(frozen=True)
+class TextCompute:
+    """How texts are encoded, chosen apart from the model that reads their states.
+
+    An encoder with an adapter (`lora`) always computes in float32, and keeps its weights.
+
+    Attributes:
+        precision: of the products in the encoder's linear layers, as of `TextEncoder`.
+        device: where to encode; None: where the model is.
+        free: give the weights' memory back after encoding. The next text that is not the same as a
+            recent one loads them again.
+
+    Raises:
+        ValueError: an unknown precision, or a device that there is not.
+    """
+
+    precision: TextPrecision = "float32"
+    device: str | None = None
+    free: bool = False
+
+    def __post_init__(self) -> None:
+        one_of("precision", self.precision, TextPrecision)
+        if self.device is not None:
+            check_available(self.precision, pick_device(self.device))
+
+
 class TextEncoder:
     """A frozen encoder and its caption tokenizer. Not a module: it is not part of a checkpoint.
+
+    The weights are loaded when the first text is encoded.
 
     Args:
         name: Hugging Face name or local path.
         max_text_len: what is read at once, in tokens, or fewer where the encoder has no
             positions for so many.
-
-    Attributes:
-        model: its weights.
-        name_in_hub: what a layer of ``model`` is called in transformers' own class.
+        precision: of the products in its linear layers, whose weights are held in it. "bfloat16"
+            and "int8" (through torchao on a GPU) take a half and a quarter of the memory; all else
+            is float32, and so are the states.
 
     Raises:
-        TextEncoderError: the weights cannot be had.
+        TextEncoderError: the tokenizer cannot be had.
     """
 
-    def __init__(self, name: str = DEFAULT_TEXT_ENCODER, max_text_len: int = 256):
-        self.name = name
+    def __init__(
+        self,
+        name: str = DEFAULT_TEXT_ENCODER,
+        max_text_len: int = 256,
+        precision: TextPrecision = "float32",
+    ):
+        self.name, self.precision = name, one_of("precision", precision, TextPrecision)
         with _having(name):
-            folder = packaged_copy(name)
-            read = _of_transformers(name) if folder is None else _of_package(folder)
-        self.tokenizer, self.model, limit, self.name_in_hub = read
-        self.model.float().eval().requires_grad_(False)  # some files hold half precision
+            self.tokenizer, limit = self._read_tokenizer()
         self.max_text_len = min(max_text_len, limit or max_text_len)
         # fast tokenizers keep their settings in one place, and the model moves between devices
         self._lock = threading.RLock()
         self._kept: OrderedDict[tuple[Any, ...], TextEmbeds] = OrderedDict()
+        self._loaded: tuple[Any, Callable[[str], str]] | None = None
+        self._lowered: torch.device | None = None  # where its layers of lower precision are
+        self._in: dict[str, TextEncoder] = {self.precision: self}
+        self._is_copy = False
+
+    def _read_tokenizer(self) -> tuple[Any, int | None]:
+        """The tokenizer, and for how many tokens the encoder has positions."""
+        return _reader(self.name)
+
+    def _read_weights(self) -> tuple[Any, Callable[[str], str]]:
+        """The encoder, and what a layer of it is called in transformers' own class."""
+        return _weights(self.name)
+
+    def _load(self) -> tuple[Any, Callable[[str], str]]:
+        with self._lock:
+            if self._loaded is None:
+                with _having(self.name):
+                    model, names = self._read_weights()
+                # some files hold half precision
+                self._loaded = model.float().eval().requires_grad_(False), names
+            return self._loaded
+
+    @property
+    def model(self) -> Any:
+        """Its weights.
+
+        Raises:
+            TextEncoderError: they cannot be had.
+        """
+        return self._load()[0]
+
+    def name_in_hub(self, layer: str) -> str:
+        """What a layer of ``model`` is called in transformers' own class."""
+        return self._load()[1](layer)
+
+    def at(self, precision: TextPrecision) -> TextEncoder:
+        """The same encoder in another precision: with weights of its own, and made once."""
+        with self._lock:
+            if precision not in self._in:
+                made = self._in[precision] = copy.copy(self)
+                made.precision = one_of("precision", precision, TextPrecision)
+                made._loaded, made._lowered, made._kept = None, None, OrderedDict()
+            return self._in[precision]
+
+    def free(self) -> None:
+        """Give the weights' memory back, until the next text is encoded that is not kept.
+
+        A copy, whose weights are no longer those of a file, keeps them.
+        """
+        with self._lock:
+            if not self._is_copy:
+                self._loaded = self._lowered = None
+                gc.collect()  # transformers' networks refer to themselves
 
     def __deepcopy__(self, memo: Any) -> TextEncoder:
         """The same with weights of its own, for an adapter (`lora`); the tokenizer is shared."""
         made = copy.copy(self)
-        made.model, made._kept = copy.deepcopy(self.model), OrderedDict()
+        made._loaded, made._kept = copy.deepcopy(self._load()), OrderedDict()
+        made._in, made._is_copy = {}, True
+        made._in[made.precision] = made
         return made
 
     def forget(self) -> None:
@@ -212,7 +308,8 @@ class TextEncoder:
     @property
     def is_trained(self) -> bool:
         """Whether it has weights that require gradients; `encode` then passes these on."""
-        return any(parameter.requires_grad for parameter in self.model.parameters())
+        loaded = self._loaded
+        return loaded is not None and any(p.requires_grad for p in loaded[0].parameters())
 
     def encode(
         self,
@@ -305,12 +402,19 @@ class TextEncoder:
 
     def _compute(self, texts: list[str], device: torch.device | str) -> TextEmbeds:
         tokens = self._tokens(texts, padding="longest", return_tensors="pt").to(device)
-        self.model.to(device)
+        model = self._on(torch.device(device))
         with torch.autocast(torch.device(device).type, enabled=False):
-            output = self.model(
-                input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
-            )
+            output = model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
         return TextEmbeds(output.last_hidden_state.float(), tokens["attention_mask"].bool())
+
+    def _on(self, device: torch.device) -> Any:
+        """The encoder on a device, in its precision."""
+        if self._lowered not in (None, device):  # laid out for the other device
+            self.free()
+        if self.precision != "float32" and self._lowered is None:
+            lower(self.model, self.precision, device)
+            self._lowered = device
+        return self.model.to(device)
 
     def _tokens(self, texts: list[str] | str, **more):
         return self.tokenizer(texts, truncation=True, max_length=self.max_text_len, **more)
@@ -405,33 +509,37 @@ class PooledTextEncoder(TextEncoder):
     """
 
     def __init__(self, name: str, max_text_len: int = 77):
-        with _having(name):
-            from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+        super().__init__(name, max_text_len)
 
-            load = functools.partial(CLIPTokenizer.from_pretrained, subfolder="tokenizer")
-            self.tokenizer = _from_hub(load, name)
-            load = functools.partial(
-                CLIPTextModelWithProjection.from_pretrained, subfolder="text_encoder"
-            )
-            try:
-                self.model = _from_hub(load, name)
-            except TextEncoderError:  # perhaps there is half precision alone
-                self.model = _from_hub(functools.partial(load, variant="fp16"), name)
-        self.name = name
-        self.name_in_hub: Callable[[str], str] = lambda layer: layer
-        self.model.float().eval().requires_grad_(False)
-        limits = self.tokenizer.model_max_length, self.model.config.max_position_embeddings
-        self.max_text_len = min(max_text_len, *limits)
-        self._lock, self._kept = threading.RLock(), OrderedDict()
+    def _read_tokenizer(self) -> tuple[Any, int | None]:
+        from transformers import CLIPTextConfig, CLIPTokenizer
+
+        load = functools.partial(CLIPTokenizer.from_pretrained, subfolder="tokenizer")
+        tokenizer = _from_hub(load, self.name)
+        load = functools.partial(CLIPTextConfig.from_pretrained, subfolder="text_encoder")
+        limit = _from_hub(load, self.name).max_position_embeddings
+        return tokenizer, min(tokenizer.model_max_length, limit)
+
+    def _read_weights(self) -> tuple[Any, Callable[[str], str]]:
+        from transformers import CLIPTextModelWithProjection
+
+        load = functools.partial(
+            CLIPTextModelWithProjection.from_pretrained, subfolder="text_encoder"
+        )
+        try:
+            model = _from_hub(load, self.name)
+        except TextEncoderError:  # perhaps there is half precision alone
+            model = _from_hub(functools.partial(load, variant="fp16"), self.name)
+        return model, lambda layer: layer
 
     def _encode_long(self, texts: list[str], device: torch.device | str, long: str) -> TextEmbeds:
         return super()._encode_long(texts, device, "cut")
 
     def _compute(self, texts: list[str], device: torch.device | str) -> TextEmbeds:
         tokens = self._tokens(texts, padding="max_length", return_tensors="pt").to(device)
-        self.model.to(device)
+        model = self._on(torch.device(device))
         with torch.autocast(torch.device(device).type, enabled=False):
-            output = self.model(input_ids=tokens["input_ids"], output_hidden_states=True)
+            output = model(input_ids=tokens["input_ids"], output_hidden_states=True)
         parts = [output.text_embeds[:, None].float(), output.hidden_states[-2].float()]
         width = max(part.shape[-1] for part in parts)
         wide = [torch.nn.functional.pad(part, (0, width - part.shape[-1])) for part in parts]
@@ -471,6 +579,13 @@ class ClassLabels:
 
     def __init__(self, names: Sequence[str]):
         self.name, self.names = "classes", list(names)
+
+    def at(self, precision: TextPrecision) -> ClassLabels:
+        """Itself: there is nothing to multiply."""
+        return self
+
+    def free(self) -> None:
+        """Nothing: it has no weights."""
 
     def encode(
         self,

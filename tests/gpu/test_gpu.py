@@ -12,7 +12,7 @@ from muse_maskgit_pytorch import Muse, SampleOptions, VQGanVAETrainer, maskgit, 
 from muse_maskgit_pytorch import testing as tiny
 from muse_maskgit_pytorch.images import to_pil
 from muse_maskgit_pytorch.inference.graphs import Graphs
-from muse_maskgit_pytorch.inference.precision import available
+from muse_maskgit_pytorch.linears import available
 from muse_maskgit_pytorch.sampling import make_plan, sample_tokens, step
 
 DEVICE = "cuda"

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from muse_maskgit_pytorch import Muse, TokenCritic, layers
+from muse_maskgit_pytorch import Muse, TokenCritic, layers, linears
 from muse_maskgit_pytorch import testing as tiny
 from muse_maskgit_pytorch.inference import precision
 from muse_maskgit_pytorch.inference.precision import PLACES
@@ -200,7 +200,7 @@ def test_full_attention_states_nothing():
 def test_copies_in_other_precisions(kind: Any, most: float, monkeypatch):
     costs = {f"{name}, {place}": 9.0 for name in ("packed", "bfloat16") for place in PLACES}
     monkeypatch.setattr(precision, "products", lambda device: costs)
-    monkeypatch.setattr(precision, "available", lambda device: ["bfloat16", "int8"])
+    monkeypatch.setattr(linears, "available", lambda device: ["bfloat16", "int8"])
     network = model(dim=128, dim_head=16).eval()
     ids, context = tiny.ids(num_tokens=70), network.encode_context(given((7, 10)))
     fast = precision.prepared(network, kind)

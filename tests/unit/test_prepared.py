@@ -11,18 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from muse_maskgit_pytorch import Muse, save_png
+from muse_maskgit_pytorch import Muse, linears, save_png
 from muse_maskgit_pytorch import testing as tiny
 from muse_maskgit_pytorch.inference import precision as module
-from muse_maskgit_pytorch.inference.precision import (
-    Bfloat16Linear,
-    Int8Linear,
-    PackedLinear,
-    available,
-    prepared,
-    products,
-    resolved,
-)
+from muse_maskgit_pytorch.inference.precision import prepared, products, resolved
+from muse_maskgit_pytorch.linears import Bfloat16Linear, Int8Linear, PackedLinear, available
 
 CPU = torch.device("cpu")
 # packed products pay everywhere, and bfloat16 is there
@@ -33,7 +26,7 @@ COSTS |= {"plain, head": 50, "packed, head": 80, "bfloat16, head": 300, "int8, h
 @pytest.fixture(autouse=True)
 def _costs(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(module, "products", lambda device: COSTS)
-    monkeypatch.setattr(module, "available", lambda device: ["float32", "bfloat16", "int8"])
+    monkeypatch.setattr(linears, "available", lambda device: ["float32", "bfloat16", "int8"])
     with torch.no_grad():
         yield
 
@@ -146,7 +139,7 @@ def test_torchao_layers():
     """What a GPU computes with, on a CPU."""
     plain = nn.Linear(64, 32)
     x = torch.randn(3, 20, 64)
-    layer = module.TorchaoLinear(plain, "int8")
+    layer = linears.TorchaoLinear(plain, "int8")
     assert layer(x).dtype == torch.bfloat16
     assert apart(layer(x).float(), plain(x)) < 0.03
     assert layer(x[:0]).shape == (0, 20, 32)
@@ -170,7 +163,7 @@ def test_what_a_gpu_has(monkeypatch):
         (True, (8, 6), ["int8"]),
         (True, (8, 9), ["int8", "float8"]),
     ):
-        monkeypatch.setattr(module, "_torchao", lambda there=there: there)
+        monkeypatch.setattr(linears, "has_torchao", lambda there=there: there)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, had=capability: had)
         assert available(gpu) == ["float32", "bfloat16", *expected]
         if "float8" not in expected:
@@ -228,7 +221,7 @@ def test_precisions_that_there_are_not(monkeypatch):
     model = tiny.maskgit()
     with pytest.raises(ValueError, match=r"precision must be one of .*bfloat16.* not 'fp8'"):
         model.precision = "fp8"
-    monkeypatch.setattr(module, "available", lambda device: ["float32"])
+    monkeypatch.setattr(linears, "available", lambda device: ["float32"])
     with pytest.raises(ValueError, match=r"'int8' is not to be had on this cpu.*\['float32'\]"):
         model.precision = "int8"
     assert model.precision == "float32"

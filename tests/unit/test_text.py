@@ -1,8 +1,10 @@
 """Text encoders: T5, BERT and CLIP in the hub's format, and what happens without them."""
 
+import copy
 import io
 import shutil
 import warnings
+import weakref
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from muse_maskgit_pytorch import MaskGitTransformer, TextEncoder, TextEncoderError
+from muse_maskgit_pytorch import (
+    MaskGitTransformer,
+    Muse,
+    TextCompute,
+    TextEncoder,
+    TextEncoderError,
+    linears,
+)
+from muse_maskgit_pytorch import testing as tiny
 from muse_maskgit_pytorch import text as module
+from muse_maskgit_pytorch.images import record_of
+from muse_maskgit_pytorch.provenance import from_json
 from muse_maskgit_pytorch.text import embed_dim, get_text_encoder
 from tests import hub
 
@@ -478,3 +490,84 @@ def test_code_that_a_model_brings_along_never_runs(t5, tmp_path, monkeypatch):
     with pytest.raises(TextEncoderError, match="wants to run code of its own"):
         embed_dim(str(folder))
     assert not mark.exists()
+
+
+def apart(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).norm() / other.norm())
+
+
+@pytest.mark.parametrize("precision, most", [("bfloat16", 0.02), ("int8", 0.06)])
+def test_states_in_other_precisions(encoder, precision, most, monkeypatch):
+    monkeypatch.setattr(linears, "available", lambda _: ["float32", "bfloat16", "int8"])
+    if precision == "int8" and not linears.works(linears.Int8Linear):
+        pytest.skip("oneDNN has no products of 8-bit integers here")
+    low, plain = encoder.at(precision).encode(TEXTS), encoder.encode(TEXTS)
+    assert low.embeds.dtype == torch.float32
+    assert torch.equal(low.mask, plain.mask)
+    seen = plain.mask
+    assert 0 < apart(low.embeds[seen], plain.embeds[seen]) < most
+    kinds = {type(part) for part in encoder.at(precision).model.modules()}
+    assert linears.SameTypeLinear in kinds
+    assert linears.SameTypeLinear not in {type(part) for part in encoder.model.modules()}
+
+
+def test_one_encoder_for_each_precision(encoder):
+    low = encoder.at("bfloat16")
+    assert encoder.at("float32") is low.at("float32") is encoder
+    assert low.at("bfloat16") is encoder.at("bfloat16") is low
+    assert low.tokenizer is encoder.tokenizer
+
+
+def test_weights_come_with_the_first_text_and_go_on_request(t5, monkeypatch):
+    encoder = TextEncoder(t5)
+    loaded: list[str] = []
+    read = module._weights
+    monkeypatch.setattr(module, "_weights", lambda name: loaded.append(name) or read(name))
+    encoder.words("a red car")
+    assert not loaded
+    first = encoder.encode("a red car")
+    kept = weakref.ref(encoder.model)
+    encoder.free()
+    assert kept() is None
+    assert torch.equal(encoder.encode("a red car").embeds, first.embeds)
+    assert len(loaded) == 1  # the states of recent texts are kept
+    encoder.encode("a cat")
+    assert len(loaded) == 2
+
+
+def test_a_copy_is_not_freed(t5):
+    made = copy.deepcopy(TextEncoder(t5))
+    with torch.no_grad():
+        made.model.embed_tokens.weight.add_(1)
+    before = made.encode("a cat").embeds
+    made.free()
+    made.forget()
+    assert torch.equal(made.encode("a cat").embeds, before)
+
+
+def test_how_texts_are_encoded_is_checked(monkeypatch):
+    with pytest.raises(ValueError, match=r"precision must be one of .*'float16'"):
+        TextCompute("float16")  # type: ignore
+    with pytest.raises(ValueError, match="'nowhere' cannot be used"):
+        TextCompute(device="nowhere")
+    monkeypatch.setattr(linears, "available", lambda device: ["float32"])
+    with pytest.raises(ValueError, match=r"'bfloat16' is not to be had on this cpu.*\['float32'\]"):
+        TextCompute("bfloat16", "cpu")
+
+
+def test_a_model_says_how_its_texts_are_encoded(t5, monkeypatch):
+    monkeypatch.setattr(linears, "available", lambda _: ["float32", "bfloat16"])
+    muse = Muse(tiny.maskgit(tiny.transformer(t5_name=t5, text_embed_dim=None))).eval()
+    plain = muse.base.embed_texts(["a cat"])
+    muse.text_compute = TextCompute("bfloat16", "cpu", free=True)
+    low = muse.base.embed_texts(["a cat"])
+    assert 0 < apart(low.embeds, plain.embeds) < 0.02
+    reader = muse.base.transformer.text_reader()
+    assert isinstance(reader, TextEncoder)
+    assert reader.at("bfloat16")._loaded is None
+    record = record_of(muse("a cat", seeds=1, timesteps=1)[0])
+    [found] = from_json(record or "", "it")
+    assert found.made_by["text_precision"] == "bfloat16"
+    muse.text_compute = TextCompute()
+    with pytest.warns(UserWarning, match="drawn with text_precision bfloat16, this is float32"):
+        muse.like(found)

@@ -12,6 +12,7 @@ from ..data.folder import open_source
 from ..data.pixels import View
 from ..loading import open_stage
 from ..maskgit import MaskGit
+from ..text import TextCompute
 from ..training.parallel import Parallel
 from ..watching.run_file import leaves
 from .options import maskgit_parser
@@ -26,6 +27,8 @@ def cache(parser: Parser, argv: list[str]) -> None:
         raise ValueError("--flip mirrors crops, and there are none: say how many, --crops 2")
     parallel = Parallel("no")
     models = [_open(name).to(parallel.device).eval() for name in config.model]
+    for model in models:
+        model.text_compute = TextCompute(config.text_precision, config.text_device)
     size = max(model.image_size for model in models)
     low = [model.cond_image_size or model.image_size for model in models]
     cond_size = min(low) if min(low) < size and not config.crops else None

@@ -15,10 +15,12 @@ from tqdm.auto import tqdm
 from ..arguments import as_path, printable
 from ..files import check_output
 from ..loading import open_model
+from ..maskgit import MaskGit
 from ..muse import Muse
 from ..request import Request
 from ..sampling import per_row
 from ..structures import SampleStep
+from ..text import TextCompute
 from .options import SHIPPED_MODEL
 from .parser import stated
 
@@ -55,10 +57,22 @@ def open_drawing_model(config: Namespace) -> Muse:
     """
     model = open_model(config.model, config.device)
     load_loras(model, config.lora)
-    model.precision = config.precision
+    set_precision(model, config)
     if model.superres is None and stated(config.superres):
         raise ValueError(f"--superres options given, but {config.model!r} has no such stage")
     return model
+
+
+def set_precision(model: Muse | MaskGit, config: Namespace) -> None:
+    """How it computes, by the options of `add_sampling`.
+
+    Raises:
+        ValueError: a precision or a device that there is not.
+    """
+    model.precision = config.precision
+    model.text_compute = TextCompute(
+        config.text_precision, config.text_device, config.free_text_encoder
+    )
 
 
 def load_loras(model: Muse, names: Sequence[str]) -> None:

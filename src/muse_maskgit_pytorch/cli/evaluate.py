@@ -35,7 +35,7 @@ from ..loading import open_model, open_stage
 from ..muse import Muse
 from ..vqgan_vae import ImageTokenizer
 from ..watching.eval_page import write_eval_page
-from .drawing import announce, load_loras, note
+from .drawing import announce, load_loras, note, set_precision
 from .parser import Parser, stated
 
 SHEET = 8  # images on it
@@ -161,7 +161,7 @@ def _drawer(config: Namespace, part: Part) -> Drawer:
             raise ValueError(f"--superres options given, but {config.model!r} has no such stage")
         load_loras(model, config.lora)
         stages = model.options(config.preset)
-    model.precision = config.precision
+    set_precision(model, config)
     options = {name: usual.replace(**stated(config[name])) for name, usual in stages.items()}
     return Drawer(part, model, options, config.negative, config.image_size, config.large)
 

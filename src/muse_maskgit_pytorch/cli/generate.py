@@ -30,6 +30,7 @@ from ..provenance import (
     Record,
     attach_to_sheet,
     from_json,
+    made_on,
     read_records,
     warn_of_other_bits,
 )
@@ -275,7 +276,8 @@ def _again(like: list[Record], prompts: list[str], config: Namespace, model: Mus
             changes[name] = preset | changes[name]
     given = prompts, negatives is not None, seeds is not None, config.image_size
     if not (any(given) or any(changes.values())):
-        warn_of_other_bits(like, model.device, config.like)
+        made_by = made_on(model.device, model.precision, model.text_compute.precision)
+        warn_of_other_bits(like, made_by, config.like)
         return [(record.request, record.rows) for record in like]
     size = list(model.sizes(config.image_size).values())[-1] if config.image_size else None
     jobs, done = [], 0

@@ -84,8 +84,28 @@ def add_sampling(parser: Parser, stages: Mapping[str, Collection[str] | None]) -
         help="float32 repeats bits; bfloat16, int8 and float8 are faster where the machine has "
         "them; auto: the faster of float32 and bfloat16, as measured here",
     )
+    add_text_compute(parser)
+    parser.add_argument(
+        "--free_text_encoder",
+        type=bool,
+        default=False,
+        help="give the text encoder's memory back when the prompts are read (true)",
+    )
     for stage, only in stages.items():
         parser.add_optional(declared("sampling.SampleOptions"), stage, skip={"seeds"}, only=only)
+
+
+def add_text_compute(parser: Parser) -> None:
+    """How texts are encoded."""
+    parser.add_argument(
+        "--text_precision",
+        type=declared("text.TextPrecision"),
+        default="float32",
+        help="of the text encoder: bfloat16 and int8 take less memory and are less exact",
+    )
+    parser.add_argument(
+        "--text_device", type=str | None, help="of the text encoder, where it is not the model's"
+    )
 
 
 def _texts(value: Any) -> list[str] | str:
@@ -498,6 +518,7 @@ def cache_parser() -> Parser:
     parser.add_argument("--seed", type=int, default=0, help="of the crops")
     parser.add_argument("--batch_size", type=int, default=64, help="images encoded at a time")
     parser.add_argument("--num_workers", type=int, default=0, help="processes that read images")
+    add_text_compute(parser)
     return parser
 
 

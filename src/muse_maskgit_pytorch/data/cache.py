@@ -78,21 +78,26 @@ class Texts:
         encoder: its name, or the names of classes in its place.
         max_text_len: tokens of a caption that are read.
         width: E of its states.
+        precision: in which the encoder computes.
     """
 
     encoder: str | list[str]
     max_text_len: int
     width: int
+    precision: str = "float32"
 
     @classmethod
     def of(cls, maskgit: MaskGit) -> Texts:
         maskgit.check_encoder()
         model = maskgit.transformer
-        return cls(plain(model.text_encoder), model.max_text_len, model.text_embed_dim)
+        classes = model.classes is not None
+        precision = "float32" if classes else maskgit.text_compute.precision
+        return cls(plain(model.text_encoder), model.max_text_len, model.text_embed_dim, precision)
 
     def __str__(self) -> str:
         name = f"{len(self.encoder)} classes" if isinstance(self.encoder, list) else self.encoder
-        return f"{printable(name, 200)} ({self.max_text_len} tokens, {self.width} wide)"
+        low = "" if self.precision == "float32" else f", in {printable(self.precision, 20)}"
+        return f"{printable(name, 200)} ({self.max_text_len} tokens, {self.width} wide{low})"
 
 
 @dataclass(frozen=True)
@@ -138,9 +143,12 @@ class Plan:
 
     def tree(self) -> dict[str, Any]:
         """As a manifest says it; what older ones did not say is left out where it is as there."""
-        older = {"decoding": "whole", "masks": False}
-        found = asdict(self).items()
-        return {name: v for name, v in found if name not in older or v != older[name]}
+        older = {"decoding": "whole", "masks": False, "precision": "float32"}
+
+        def said(entries: dict[str, Any]) -> dict[str, Any]:
+            return {name: v for name, v in entries.items() if name not in older or v != older[name]}
+
+        return said(asdict(self)) | {"texts": said(asdict(self.texts))}
 
     @classmethod
     def read(cls, tree: dict[str, Any]) -> Plan:

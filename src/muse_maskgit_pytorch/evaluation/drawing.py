@@ -22,7 +22,7 @@ from ..geometry import Geometry, ImageSize, Size
 from ..images import read_image, record_of, save_png, to_pil, to_tensor
 from ..maskgit import MaskGit
 from ..muse import Muse
-from ..provenance import attach, fingerprint, from_json
+from ..provenance import attach, fingerprint, from_json, made_on
 from ..request import Drawn, Request
 from ..sampling import SampleOptions
 from ..structures import SampleStep
@@ -141,7 +141,8 @@ class Drawer:
         images = stage.decode(ids, self.size)
         pictures = to_pil(images)
         drawn = Drawn(images, _from_true(request, low), low)
-        attach(pictures, drawn, self.fingerprint, self.device, stage.precision)
+        made_by = made_on(self.device, stage.precision, stage.text_compute.precision)
+        attach(pictures, drawn, self.fingerprint, made_by)
         return pictures
 
 

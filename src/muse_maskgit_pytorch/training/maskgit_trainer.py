@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -32,6 +33,7 @@ from ..layers import Block
 from ..lora import add_lora, save_lora, with_text_lora
 from ..maskgit import MaskGit, Part
 from ..structures import Batch, TextEmbeds
+from ..text import TextPrecision
 from ..watching.log import writing
 from ..watching.run_file import settings_of
 from .loop import Trainer
@@ -97,6 +99,8 @@ class MaskGitTrainer(Trainer):
         lora_targets: names of the layers, or their last parts; all of the blocks by default.
         lora_text: train adapters of the same rank beside all linear layers of the text encoder,
             too. Texts are then encoded anew in each step, with ``cache_tokens=False``.
+        text_precision: of the text encoder; if None, as the model says (`MaskGit.text_compute`).
+        text_device: where texts are encoded; if None, as the model says.
         compile: compute the loss by `torch.compile` (`MaskGit.compile`): meant for a GPU; the first
             steps take minutes.
         **common: see `Trainer`.
@@ -129,6 +133,8 @@ class MaskGitTrainer(Trainer):
         lora_alpha: float | None = None,
         lora_targets: list[str] | None = None,
         lora_text: bool = False,
+        text_precision: TextPrecision | None = None,
+        text_device: str | None = None,
         compile: bool = False,
         **common: Any,
     ):
@@ -148,6 +154,10 @@ class MaskGitTrainer(Trainer):
         if self.lora_text and not self.lora:
             raise ValueError("lora_text adds to an adapter: say its rank, lora_rank=16")
         encoder = maskgit.shared_encoder() if self.lora_text else None
+        text: dict[str, Any] = dict(precision=text_precision, device=text_device)
+        maskgit.text_compute = replace(
+            maskgit.text_compute, **{name: v for name, v in text.items() if v is not None}
+        )
         self.complementary = bool(complementary)
         self.checkpoint_activations = bool(checkpoint_activations)
         if cond_folder is not None and maskgit.cond_image_size is None:

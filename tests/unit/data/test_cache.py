@@ -16,7 +16,15 @@ from accelerate.state import AcceleratorState
 from PIL import Image, ImageOps
 from torch.nn.utils.rnn import pad_sequence
 
-from muse_maskgit_pytorch import MaskGitTrainer, TextEmbeds, TokenCache, transformer, write_cache
+from muse_maskgit_pytorch import (
+    MaskGitTrainer,
+    TextCompute,
+    TextEmbeds,
+    TokenCache,
+    linears,
+    transformer,
+    write_cache,
+)
 from muse_maskgit_pytorch import testing as tiny
 from muse_maskgit_pytorch.cli.main import run
 from muse_maskgit_pytorch.data import Folder, ImageDataset, Item, split
@@ -25,6 +33,7 @@ from muse_maskgit_pytorch.data.order import Sample
 from muse_maskgit_pytorch.data.pixels import View
 from muse_maskgit_pytorch.data.shards import CacheError, Shard, write_shard
 from muse_maskgit_pytorch.files import digest_text
+from muse_maskgit_pytorch.text import get_text_encoder
 from tests.runs import COMMON, assert_same, last_state, metrics, snapshot
 
 SIZE, COUNT = 16, 9
@@ -496,6 +505,24 @@ def test_a_cache_of_another_model_is_refused(tmp_path: Path, model: Any, words: 
     torch.manual_seed(0)
     with pytest.raises(CacheError, match=words):
         MaskGitTrainer(model(), cache=str(folder), results_folder=str(tmp_path / "r"))
+
+
+def test_a_cache_says_the_precision_of_its_states(t5: str, tmp_path: Path, monkeypatch: Any):
+    monkeypatch.setattr(transformer, "get_text_encoder", get_text_encoder)
+    monkeypatch.setattr(linears, "available", lambda _: ["float32", "bfloat16"])
+    model = base(model=tiny.transformer(t5_name=t5, text_embed_dim=None))
+    dataset = ImageDataset(Pictures(), SIZE, True)
+    plain = TokenCache(write(tmp_path / "plain", model, dataset), model)
+    model.text_compute = TextCompute("bfloat16")
+    folder = write(tmp_path / "low", model, dataset)
+    low = TokenCache(folder, model)
+    assert "precision" not in plain.plan.tree()["texts"]  # as caches were before there was one
+    assert low.plan.tree()["texts"]["precision"] == "bfloat16"
+    states = [each[0].text_embeds for each in (low, plain)]
+    ours, theirs = (each.embeds for each in states if each is not None)
+    assert 0 < (ours - theirs).norm() / theirs.norm() < 0.02
+    with pytest.raises(CacheError, match=r"wide, in bfloat16\), than this model has, .* wide\)"):
+        MaskGitTrainer(model, cache=str(folder), text_precision="float32")
 
 
 def test_what_cannot_be_written(images: Path, tmp_path: Path):
