@@ -46,6 +46,7 @@ COMMANDS = {
     ("edit", "vary"): ("edit", "vary", "draw variations of a picture"),
     ("inspect",): ("generate", "inspect", "show how the pictures of a PNG were drawn"),
     ("bundle",): ("generate", "bundle", "join trained stages into one model file"),
+    ("export",): ("export", "export", "write a model in another program's format"),
     ("push",): ("push", "push", "write a model's folder with its card, push it to the hub"),
 }
 

@@ -210,6 +210,24 @@ def push_parser() -> Parser:
     return parser
 
 
+def export_parser() -> Parser:
+    parser = Parser("muse export", "Write a model in another program's format.")
+    parser.add_argument(
+        "--model",
+        type=str,
+        required=True,
+        help="a tokenizer, named as for load_tokenizer: a file, emoji:base, a folder, a repository",
+    )
+    parser.add_argument(
+        "--format",
+        type=Literal["diffusers"],
+        required=True,
+        help="diffusers: the folder of a VQModel",
+    )
+    parser.add_argument("--out", type=str, required=True, help="folder to write")
+    return parser
+
+
 def add_dtype(parser: Parser) -> None:
     """How weights are stored."""
     parser.add_argument(
