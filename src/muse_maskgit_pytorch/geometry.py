@@ -26,7 +26,7 @@ class Geometry:
         factor: pixels per token.
         cond_image_size: side of the low-resolution images; None for a base.
         cond_factor: their pixels per token.
-        side_step: sides in tokens are multiples of it (`MaskedTransformer`); of a base alone.
+        side_step: sides in tokens are multiples of it (`MaskedTransformer`).
     """
 
     image_size: int
@@ -59,7 +59,7 @@ class Geometry:
             )
         low = cond_vae or vae
         low.fmap_size(cond_image_size)
-        return cls(image_size, vae.factor, cond_image_size, low.factor)
+        return cls(image_size, vae.factor, cond_image_size, low.factor, side_step)
 
     def check(self, name: str, model: MaskedTransformer, vae: ImageTokenizer) -> None:
         """Refuse a transformer that was made for other tokens.
@@ -149,8 +149,8 @@ class Geometry:
 
     def _step(self) -> int:
         """The smallest step in pixels that is whole tokens, and enough of them, everywhere."""
+        factor = self.factor * self.side_step
         if self.cond_image_size is None:
-            return self.factor * self.side_step
-        low, factor = Fraction(self.cond_image_size, self.image_size), self.cond_factor
-        own = low.denominator * factor // math.gcd(low.numerator, factor)
-        return math.lcm(self.factor, own)
+            return factor
+        low, own = Fraction(self.cond_image_size, self.image_size), self.cond_factor
+        return math.lcm(factor, low.denominator * own // math.gcd(low.numerator, own))

@@ -118,9 +118,9 @@ class MaskGit(Saveable):
             raise ValueError("token_critic and self_token_critic exclude each other: choose one")
         if cond_vae is not None and cond_image_size is None:
             raise ValueError("cond_vae is given without cond_image_size: set both or neither")
-        self.geometry = Geometry.of(
-            vae, image_size, cond_vae, cond_image_size, transformer.side_step
-        )
+        critic_step = 1 if token_critic is None else token_critic.side_step
+        side_step = math.lcm(transformer.side_step, critic_step)
+        self.geometry = Geometry.of(vae, image_size, cond_vae, cond_image_size, side_step)
         self.geometry.check("transformer", transformer, vae)
         if token_critic is not None:
             self.geometry.check("token_critic", token_critic, vae)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .arguments import MAX_LAYERS, MAX_TOKENS, MAX_WIDTH, real, shown, whole
 from .checkpoint import Saveable
-from .layers import Block, CrossAttention, KeysValues, norm
+from .layers import Block, CrossAttention, KeysValues, norm, taken
 from .structures import Conditioning
 from .text import (
     DEFAULT_TEXT_ENCODER,
@@ -182,6 +182,43 @@ def _stretched(table: Float[Tensor, "n D"], size: int) -> Float[Tensor, "m D"]:
     return F.interpolate(table.T[None], size, mode="linear", align_corners=True)[0].T
 
 
+class Patches(nn.Module):
+    """Squares of tokens as one position each, and back.
+
+    Each position is a linear map of its square's embeddings, each token a linear map of its
+    position's state beside its own embedding. Between the two, everything is computed for a
+    fraction of the positions, as in the narrow part of aMUSEd (Patil et al. 2024).
+
+    Args:
+        dim: width of tokens and positions.
+        size: p, the side of the squares.
+    """
+
+    def __init__(self, dim: int, size: int):
+        super().__init__()
+        self.size = size
+        self.fold = nn.Linear(size**2 * dim, dim, bias=False)
+        self.unfold = nn.Linear(dim, size**2 * dim, bias=False)
+
+    def positions(self, x: Float[Tensor, "B N D"], grid: tuple[int, int]) -> Float[Tensor, "B n D"]:
+        """Tokens of a grid -> n = N / p^2 positions."""
+        height, width = grid
+        cut = x.view(len(x), height // self.size, self.size, width // self.size, self.size, -1)
+        return self.fold(cut.transpose(2, 3).flatten(3).flatten(1, 2))
+
+    def tokens(
+        self, states: Float[Tensor, "R n D"], x: Float[Tensor, "B N D"], grid: tuple[int, int]
+    ) -> Float[Tensor, "R N D"]:
+        """Positions -> tokens, beside those that came in, of which there may be fewer rows."""
+        height, width = grid
+        cut = self.unfold(states).view(
+            len(states), height // self.size, width // self.size, self.size, self.size, -1
+        )
+        return cut.transpose(2, 3).reshape(len(states), height * width, -1) + x.repeat(
+            len(states) // len(x), 1, 1
+        )
+
+
 class LowResEncoder(nn.Module):
     """Low-resolution tokens through self-attention layers of their own (2.4).
 
@@ -308,6 +345,9 @@ class MaskGitTransformer(MaskedTransformer):
             this many tokens a side, and the other half as many spread over the image (2.4; the
             paper gives no size, 8 joins all tokens of 64 x 64 in two layers). By default, every
             token sees all. The low-resolution encoder attends in full either way.
+        patch_size: folds squares of this many tokens a side into one position for all blocks:
+            2 computes a quarter of the positions (`Patches`). Sides in tokens are then multiples of
+            it.
         cond_depth: layers of the low-resolution encoder, used by super-resolution only; half of
             ``depth`` by default, the paper's 16 to 32 (table 6).
         cond_num_tokens: codebook size of the low-resolution tokenizer. `MaskGit` fills in this
@@ -315,9 +355,9 @@ class MaskGitTransformer(MaskedTransformer):
         cond_seq_len: M, the number of low-resolution tokens.
 
     Raises:
-        ValueError: a count below 1, a ``seq_len`` that is not a perfect square, ``multi_axis`` with
-            an odd number of heads, a text encoder that is not available while ``text_embed_dim``
-            is not given.
+        ValueError: a count below 1, a ``seq_len`` that is not a perfect square or whose side is not
+            a multiple of ``patch_size``, ``multi_axis`` with an odd number of heads, a text encoder
+            that is not available while ``text_embed_dim`` is not given.
     """
 
     _stated_always = ("text_embed_dim",)
@@ -341,6 +381,7 @@ class MaskGitTransformer(MaskedTransformer):
         max_text_len: int = 256,
         self_cond: bool = False,
         multi_axis: int | None = None,
+        patch_size: int = 1,
         cond_depth: int | None = None,
         cond_num_tokens: int | None = None,
         cond_seq_len: int | None = None,
@@ -364,6 +405,14 @@ class MaskGitTransformer(MaskedTransformer):
             raise ValueError(
                 f"heads {heads} is odd: multi_axis halves the heads, so make it {heads + 1}"
             )
+        self.side_step = whole("patch_size", patch_size, 1, MAX_WIDTH)
+        if patch_size == 1:
+            self._init_args.pop("patch_size", None)  # likewise
+        elif math.isqrt(seq_len) % patch_size:
+            raise ValueError(
+                f"a side of {math.isqrt(seq_len)} tokens (seq_len {seq_len}) is not a multiple of "
+                f"patch_size {patch_size}"
+            )
         if (cond_num_tokens is None) != (cond_seq_len is None):
             raise ValueError("cond_num_tokens and cond_seq_len belong together: give both")
         self.num_tokens, self.seq_len, self.dim = num_tokens, seq_len, dim
@@ -386,6 +435,7 @@ class MaskGitTransformer(MaskedTransformer):
         self.cond_depth = math.ceil(depth / 2) if cond_depth is None else cond_depth
 
         self.embed = TokenEmbedding(num_tokens + 1, seq_len, dim)
+        self.patches = Patches(dim, patch_size) if patch_size > 1 else None
         self.text_proj = nn.Linear(self.text_embed_dim, dim, bias=False)
         self.text_norm = norm(dim)
         self.self_cond_proj = nn.Linear(dim, dim, bias=False) if self_cond else None
@@ -526,11 +576,26 @@ class MaskGitTransformer(MaskedTransformer):
             zeros = torch.zeros_like(x)[None]
             x = x + self.self_cond_proj(zeros if self_cond is None else self_cond)
             x = x.flatten(0, 1)
+        if self.patches is not None:
+            return self._patched(x, context, at).unflatten(0, (branches, -1))
         for layer, block in enumerate(self.blocks):
             last = layer == len(self.blocks) - 1
             wanted = at.repeat(len(x) // len(at), 1) if last and at is not None else None
             x = block(x, context, layer, wanted)
         return self.norm(x).unflatten(0, (branches, -1))
+
+    def _patched(
+        self, x: Float[Tensor, "r N D"], context: Context, at: Int[Tensor, "B K"] | None
+    ) -> Float[Tensor, "R K D"]:
+        """All blocks on squares of tokens."""
+        assert self.patches is not None
+        grid = context.grid or (math.isqrt(x.shape[1]),) * 2
+        inner = replace(context, grid=(grid[0] // self.side_step, grid[1] // self.side_step))
+        states = self.patches.positions(x, grid)
+        for layer, block in enumerate(self.blocks):
+            states = block(states, inner, layer)
+        out = self.patches.tokens(states, x, grid)
+        return self.norm(out if at is None else taken(out, at.repeat(len(out) // len(at), 1)))
 
 
 class TokenCritic(MaskGitTransformer):
