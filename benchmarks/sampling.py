@@ -1,23 +1,22 @@
-"""Every way to sample, side by side: retrieval, FID, precision and recall, passes, seconds.
+"""Every way to sample, side by side: what the pictures get right, passes, seconds.
 
+    python examples/scenes/sprites.py
     OMP_NUM_THREADS=1 python benchmarks/sampling.py --out runs/sampling
 
-draws the held-out emoji captions with the base stage of the shipped model: each policy at 4 to 32
-steps, each guidance schedule at 8 and 16, three seeds each. It ends with a table (mean over the
-seeds, and in brackets the least and the most) and a plot (needs matplotlib). What is already in
-``--out`` is not drawn again, so an interrupted benchmark goes on.
+draws sentences of `examples/scenes` that training never saw with the base stage of a model, three
+seeds each: every policy at 4 to 32 steps, guidance schedules over strengths, temperatures, noise
+of the order, ReMDM. The judge of scenes says which facts are right. It ends with a table and a plot
+(needs matplotlib). What is already in ``--out`` is not drawn again, so an interrupted benchmark
+goes on.
 
 All settings but the stated ones are the defaults of `SampleOptions`, not the model's. The noise of
-an image depends on its caption and seed alone, so differences are those of the settings. FID,
-precision and recall are of EfficientNet-Lite0's features (the extra ``perceptual``), and hold
-between equal numbers of captions only. "Rows" are the rows of tokens that went through the
-transformer, and the critic, for one image; seconds are CPU time on a CPU, without the decoder.
-Sampling runs in bfloat16: 2.5 times as fast on a CPU that has it, and no worse (confidence order,
-16 steps, 100 captions: R@1 0.837, FID 117.4; in float32, ``--dtype float32``, 0.843 and 117.7; the
-seeds differ by 0.06 and 4).
+an image depends on its sentence and seed alone, so differences are those of the settings.
+Intervals are 95 %, by the bootstrap over sentences; beside them stand the least and the most of the
+seeds. "Rows" are the rows of tokens that went through the transformer, and the critic, for one
+image; seconds are CPU time on a CPU, without the decoder.
 
-The captions of a split are divided in two fixed halves, ``--part tune`` and ``--part test``: what
-was chosen on one can be reported on the other. One more configuration:
+The sentences are divided in two fixed halves, ``--part tune`` and ``--part test``: what was chosen
+on one can be reported on the other. One more configuration:
 
     python benchmarks/sampling.py --name fast8 --options '{"timesteps": 8, "policy": "halton"}'
 """
@@ -25,7 +24,9 @@ was chosen on one can be reported on the other. One more configuration:
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -35,10 +36,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from muse_maskgit_pytorch import MaskGit, SampleOptions, TextEmbeds
-from muse_maskgit_pytorch.data import ImageFolder
-from muse_maskgit_pytorch.evaluation.generator import Judge
-from muse_maskgit_pytorch.features import FeatureNet
+from muse_maskgit_pytorch.evaluation.figures import bootstrap_mean
+from muse_maskgit_pytorch.images import to_pil
 from muse_maskgit_pytorch.loading import open_model
+
+sys.path[0] = str(Path(__file__).parents[1] / "examples" / "scenes")
+from judge import Judge  # noqa: E402
+from scenes import SPLITS, Scene, Scenes  # noqa: E402
 
 POLICIES: dict[str, dict[str, Any]] = {
     **{p: {"policy": p} for p in ("confidence", "margin", "entropy", "halton", "random")},
@@ -53,34 +57,44 @@ AUTONAT = {
     "guidance_schedule": [0, 0, 0, 0.9, 1.6, 1.2, 1.4, 1.2],
 }
 GUIDANCE: dict[str, dict[str, Any]] = {
-    **{g: {"guidance_schedule": g} for g in ("constant", "linear", "cosine")},
-    "interval": {"guidance_schedule": [0, 0, 0, 1, 1, 1, 1, 1]},  # none in the first third
-    "autonat": AUTONAT,
     "none": {"cond_scale": 1.0},
+    **{
+        f"{name}-{scale:g}": {"cond_scale": scale, "guidance_schedule": schedule}
+        for name, schedule in {
+            "constant": "constant",
+            "linear": "linear",
+            "cosine": "cosine",
+            "interval": [0, 0, 0, 1, 1, 1, 1, 1],  # none in the first third
+        }.items()
+        for scale in (1.5, 2.0, 3.0, 4.5)
+    },
+    "autonat": AUTONAT,
 }
-STEPS = {"policies": (4, 8, 12, 16, 24, 32), "guidance": (8, 16)}
-# Figures by name, as they are headed.
-COLUMNS = {
-    "recall_at_1": "R@1",
-    "recall_at_5": "R@5",
-    "fid": "FID",
-    "precision": "precision",
-    "recall": "recall",
+CHOICE: dict[str, dict[str, Any]] = {
+    **{f"temperature-{t:g}": {"temperature": t} for t in (0.3, 0.5, 0.7, 0.85, 1.2)},
+    "temperature-1.2-0.6": {"temperature": 1.2, "temperature_end": 0.6},
+    "temperature-0.5-1": {"temperature": 0.5, "temperature_end": 1.0},
+    **{f"noise-{t:g}": {"choice_temperature": t} for t in (0.0, 1.0, 2.0, 8.0)},
+    **{f"top-p-{p:g}": {"top_p": p} for p in (0.8, 0.9, 0.95)},
+    **{f"remask-{r:g}": {"remask": r} for r in (0.1, 0.3, 0.8)},
 }
+GROUPS = {"policies": POLICIES, "guidance": GUIDANCE, "choice": CHOICE}
+STEPS = {"policies": (4, 8, 12, 16, 24, 32), "guidance": (8, 16), "choice": (16,)}
+COLUMNS = ("all", "subject", "count", "relation", "size", "background", "style")
 Result = dict[str, Any]
 
 
 def configurations(critic: bool) -> list[Result]:
     """Name, group, series and options of each; the critic's for models that have one."""
     found = []
-    for group, series in {"policies": POLICIES, "guidance": GUIDANCE}.items():
+    for group, series in GROUPS.items():
         for name, settings in series.items():
             settings = {"policy": "confidence", **settings}
             if settings["policy"] == "critic" and not critic:
                 continue
             found += [
                 {
-                    "name": f"{name}-{steps}",
+                    "name": f"{name}-{steps}" if len(STEPS[group]) > 1 else name,
                     "group": group,
                     "series": name,
                     "options": {**settings, "timesteps": steps},
@@ -90,18 +104,11 @@ def configurations(critic: bool) -> list[Result]:
     return found
 
 
-def load(folder: Path, image_size: int) -> tuple[list[str], Tensor]:
-    """Captions and images (n, 3, S, S)."""
-    dataset = ImageFolder(folder, image_size, captions=True, cache=True)
-    items = [dataset[row] for row in range(len(dataset))]
-    return [item["text"] for item in items], torch.stack([item["image"] for item in items])
-
-
-def choose(count: int, part: str, most: int | None) -> Tensor:
-    """Which captions of a split: all, or one of two fixed halves; perhaps the first few of them."""
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
-    order = {"all": order, "tune": order[0::2], "test": order[1::2]}[part]
-    return order[:most].sort().values
+def choose(split: str, sprites: Path, count: int, part: str) -> list[Scene]:
+    """Scenes of a split: all of so many, or every other one."""
+    data = Scenes(sprites, split)
+    numbers = {"all": slice(None), "tune": slice(0, None, 2), "test": slice(1, None, 2)}[part]
+    return [data.scene(number) for number in range(count)[numbers]]
 
 
 class RowCounter:
@@ -166,10 +173,26 @@ def write(path: Path, results: list[Result]) -> None:
     new.replace(path)
 
 
-def summary(result: Result, figure: str) -> tuple[float, float, float]:
-    """Mean, least and most of a figure over the seeds."""
-    values = [figures[figure] for figures in result["figures"]]
-    return sum(values) / len(values), min(values), max(values)
+def judged(judge: Judge, images: Tensor, scenes: list[Scene]) -> dict[str, list[float | None]]:
+    """By the kind of fact, for each picture whether it is right; None where none is stated."""
+    found: dict[str, list[float | None]] = {kind: [] for kind in COLUMNS}
+    stated = [scene.facts() for scene in scenes]
+    for at in range(0, len(scenes), 64):
+        rows = slice(at, at + 64)
+        for kinds in judge.facts(to_pil(images[rows]), stated[rows]):
+            for kind in COLUMNS:
+                right = all(kinds.values()) if kind == "all" else kinds.get(kind)
+                found[kind].append(None if right is None else float(right))
+    return found
+
+
+def summary(result: Result, kind: str) -> tuple[float, float, float, float, float]:
+    """Share of right pictures, its interval, and the least and the most of the seeds."""
+    by_seed = [figures[kind] for figures in result["figures"]]
+    table = torch.tensor([[-1.0 if v is None else v for v in values] for values in by_seed])
+    mean, interval = bootstrap_mean(table.T.double(), table.T >= 0)
+    single = [bootstrap_mean(row.double(), row >= 0)[0] for row in table]
+    return mean, *(interval or (mean, mean)), min(single), max(single)
 
 
 def table(results: list[Result]) -> str:
@@ -177,65 +200,69 @@ def table(results: list[Result]) -> str:
     places = {config["name"]: place for place, config in enumerate(configurations(True))}
     results = sorted(results, key=lambda result: places.get(result["name"], len(places)))
     lines = [
-        f"| configuration | rows | s per image | {' | '.join(COLUMNS.values())} |",
+        f"| configuration | rows | s per image | all facts right | {' | '.join(COLUMNS[1:])} |",
         "|---" * (3 + len(COLUMNS)) + "|",
     ]
     for result in results:
         cells = [result["name"], f"{result['rows_per_image']:.4g}"]
         cells.append(f"{result['seconds_per_image']:.3f}")
-        for figure in COLUMNS:
-            digits = 1 if figure == "fid" else 3
-            mean, least, most = (f"{value:.{digits}f}" for value in summary(result, figure))
-            cells.append(f"{mean} ({least}–{most})")
+        mean, low, high, least, most = summary(result, "all")
+        cells.append(f"{mean:.3f} ({low:.3f}–{high:.3f}; seeds {least:.3f}–{most:.3f})")
+        cells += [f"{summary(result, kind)[0]:.3f}" for kind in COLUMNS[1:]]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def plot(results: list[Result], path: Path) -> None:
-    """Policies over the steps, guidance schedules over what they cost; means and spreads."""
+    """Policies over the steps, guidance over what it costs, the choice by itself."""
     import matplotlib.pyplot as plt  # type: ignore[import-not-found]  # only needed here
 
-    figure, axes = plt.subplots(2, 2, figsize=(13, 9))
-    rows = {"policies": (POLICIES, "steps"), "guidance": (GUIDANCE, "rows per image")}
-    for row, (group, (names, across)) in zip(axes, rows.items(), strict=True):
-        for axis, key in zip(row, ("recall_at_1", "fid"), strict=True):
-            for number, name in enumerate(names):
-                points = sorted(
-                    (
-                        r["options"]["timesteps"] if across == "steps" else r["rows_per_image"],
-                        *summary(r, key),
-                    )
-                    for r in results
-                    if (r["group"], r["series"]) == (group, name)
+    figure, axes = plt.subplots(1, 3, figsize=(19, 6))
+    style = {"marker": "o", "markersize": 4, "elinewidth": 0.7, "capsize": 2}
+    for axis, (group, across) in zip(
+        axes, {"policies": "steps", "guidance": "rows per image", "choice": ""}.items(), strict=True
+    ):
+        for number, name in enumerate(GROUPS[group]):
+            of_series = [r for r in results if (r["group"], r["series"]) == (group, name)]
+            points = sorted(
+                (
+                    r["options"]["timesteps"] if across == "steps" else r["rows_per_image"],
+                    *summary(r, "all")[:3],
                 )
-                if points:
-                    x, mean, least, most = torch.tensor(points).T
-                    spread = torch.stack([mean - least, most - mean])
-                    style = {"marker": "o", "markersize": 4, "elinewidth": 0.7, "capsize": 2}
-                    axis.errorbar(x, mean, spread, label=name, color=f"C{number}", **style)
-            axis.set_title(f"{group}: {COLUMNS[key]}, mean and range of the seeds")
-            axis.set_xlabel(across)
-            axis.grid(alpha=0.3)
-            if axis.lines:
-                axis.legend(fontsize=8)
+                for r in of_series
+            )
+            if points:
+                x, mean, low, high = torch.tensor(points).T
+                x = torch.full_like(x, number) if not across else x
+                spread = torch.stack([mean - low, high - mean]).clamp(min=0)
+                axis.errorbar(x, mean, spread, label=name, color=f"C{number % 10}", **style)
+        axis.set_title(f"{group}: share of pictures with all facts right")
+        axis.set_xlabel(across)
+        axis.grid(alpha=0.3)
+        if not across:
+            names = list(GROUPS[group])
+            axis.set_xticks(range(len(names)), names, rotation=70)
+        elif axis.containers:
+            axis.legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(path, dpi=90)
+    figure.savefig(path, dpi=80)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default="emoji", help="name or file of a Muse or a base MaskGit")
-    parser.add_argument(
-        "--data", type=Path, default=Path("data/emoji/64"), help="with train and heldout"
-    )
+    parser.add_argument("--model", default="scenes", help="name or file of a Muse or a base")
+    parser.add_argument("--sprites", type=Path, default=Path("data/sprites.safetensors"))
+    parser.add_argument("--judge", type=Path, default=Path("data/scenes-judge.safetensors"))
     parser.add_argument("--out", type=Path, default=Path("runs/sampling"))
-    parser.add_argument("--split", choices=("heldout", "train"), default="heldout")
+    parser.add_argument("--split", choices=SPLITS[1:], default="seen")
     parser.add_argument("--part", choices=("all", "tune", "test"), default="all")
-    parser.add_argument("--captions", type=int, help="so many of them; default: all")
+    parser.add_argument("--scenes", type=int, default=200, help="before they are divided")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--only", nargs="+", help="policies, guidance, or names: halton, halton-8")
+    parser.add_argument(
+        "--only", nargs="+", help="groups, series or names: policies, halton, halton-8"
+    )
     parser.add_argument("--options", type=json.loads, help="SampleOptions of one further, as JSON")
     parser.add_argument("--name", help="of that one")
     parser.add_argument("--batch-size", type=int, default=25)
@@ -260,27 +287,16 @@ def main() -> None:
         wanted.append({**further, "options": args.options})
     every = [SampleOptions(**c["options"]) for c in wanted]  # refuses bad ones before any work
 
-    texts, images = load(args.data / args.split, model.image_size)
-    other = "train" if args.split == "heldout" else "heldout"
-    _, others = load(args.data / other, model.image_size)
-    rows = choose(len(texts), args.part, args.captions)
-    rest = torch.ones(len(texts), dtype=torch.bool).index_fill(0, rows, False)
-    network = FeatureNet().to(device)
-    judge = Judge(
-        network,
-        [texts[row] for row in rows],
-        images[rows],
-        gallery=torch.cat([images[rest], others]),
-        batch_size=8,  # the fastest on a CPU, and a GPU does not mind
-    )
-    text = model.embed_texts(judge.captions)
+    scenes = choose(args.split, args.sprites, args.scenes, args.part)
+    judge = Judge.load(args.judge)
+    text = model.embed_texts([scene.caption.text for scene in scenes])
     setup = {
         "model": muse.fingerprint,
+        "judge": hashlib.sha256(args.judge.read_bytes()).hexdigest()[:16],
         "split": args.split,
         "part": args.part,
-        "captions": len(rows),
+        "scenes": len(scenes),
         "seeds": args.seeds,
-        "features": network.name,
         "dtype": args.dtype,
     }
 
@@ -288,7 +304,7 @@ def main() -> None:
     path = args.out / "results.jsonl"
     results = read(path, setup)
     dtype = getattr(torch, args.dtype)
-    draw(model, text, SampleOptions(timesteps=1), [0] * min(8, len(rows)), 8, dtype)  # warming up
+    draw(model, text, SampleOptions(timesteps=1), [0] * min(8, len(scenes)), 8, dtype)  # warming up
     counter = RowCounter(model)
     for config, options in zip(tqdm(wanted, unit="configuration"), every, strict=True):
         alike = {r["name"]: r for r in results if SampleOptions(**r["options"]) == options}
@@ -296,16 +312,16 @@ def main() -> None:
             continue
         if config["name"] in {r["name"] for r in results}:
             raise ValueError(f"{path} has other options under {config['name']!r}: take a new name")
-        if alike:  # linear guidance is the policies' default
+        if alike:
             results.append({**next(iter(alike.values())), **config})
         else:
             counter.rows, seconds, figures = 0, 0.0, []
             for seed in args.seeds:
-                seeds = [seed * 100_000 + int(row) for row in rows]
+                seeds = [seed * 100_000 + row for row in range(len(scenes))]
                 drawn, spent = draw(model, text, options, seeds, args.batch_size, dtype)
                 seconds += spent
-                figures.append(judge.figures(drawn))
-            count = len(args.seeds) * len(rows)
+                figures.append(judged(judge, drawn, scenes))
+            count = len(args.seeds) * len(scenes)
             costs = {"rows_per_image": counter.rows / count, "seconds_per_image": seconds / count}
             results.append({**config, **costs, "figures": figures, "setup": setup})
         write(path, results)
