@@ -115,12 +115,9 @@ def _in_file(name: str) -> str:
 
 
 class Tokens(dict[str, Any]):
-    """What `Reader` gives: lists, or tensors to be moved to a device."""
+    """What `Reader` gives."""
 
     encodings: list[Encoding]
-
-    def to(self, device: torch.device | str) -> Tokens:
-        return Tokens({name: value.to(device) for name, value in self.items()})
 
     def tokens(self) -> list[str]:
         return self.encodings[0].tokens
@@ -149,8 +146,6 @@ class Reader:
         texts: str | list[str],
         *,
         max_length: int | None = None,
-        padding: str | None = None,
-        return_tensors: str | None = None,
         **more: Any,
     ) -> Tokens:
         """A text's tokens, or those of several.
@@ -158,26 +153,18 @@ class Reader:
         Args:
             texts: one or several.
             max_length: what is beyond is cut; None: nothing.
-            padding: "longest" fills all up to the length of the longest.
-            return_tensors: "pt" gives tensors.
             **more: what transformers' tokenizers must be asked for, and this always does.
         """
         self.backend.no_padding()
         self.backend.no_truncation()
-        if padding:
-            self.backend.enable_padding(pad_id=self.pad_token_id, pad_token=self.pad_token)
         if max_length is not None:
             self.backend.enable_truncation(max_length)
         single = isinstance(texts, str)
         found = self.backend.encode_batch([texts] if single else texts)
         lists = {
             "input_ids": [each.ids for each in found],
-            "attention_mask": [each.attention_mask for each in found],
             "offset_mapping": [each.offsets for each in found],
         }
-        if return_tensors:
-            tokens = Tokens({name: torch.tensor(lists[name]) for name in list(lists)[:2]})
-        else:
-            tokens = Tokens({name: of[0] if single else of for name, of in lists.items()})
+        tokens = Tokens({name: of[0] if single else of for name, of in lists.items()})
         tokens.encodings = found
         return tokens

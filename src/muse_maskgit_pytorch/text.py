@@ -55,6 +55,18 @@ PACKAGED = {
     )
 }
 
+# What loads the text encoder of a larger model alone, by the model's type.
+ALONE = {
+    "t5": "T5EncoderModel",
+    "mt5": "MT5EncoderModel",
+    "umt5": "UMT5EncoderModel",
+    "clip": "CLIPTextModel",
+    "siglip": "SiglipTextModel",
+    "siglip2": "Siglip2TextModel",
+}
+# Encoders that have learnt from texts padded to their full length, and attend to the padding.
+PADDED = {"siglip_text_model", "siglip2_text_model"}
+
 # A word, with the hyphens and apostrophes inside of it; or punctuation.
 _MARKS = re.escape(string.punctuation + "“”‘’„«»…–—¿¡、。，！？")
 WORD = re.compile(rf"[^\s{_MARKS}]+(?:[-'’][^\s{_MARKS}]+)*|[{_MARKS}]+")
@@ -126,13 +138,13 @@ def _at_hand(name: str) -> str:
     return f"; at hand is {installed[0]!r}" if installed else ""
 
 
-def _reader(name: str) -> tuple[Any, int | None]:
-    """A caption tokenizer, and for how many tokens its encoder has positions."""
+def _reader(name: str) -> tuple[Any, int | None, bool]:
+    """A caption tokenizer, and of its encoder: how many positions, and whether all are read."""
     if folder := packaged_copy(name):
         from .minilm import Reader
 
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return Reader(folder), config["max_position_embeddings"]
+        return Reader(folder), config["max_position_embeddings"], False
     from transformers import AutoConfig, AutoTokenizer
 
     config = _from_hub(AutoConfig.from_pretrained, name)
@@ -141,7 +153,8 @@ def _reader(name: str) -> tuple[Any, int | None]:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"  # the places of a text's tokens hold in any batch
     config = getattr(config, "text_config", config)
-    return tokenizer, getattr(config, "max_position_embeddings", None)
+    limit = getattr(config, "max_position_embeddings", None)
+    return tokenizer, limit, config.model_type in PADDED
 
 
 def _weights(name: str) -> tuple[Any, Callable[[str], str]]:
@@ -154,20 +167,15 @@ def _weights(name: str) -> tuple[Any, Callable[[str], str]]:
     from transformers import AutoConfig, AutoModel
 
     config = _from_hub(AutoConfig.from_pretrained, name)
-    # encoder-decoder and two-tower models have a class that loads the text encoder alone
-    alone = {
-        "t5": "T5EncoderModel",
-        "mt5": "MT5EncoderModel",
-        "umt5": "UMT5EncoderModel",
-        "clip": "CLIPTextModel",
-    }
-    model_class = getattr(transformers, alone.get(config.model_type, ""), AutoModel)
-    model = _from_hub(model_class.from_pretrained, name)
-    whole, prefix = model, ""
+    model_class = getattr(transformers, ALONE.get(config.model_type, ""), AutoModel)
+    model = whole = _from_hub(model_class.from_pretrained, name)
     if getattr(config, "is_encoder_decoder", False) and hasattr(model, "get_encoder"):
         model = model.get_encoder()
-        prefix = next(f"{name}." for name, part in whole.named_modules() if part is model)
-    return model, functools.partial(str.__add__, prefix)
+    else:  # of a model that sees pictures too
+        model = getattr(model, "language_model", model)
+    model.config.use_cache = False  # of keys and values, by decoders
+    name_of = next(name for name, part in whole.named_modules() if part is model)
+    return model, functools.partial(str.__add__, f"{name_of}." if name_of else "")
 
 
 @functools.cache
@@ -218,38 +226,34 @@ class TextEncoder:
         name: Hugging Face name or local path.
         max_text_len: what is read at once, in tokens, or fewer where the encoder has no
             positions for so many.
-        precision: of the products in its linear layers, whose weights are held in it. "bfloat16"
-            and "int8" (through torchao on a GPU) take a half and a quarter of the memory; all else
-            is float32, and so are the states.
+
+    Attributes:
+        precision: in which it computes (`at`).
 
     Raises:
         TextEncoderError: the tokenizer cannot be had.
     """
 
-    def __init__(
-        self,
-        name: str = DEFAULT_TEXT_ENCODER,
-        max_text_len: int = 256,
-        precision: TextPrecision = "float32",
-    ):
-        self.name, self.precision = name, one_of("precision", precision, TextPrecision)
+    def __init__(self, name: str = DEFAULT_TEXT_ENCODER, max_text_len: int = 256):
+        self.name, self.precision = name, "float32"
         with _having(name):
-            self.tokenizer, limit = self._read_tokenizer()
+            self.tokenizer, limit, padded = self._read_tokenizer()
         self.max_text_len = min(max_text_len, limit or max_text_len)
+        self._padded = limit if padded else None
         # fast tokenizers keep their settings in one place, and the model moves between devices
         self._lock = threading.RLock()
         self._kept: OrderedDict[tuple[Any, ...], TextEmbeds] = OrderedDict()
         self._loaded: tuple[Any, Callable[[str], str]] | None = None
         self._lowered: torch.device | None = None  # where its layers of lower precision are
-        self._in: dict[str, TextEncoder] = {self.precision: self}
+        self._at: dict[str, TextEncoder] = {self.precision: self}
         self._is_copy = False
 
-    def _read_tokenizer(self) -> tuple[Any, int | None]:
-        """The tokenizer, and for how many tokens the encoder has positions."""
+    def _read_tokenizer(self) -> tuple[Any, int | None, bool]:
+        """As `_reader`."""
         return _reader(self.name)
 
     def _read_weights(self) -> tuple[Any, Callable[[str], str]]:
-        """The encoder, and what a layer of it is called in transformers' own class."""
+        """As `_weights`."""
         return _weights(self.name)
 
     def _load(self) -> tuple[Any, Callable[[str], str]]:
@@ -275,13 +279,20 @@ class TextEncoder:
         return self._load()[1](layer)
 
     def at(self, precision: TextPrecision) -> TextEncoder:
-        """The same encoder in another precision: with weights of its own, and made once."""
+        """The same encoder in another precision: with weights of its own, and made once.
+
+        Args:
+            precision: of the products in its linear layers, whose weights are held in it. In
+                "bfloat16" they take half of the memory, in "int8" (on a GPU through torchao) a
+                quarter. Everything else is float32, and so are the states.
+        """
         with self._lock:
-            if precision not in self._in:
-                made = self._in[precision] = copy.copy(self)
+            if precision not in self._at:
+                assert not self._is_copy  # its weights are in no file
+                made = self._at[precision] = copy.copy(self)
                 made.precision = one_of("precision", precision, TextPrecision)
                 made._loaded, made._lowered, made._kept = None, None, OrderedDict()
-            return self._in[precision]
+            return self._at[precision]
 
     def free(self) -> None:
         """Give the weights' memory back, until the next text is encoded that is not kept.
@@ -297,8 +308,8 @@ class TextEncoder:
         """The same with weights of its own, for an adapter (`lora`); the tokenizer is shared."""
         made = copy.copy(self)
         made._loaded, made._kept = copy.deepcopy(self._load()), OrderedDict()
-        made._in, made._is_copy = {}, True
-        made._in[made.precision] = made
+        made._at, made._is_copy = {}, True
+        made._at[made.precision] = made
         return made
 
     def forget(self) -> None:
@@ -401,11 +412,20 @@ class TextEncoder:
         return TextEmbeds(found.embeds.clone(), found.mask.clone())  # theirs to change
 
     def _compute(self, texts: list[str], device: torch.device | str) -> TextEmbeds:
-        tokens = self._tokens(texts, padding="longest", return_tensors="pt").to(device)
+        tokens = self._tokens(texts)["input_ids"]
+        longest = max(1, *map(len, tokens))
+        length = self._padded or longest
+        ids = torch.full((len(texts), length), self.tokenizer.pad_token_id or 0)
+        mask = torch.zeros(len(texts), length, dtype=torch.bool)
+        for row, seen, of_text in zip(ids, mask, tokens, strict=True):
+            row[: len(of_text)] = torch.tensor(of_text, dtype=torch.long)
+            seen[: len(of_text)] = True
+        attended = mask | (mask.sum(dim=1, keepdim=True) == 0)  # an empty text may have no tokens
+        given = {} if self._padded else {"attention_mask": attended.long().to(device)}
         model = self._on(torch.device(device))
         with torch.autocast(torch.device(device).type, enabled=False):
-            output = model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
-        return TextEmbeds(output.last_hidden_state.float(), tokens["attention_mask"].bool())
+            states = model(input_ids=ids.to(device), **given).last_hidden_state
+        return TextEmbeds(states[:, :longest].float(), mask[:, :longest].to(device))
 
     def _on(self, device: torch.device) -> Any:
         """The encoder on a device, in its precision."""
@@ -511,14 +531,14 @@ class PooledTextEncoder(TextEncoder):
     def __init__(self, name: str, max_text_len: int = 77):
         super().__init__(name, max_text_len)
 
-    def _read_tokenizer(self) -> tuple[Any, int | None]:
+    def _read_tokenizer(self) -> tuple[Any, int | None, bool]:
         from transformers import CLIPTextConfig, CLIPTokenizer
 
         load = functools.partial(CLIPTokenizer.from_pretrained, subfolder="tokenizer")
         tokenizer = _from_hub(load, self.name)
         load = functools.partial(CLIPTextConfig.from_pretrained, subfolder="text_encoder")
         limit = _from_hub(load, self.name).max_position_embeddings
-        return tokenizer, min(tokenizer.model_max_length, limit)
+        return tokenizer, min(tokenizer.model_max_length, limit), True
 
     def _read_weights(self) -> tuple[Any, Callable[[str], str]]:
         from transformers import CLIPTextModelWithProjection
