@@ -37,7 +37,9 @@ from tqdm import tqdm
 from muse_maskgit_pytorch.files import replacing
 
 SIDE, CELL, CROP = 128, 4, 32  # pixels that are looked at, of a cell of the finder, of a box
-FOUND, APART = 0.35, 0.5  # the least score of a thing; the most that two of one subject share
+FOUND, APART = 0.35, 0.5  # the least score of a thing; the most of one that another one hides
+HIDDEN = 5  # of a batch of training, at most one part in so many has things in front of others
+SOME = 3  # times as many scenes are planned as drawn, to find these
 BATCH, WARMUP = 32, 200
 Box = tuple[float, float, float, float]  # left, top, right, bottom as shares of the side
 
@@ -203,7 +205,7 @@ class Judge(nn.Module):
             ):  # fmt: skip
                 found = Found(self.subjects[s], TONES[t - 1] if t else None, tuple(box))
                 if all(
-                    _overlap(found.box, other.box) < APART or found.subject != other.subject
+                    _shared(found.box, other.box) < APART or found.subject != other.subject
                     for other in things[row]
                 ):
                     things[row].append(found)
@@ -254,13 +256,12 @@ def _pixels(picture: Image.Image) -> Tensor:
     return F.interpolate(image, (SIDE, SIDE), mode="bilinear", antialias=True)[0]
 
 
-def _overlap(one: Box, other: Box) -> float:
-    """Intersection over union."""
+def _shared(one: Box, other: Box) -> float:
+    """What two boxes have in common, as a share of the smaller one."""
     width = min(one[2], other[2]) - max(one[0], other[0])
     height = min(one[3], other[3]) - max(one[1], other[1])
-    shared = max(0.0, width) * max(0.0, height)
     areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (one, other)]
-    return shared / max(sum(areas) - shared, 1e-9)
+    return max(0.0, width) * max(0.0, height) / max(min(areas), 1e-9)
 
 
 def _background(image: Tensor) -> str:
@@ -315,7 +316,7 @@ def _size(thing: Found, of_many: bool) -> str:
 def _is_related(own: list[Found], others: list[Found], relation: str) -> bool:
     first, second = (np.array([thing.box for thing in things]) for things in (own, others))
     if relation == "in front of":
-        touching = any(_overlap(a.box, b.box) > 0 for a in own for b in others)
+        touching = any(_shared(a.box, b.box) > 0 for a in own for b in others)
         return touching and first[:, 3].mean() > second[:, 1].mean() and _lower(first, second)
     along = 0 if relation == "left of" else 1
     centres = [(boxes[:, :2] + boxes[:, 2:]).mean(0) / 2 for boxes in (first, second)]
@@ -413,7 +414,7 @@ def train(
         rate = lr * min(1, (step + 1) / warm_up) * (1 + math.cos(math.pi * step / steps)) / 2
         for group in optimizer.param_groups:
             group["lr"] = rate
-        scenes = [data.scene(batch * step + i) for i in range(batch)]
+        scenes = _chosen([data.scene(SOME * batch * step + i) for i in range(SOME * batch)], batch)
         images = torch.stack([_pixels(data.draw(scene)) for scene in scenes])
         images = worsened(images, generator)
         heat, boxes, rows = targets(scenes)
@@ -443,6 +444,13 @@ def train(
             bar.set_postfix({kind: f"{share:.3f}" for kind, share in right.items()})
         if (step + 1) % 500 == 0 or step + 1 == steps:
             judge.save(out)
+
+
+def _chosen(scenes: list[Scene], count: int) -> list[Scene]:
+    """So many of them, more of those in which one thing hides a part of another: they are hard."""
+    hidden = [scene for scene in scenes if scene.relation == "in front of"][: count // HIDDEN]
+    others = [scene for scene in scenes if scene.relation != "in front of"]
+    return [*hidden, *others[: count - len(hidden)]]
 
 
 # Its accuracy ------------------------------------------------------------------------------------
