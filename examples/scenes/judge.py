@@ -448,7 +448,7 @@ def train(
 
 def _chosen(scenes: list[Scene], count: int) -> list[Scene]:
     """So many of them, more of those in which one thing hides a part of another: they are hard."""
-    hidden = [scene for scene in scenes if scene.relation == "in front of"][: count // HIDDEN]
+    hidden = [scene for scene in scenes if scene.relation == "in front of"][: -(-count // HIDDEN)]
     others = [scene for scene in scenes if scene.relation != "in front of"]
     return [*hidden, *others[: count - len(hidden)]]
 
