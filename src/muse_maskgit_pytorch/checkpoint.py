@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from .arguments import as_path, fitting, printable, shown, with_names, without_functions
 from .files import check_output, digest_state, replacing
 from .hub import card, check_repository, hub_file, is_repository, not_on_hub, upload
+from .licenses import license_of
 from .weights import (
     ENDINGS,
     Allowance,
@@ -306,6 +307,9 @@ class Saveable(nn.Module):
         self._loaded = next(_LOADINGS)  # torch calls this for every module inside, too
         super()._load_from_state_dict(*args, **kwargs)
 
+    # Of its weights, by the hub's name for it, such as "mit"; None: not stated. Files hold it.
+    license: str | None = None
+
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
@@ -402,6 +406,12 @@ class Saveable(nn.Module):
             if isinstance(part, Saveable) and not type(part).__module__.startswith(f"{FORMAT}.")
         }
         tree = {"config": self.config, "state": state} | ({"homes": homes} if homes else {})
+        if licenses := {
+            name: part.license
+            for name, part in self.named_modules()
+            if isinstance(part, Saveable) and part.license
+        }:
+            tree["licenses"] = licenses
         return save_tree(path, tree, kind=type(self).__name__)
 
     def save_pretrained(
@@ -433,7 +443,7 @@ class Saveable(nn.Module):
             temporary.write_text(f"{json.dumps(stated, indent=2)}\n", encoding="utf-8")
         if not (folder / CARD).exists():
             with replacing(folder / CARD) as temporary:
-                temporary.write_text(self.model_card(name), encoding="utf-8")
+                temporary.write_text(self.model_card(name, self.license), encoding="utf-8")
         return folder
 
     def push_to_hub(self, repo_id: str, *, dtype: torch.dtype | None = None, **commit: Any) -> str:
@@ -520,7 +530,10 @@ class Saveable(nn.Module):
         path = find_file(name)
         with reading(path):
             tree, _ = load_tree(path, kind=cls.__name__)
-            return rebuild(cls, tree, path).eval()
+            made = rebuild(cls, tree, path).eval()
+            take_licenses(made, tree)
+            made.license = made.license or license_of(path)
+            return made
 
 
 @torch.inference_mode(False)
@@ -539,7 +552,25 @@ def rebuild_any(path: Path) -> Saveable:
                 f"{path} holds a {kind}, which is not known here: "
                 f"{how_to_know(kind, tree.get('homes'))}"
             )
-        return rebuild(known, tree, path).eval()
+        made = rebuild(known, tree, path).eval()
+        take_licenses(made, tree)
+        made.license = made.license or license_of(path)
+        return made
+
+
+def take_licenses(model: Saveable, tree: dict[str, Any], prefix: str = "") -> None:
+    """Give a model and its parts the licenses that a file's tree states.
+
+    Args:
+        model: what was made of the tree.
+        tree: it may state anything; what is not understood is left out.
+        prefix: of the names, where the model is a part of the file's, such as "base.vae.".
+    """
+    parts = {f"{prefix}{n}".rstrip("."): part for n, part in model.named_modules()}
+    stated = tree.get("licenses")
+    for name, license in stated.items() if isinstance(stated, dict) else ():
+        if isinstance(part := parts.get(name), Saveable) and isinstance(license, str):
+            part.license = printable(license, 80)
 
 
 def _no_arguments(self: nn.Module) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from os import PathLike
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -44,7 +44,9 @@ def open_model(name: str | PathLike[str], device: str | None = None) -> Muse:
         raise CheckpointError(
             f"{path} is a super-resolution stage alone: join it with a base by `muse bundle`"
         )
-    return Muse(stage).eval().to(where)
+    made = Muse(stage).eval()
+    made.license = stage.license
+    return made.to(where)
 
 
 def open_any(name: str | PathLike[str]) -> Saveable:
@@ -77,14 +79,21 @@ def open_stage(name: str | PathLike[str], stage: Stage = "base") -> MaskGit:
     if is_pipeline(name):
         if stage != "base":
             raise CheckpointError(f"{name} has no stage {stage!r}: it has a base alone")
-        return Muse.from_pretrained(name).base
+        return _licensed(Muse.from_pretrained(name), stage)
     path = find_file(name)
     kind = kind_of(path)
     if kind == "MaskGit":
         return MaskGit.from_pretrained(path)
     if kind != "Muse":
         raise CheckpointError(f"{path} holds a {kind}: give a Muse or a MaskGit")
-    found = getattr(Muse.from_pretrained(path), stage)
-    if found is None:
+    if (found := _licensed(Muse.from_pretrained(path), stage)) is None:
         raise CheckpointError(f"{path} has no stage {stage!r}: it has a base alone")
+    return found
+
+
+def _licensed(muse: Muse, stage: Stage) -> Any:
+    """A stage of a whole model, whose license is then its own."""
+    found = muse.stages.get(stage)
+    if found is not None:
+        found.license = found.license or muse.license
     return found

@@ -23,6 +23,7 @@ from .geometry import Geometry, ImageSize
 from .inference.compiling import compiled
 from .inference.graphs import GRAPHS, by_graphs
 from .inference.precision import Precision, prepared, resolved, rows_at_once
+from .licenses import license_of
 from .linears import check_available
 from .masking import IGNORE_INDEX, ScheduleFunction, check_schedule, draw_mask, mask_tokens
 from .presets import find_preset, make_presets
@@ -223,6 +224,18 @@ class MaskGit(Saveable):
                 self._init_args[name] = vae
                 swapped = True
         return swapped
+
+    @property
+    def licenses(self) -> dict[str, str]:
+        """Of the weights, by part: "weights", and where known "tokenizer" and "text encoder"."""
+        encoder = self.transformer.text_encoder
+        reads = isinstance(encoder, str) and encoder != "none"
+        found = {
+            "weights": self.license or "not stated",
+            "tokenizer": self.vae.license,
+            "text encoder": (license_of(encoder) or "not stated") if reads else None,
+        }
+        return {part: license for part, license in found.items() if license}
 
     def preset(self, name: str) -> SampleOptions:
         """The sampling options of that name; every model has "default".

@@ -23,9 +23,18 @@ from .foreign import is_pipeline, read_pipeline
 from .geometry import ImageSize, Size
 from .images import to_pil
 from .inference.precision import Precision
+from .licenses import license_of
 from .lora import TEXT, Lora
 from .maskgit import MaskGit
-from .provenance import Record, attach, fingerprint, made_on, read_records, warn_of_other_bits
+from .provenance import (
+    Record,
+    attach,
+    fingerprint,
+    licensed,
+    made_on,
+    read_records,
+    warn_of_other_bits,
+)
 from .request import Drawn, Request
 from .sampling import Callback, SampleOptions, Step, known_fields
 from .structures import SampleStep, TextEmbeds
@@ -86,6 +95,7 @@ class Muse(Saveable):
         """
         if is_pipeline(name):
             made = cls(MaskGit(**read_pipeline(name))).eval()
+            made.license = license_of(str(name))
         else:
             made = super().from_pretrained(name)
         made.precision = precision
@@ -371,8 +381,14 @@ class Muse(Saveable):
         pictures = to_pil(drawn.images)
         if drawn.has_record:
             made_by = made_on(self.device, self.precision, self.text_compute.precision, self.loras)
+            made_by |= licensed(self.licenses)
             attach(pictures, drawn, self.fingerprint, made_by)
         return pictures
+
+    @property
+    def licenses(self) -> dict[str, str]:
+        """Of the weights, by part (`MaskGit.licenses`)."""
+        return self.base.licenses | ({"weights": self.license} if self.license else {})
 
     @property
     def fingerprint(self) -> str:

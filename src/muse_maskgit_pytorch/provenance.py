@@ -83,8 +83,8 @@ class Record:
         model: `fingerprint` of the model.
         made_by: "package" and "torch", the versions, "device", its type, "precision" and
             "text_precision", those of the model and of its text encoder, on a CPU
-            "threads", their number: it decides the order of sums, and so single pixels; and "lora",
-            the adapters, where there were any.
+            "threads", their number: it decides the order of sums, and so single pixels; "license",
+            those of the weights; and "lora", the adapters, where there were any.
         version: of the format in which it was written.
     """
 
@@ -224,6 +224,11 @@ def made_on(
     if device.type == "cpu":
         made["threads"] = str(torch.get_num_threads())
     return made
+
+
+def licensed(licenses: Mapping[str, str]) -> dict[str, str]:
+    """What a record says of the licenses of a model's weights (`Muse.licenses`)."""
+    return {"license": "; ".join(f"{part}: {name}" for part, name in licenses.items())}
 
 
 def warn_of_other_bits(

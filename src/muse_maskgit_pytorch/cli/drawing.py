@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from ..arguments import as_path, printable
 from ..files import check_output
+from ..licenses import CODE
 from ..loading import open_model
 from ..maskgit import MaskGit
 from ..muse import Muse
@@ -138,11 +139,16 @@ def each_files(folder: Path, labels: Sequence[str]) -> list[Path]:
 
 
 def announce(config: Namespace, model: Muse | Drawer) -> None:
-    """Say on standard error which model draws; standard output is for the names of files."""
+    """Say on standard error which model draws, and its licenses.
+
+    Standard output is for the names of files.
+    """
     name = printable(config.model, 200)
     if config.model == SHIPPED_MODEL:
         name = f"the shipped model {name} (--model FILE draws with your own)"
+    licenses = ", ".join(f"{part} {license}" for part, license in model.licenses.items())
     note(f"drawing with {name}, {model.fingerprint}, on {model.device}")
+    note(f"licenses: {licenses}, code {CODE}")
 
 
 def note(text: str) -> None:

@@ -25,6 +25,7 @@ def push(parser: Parser, argv: list[str]) -> None:
         if config.out is not None:
             folder = check_output("--out", config.out, folder=True)
         model = open_any(config.model)
+        model.license = config.license or model.license
         model.save_pretrained(folder, getattr(torch, config.dtype))
         card = write_card(
             type(model).from_pretrained(folder),  # as it is stored
@@ -33,7 +34,7 @@ def push(parser: Parser, argv: list[str]) -> None:
             runs=config.runs,
             figures=config.figures,
             pictures=config.pictures,
-            license=config.license,
+            license=model.license,
             limits=config.limits,
         )
         if config.out is not None:

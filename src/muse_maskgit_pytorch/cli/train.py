@@ -136,6 +136,7 @@ def make_maskgit(
         kept = ("vae.", "cond_vae.")
         saved = {k: v for k, v in start.state_dict().items() if not k.startswith(kept)}
         model._load_state(model.state_dict() | saved, config.init_from)
+        model.license = start.license  # what is made from weights stays under it
     return model
 
 

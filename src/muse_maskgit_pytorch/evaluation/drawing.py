@@ -22,7 +22,7 @@ from ..geometry import Geometry, ImageSize, Size
 from ..images import read_image, record_of, save_png, to_pil, to_tensor
 from ..maskgit import MaskGit
 from ..muse import Muse
-from ..provenance import attach, fingerprint, from_json, made_on
+from ..provenance import attach, fingerprint, from_json, licensed, made_on
 from ..request import Drawn, Request
 from ..sampling import SampleOptions
 from ..structures import SampleStep
@@ -78,6 +78,11 @@ class Drawer:
     @property
     def device(self) -> torch.device:
         return self._last.device
+
+    @property
+    def licenses(self) -> dict[str, str]:
+        """Of the model's weights, by part."""
+        return self.model.licenses
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -142,7 +147,7 @@ class Drawer:
         pictures = to_pil(images)
         drawn = Drawn(images, _from_true(request, low), low)
         made_by = made_on(self.device, stage.precision, stage.text_compute.precision)
-        attach(pictures, drawn, self.fingerprint, made_by)
+        attach(pictures, drawn, self.fingerprint, made_by | licensed(stage.licenses))
         return pictures
 
 

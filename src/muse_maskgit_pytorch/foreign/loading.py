@@ -22,8 +22,10 @@ from ..checkpoint import (
     load_tree,
     rebuild,
     state_of,
+    take_licenses,
 )
 from ..hub import hub_file, is_repository
+from ..licenses import license_of
 from ..vqgan_vae import ImageTokenizer
 from ..weights import (
     CheckpointError,
@@ -81,6 +83,7 @@ def load_tokenizer(
     path, part = _find(str(name))
     with reading(path):
         tokenizer = _load_own(path, part) if _is_own(path) else _load_foreign(path, part)
+    tokenizer.license = tokenizer.license or license_of(path)
     return tokenizer.to(device).eval()
 
 
@@ -162,7 +165,9 @@ def _load_own(path: Path, part: str | None) -> ImageTokenizer:
     if kind not in known:
         advice = how_to_know(kind, tree.get("homes"))
         raise CheckpointError(f"{path} has a tokenizer of the unknown kind {shown(kind)}: {advice}")
-    return rebuild(known[kind], {**tree, "config": config, "state": own}, path)
+    made = rebuild(known[kind], {**tree, "config": config, "state": own}, path)
+    take_licenses(made, tree, prefix)
+    return made
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:
