@@ -795,6 +795,15 @@ def average_parser() -> Parser:
     return parser
 
 
+def doctor_parser() -> Parser:
+    parser = Parser(
+        "muse doctor",
+        "Say what was found on this machine, what is chosen of it, what is broken and what helps.",
+    )
+    parser.add_argument("--json", type=bool, default=False, help="as JSON (true)")
+    return parser
+
+
 def report_parser() -> Parser:
     parser = Parser("muse report", "Draw a training run's curves and pictures as one HTML page.")
     parser.add_argument("results_folder", type=str, help="where the training wrote metrics.jsonl")

@@ -199,7 +199,7 @@ def products(device: torch.device) -> dict[str, float]:
     processor, the release of torch and the number of threads. Kinds that do not work, or work in
     software only, are left out.
     """
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     key = f"{name}, torch {torch.__version__}, {torch.get_num_threads()} threads"
     path = cache_folder() / "products.json"
     known: dict[str, dict[str, float]] = {}
@@ -251,7 +251,8 @@ def _fastest(device: torch.device, kind: str, *others: str, place: str = "blocks
     return costs.get(f"{kind}, {place}", 0.0) > WORTH_IT * max(rest)
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The CPU's name."""
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
