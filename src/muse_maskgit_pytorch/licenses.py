@@ -43,7 +43,8 @@ KNOWN = {
 def license_of(name: str | Path) -> str | None:
     """The license of weights, by where they are; None: not known.
 
-    A card beside them, ``README.md``, is believed before the table `KNOWN`.
+    A card beside them, ``README.md``, is believed before the table `KNOWN`, and this before one in
+    the hub's cache.
 
     Args:
         name: a file, a folder, the name of a hub repository or of a shipped model.
@@ -57,17 +58,24 @@ def license_of(name: str | Path) -> str | None:
     repository = cached[-1].removeprefix("models--").replace("--", "/") if cached else str(name)
     if place.is_file() and place.parent == Path(__file__).parent / "pretrained":
         repository = place.stem
-    if not place.exists():
-        from huggingface_hub import try_to_load_from_cache
-        from huggingface_hub.errors import HFValidationError
-
-        with suppress(HFValidationError):
-            found = try_to_load_from_cache(repository, CARD)
-            folders = [Path(found).parent] if isinstance(found, str) else []
-    for folder in folders:
-        if (stated := _of_card(folder / CARD)) is not None:
+    for each in folders:
+        if (stated := _of_card(each / CARD)) is not None:
             return stated
-    return next((known for wild, known in KNOWN.items() if fnmatchcase(repository, wild)), None)
+    for wild, known in KNOWN.items():
+        if fnmatchcase(repository, wild):
+            return known
+    return None if place.exists() else _in_cache(repository)
+
+
+def _in_cache(repository: str) -> str | None:
+    """What the card in the hub's cache says."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    with suppress(HFValidationError):
+        found = try_to_load_from_cache(repository, CARD)
+        return _of_card(Path(found)) if isinstance(found, str) else None
+    return None
 
 
 def _of_card(path: Path) -> str | None:

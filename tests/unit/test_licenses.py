@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 from muse_maskgit_pytorch import MaskGit, Muse, load_tokenizer, open_model
 from muse_maskgit_pytorch import testing as tiny
@@ -87,3 +88,12 @@ def test_amused(tmp_path: Path):
     (tmp_path / "amused" / "README.md").write_text("---\nlicense: openrail++\n---\n")
     found = dict.fromkeys(("weights", "tokenizer", "text encoder"), "openrail++")
     assert open_model(tmp_path / "amused").licenses == found
+
+
+def test_a_card_in_the_hubs_cache(tmp_path: Path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "README.md").write_text("---\nlicense: bsd\n---\n")
+    home = hub.make_hub(tmp_path / "home", {"nobody/mine": tmp_path / "mine"})
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", home["HF_HUB_CACHE"])
+    monkeypatch.chdir(tmp_path)
+    assert license_of("nobody/mine") == "bsd"
