@@ -53,11 +53,14 @@ def open_any(name: str | PathLike[str]) -> Saveable:
     """Load a saved model of any kind, a tokenizer too, in eval mode, on the CPU.
 
     Args:
-        name: as in `open_model`.
+        name: as in `open_stage`.
 
     Raises:
         CheckpointError: the file cannot be found, is damaged, or of a kind that is not imported.
     """
+    stem, _, suffix = os.fspath(name).rpartition(":")
+    if suffix in get_args(Stage) and stem and not as_path(name).exists():
+        return open_stage(name)
     if is_pipeline(name):
         return Muse.from_pretrained(name)
     return rebuild_any(find_file(name))

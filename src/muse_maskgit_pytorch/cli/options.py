@@ -216,13 +216,17 @@ def export_parser() -> Parser:
         "--model",
         type=str,
         required=True,
-        help="a tokenizer, named as for load_tokenizer: a file, emoji:base, a folder, a repository",
+        help="file, folder or hub repository of a model, a stage or a tokenizer, or a shipped "
+        "model; a stage of several is named as emoji:base",
     )
     parser.add_argument(
         "--format",
-        type=Literal["diffusers"],
+        type=Literal["diffusers", "onnx"],
         required=True,
-        help="diffusers: the folder of a VQModel",
+        help="diffusers: its tokenizer as a VQModel; onnx: encoder, decoder and one sampling step",
+    )
+    parser.add_argument(
+        "--image_size", type=int | None, help="side of a tokenizer's pictures in onnx, in pixels"
     )
     parser.add_argument("--out", type=str, required=True, help="folder to write")
     return parser
