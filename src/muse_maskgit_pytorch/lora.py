@@ -30,6 +30,7 @@ from .weights import CheckpointError, is_finite, reading, safetensors_file
 
 PREFIX = "base_model.model."  # of the names in peft's files
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PICKLE = "adapter_model.bin"  # what older releases of peft wrote
 TEXT = "text_encoder"  # the folder of its part
 # What other adapters of the same type have, by their configuration.
 UNREAD = ("use_dora", "lora_bias", "modules_to_save", "alpha_pattern", "layer_replication")
@@ -202,6 +203,12 @@ class Lora:
         """
         path = as_path(folder, "lora")
         missing = [name for name in (CONFIG, WEIGHTS) if not (path / name).is_file()]
+        if missing == [WEIGHTS] and (path / PICKLE).is_file():
+            raise CheckpointError(
+                f"{shown(str(path))} has its weights as a pickle, {PICKLE}, and not as {WEIGHTS}: "
+                f"write that in the folder by python -c 'import torch, safetensors.torch as s; "
+                f's.save_file(torch.load("{PICKLE}", weights_only=True), "{WEIGHTS}")\''
+            )
         if missing:
             raise CheckpointError(
                 f"{shown(str(path))} is no adapter: it has no {missing[0]} (a folder that muse "

@@ -100,6 +100,15 @@ def test_a_pickle_is_refused_with_what_to_do(tmp_path: Path):
     assert equal(again.load(path), vae)  # as it says
 
 
+def test_an_adapter_as_a_pickle(tmp_path: Path, muse: Muse):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"has no adapter_model\.safetensors"):
+        muse.load_lora(tmp_path)
+    (tmp_path / "adapter_model.bin").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"as a pickle, .*weights_only=True"):
+        muse.load_lora(tmp_path)
+
+
 def test_from_the_hub(tmp_path: Path, muse: Muse, monkeypatch: pytest.MonkeyPatch):
     folder = muse.save_pretrained(tmp_path / "mine")
     make_hub(tmp_path / "home", {"me/mine": folder})

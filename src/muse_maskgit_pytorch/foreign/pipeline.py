@@ -69,6 +69,11 @@ def read_pipeline(name: str | PathLike[str]) -> dict[str, Any]:
             raise ValueError(f"masking_schedule {shown(schedule)} is not one of {[*SCHEDULES]}")
         mask_id = whole("mask_token_id", config.get("mask_token_id"), 0)
     transformer = _transformer(name, mask_id, tokenizer.factor)
+    if transformer.num_tokens != tokenizer.codebook_size:
+        raise CheckpointError(
+            f"{name} has a transformer of {transformer.num_tokens} codes and a tokenizer (vqvae) "
+            f"of {tokenizer.codebook_size}: one of the two belongs to another model"
+        )
     transformer.set_no_text(transformer.text_reader().encode(""))
     return dict(
         vae=tokenizer,

@@ -292,6 +292,14 @@ def test_what_does_not_fit_is_refused(
         Muse.from_pretrained(tmp_path / "model")
 
 
+def test_a_tokenizer_of_another_model(made: tuple[Path, Any], tmp_path: Path):
+    shutil.copytree(made[0], tmp_path / "model")
+    shutil.rmtree(tmp_path / "model" / "vqvae")
+    hub.make_vqmodel(tmp_path / "model" / "vqvae", num_vq_embeddings=40)
+    with pytest.raises(CheckpointError, match=r"transformer of 50 codes and a tokenizer .* of 40"):
+        Muse.from_pretrained(tmp_path / "model")
+
+
 def test_calls_that_cannot_be(made: tuple[Path, Any], muse: Muse, tmp_path: Path):
     with pytest.raises(ValueError, match=r"text_embeds are .*must|this transformer reads"):
         muse(text_embeds=torch.rand(1, 12, 20))
