@@ -56,7 +56,8 @@ def write_card(
         figures: JSON files of ``muse eval``: its ``--out`` of a tokenizer, ``figures.json`` of
             generators.
         pictures: PNGs that this model drew, with their records.
-        license: of the weights, by the hub's name for it, such as "mit".
+        license: of the weights, by the hub's name for it, such as "mit"; those of parts that
+            are known (`MaskGit.licenses`) stand beside it.
         limits: sentences on what the model cannot do.
 
     Returns:
@@ -72,7 +73,7 @@ def write_card(
         _data_and_training(model, [as_path(path, "run") for path in runs]),
         _figures(model, [as_path(path, "figures") for path in figures]),
         _limits(model, limits),
-        f"\n## License\n\n{f'Of the weights: {license}.' if license else 'Not stated.'}\n",
+        _licenses(model, license),
     ]
     for path in map(Path, pictures):
         (place / PICTURES).mkdir(parents=True, exist_ok=True)
@@ -339,6 +340,15 @@ def _figure(name: str, metric: Mapping[str, Any]) -> list[object]:
         metric["images"],
         metric.get("note", ""),
     ]
+
+
+def _licenses(model: Saveable, license: str | None) -> str:
+    """Of the weights, and of the parts that are others' work."""
+    parts = {"weights": license or "not stated"}
+    if isinstance(model, (Muse, MaskGit)):
+        parts = model.licenses | parts
+    lines = "".join(f"- {part}: {_cell(name)}\n" for part, name in parts.items())
+    return f"\n## License\n\n{lines}"
 
 
 def _limits(model: Saveable, limits: Sequence[str]) -> str:

@@ -78,6 +78,7 @@ def test_what_a_card_says(root: Path, muse: Muse, capsys: pytest.CaptureFixture)
         "| two owls | 6 |",
         "- It draws owls alone.",
         "reads 9 tokens of a text at most",
+        "- weights: mit\n- text encoder: not stated\n",
     ):
         assert said in text
     assert "secret" not in text  # where things lay is nobody's affair
@@ -107,7 +108,7 @@ def test_cards_of_parts(root: Path, muse: Muse):
     vae.save_pretrained(root / "vae")
     text = write_card(vae, root / "vae").read_text()
     assert "4 pixels a token, 60 codes" in text
-    assert "Not stated." in text
+    assert "- weights: not stated" in text
     with pytest.raises(ValueError, match="a VQGanVAE alone does not draw"):
         write_card(vae, root / "vae", pictures=[root / "owls.png"])
 
