@@ -302,15 +302,15 @@ def _is_right(fact: dict[str, Any], reading: Reading) -> bool:
     if kind == "tone":
         return bool(own) and all(thing.tone == value for thing in own)
     if kind == "size":
-        return bool(own) and all(_size(thing, len(own) > 1) == value for thing in own)
+        return bool(own) and all(_size(thing) == value for thing in own)
     others = [thing for thing in reading.things if thing.subject == fact["other"]]
     return bool(own and others) and _is_related(own, others, value)
 
 
-def _size(thing: Found, of_many: bool) -> str:
-    """A thing's size, by `layout.LENGTHS`, where several of one subject are smaller."""
+def _size(thing: Found) -> str:
+    """A thing's size, by `layout.LENGTHS`."""
     side = max(thing.box[2] - thing.box[0], thing.box[3] - thing.box[1])
-    return "small" if side < 0.275 else "big" if side > (0.41 if of_many else 0.45) else "medium"
+    return "small" if side < 0.25 else "big" if side > 0.375 else "medium"
 
 
 def _is_related(own: list[Found], others: list[Found], relation: str) -> bool:

@@ -1,38 +1,45 @@
 """Where things may stand: many places are proposed at random, and those that fit are told apart.
 
-Everything is in pixels of a canvas of 256; a proposal is the left upper corners of N things.
+Everything is in pixels of a canvas of 256; a proposal is the left upper corners of N things. Each
+thing stands in the middle of a square whose corners are on a grid of 16 pixels, which is a token of
+8 at 128 px: so the same thing is the same few tokens wherever it stands. With places and sizes
+of any pixel, a small model learns how a thing is cut into tokens, and little else (docs/log.md).
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-CANVAS = 256
-MARGIN, GAP = 4, 6  # from the edge, and between things that are beside each other
+CANVAS, STEP = 256, 16
+INSET, GAP = 4, 6  # of a thing in its square, and between things that are beside each other
 PROPOSALS = 256
-# The longer side of a thing as a share of the canvas, by what there is and by the thing's size. A
-# small thing is always smaller than one of no stated size, and this one smaller than a big one.
+# The sides of the squares in steps, by what there is and by the thing's size. A small thing is
+# always smaller than one of no stated size, and this one smaller than a big one.
 LENGTHS = {
-    "plain": {"big": (0.80, 0.90)},
-    "alone": {"small": (0.20, 0.25), "medium": (0.33, 0.40), "big": (0.60, 0.80)},
-    "in front": {"small": (0.21, 0.25), "medium": (0.33, 0.40), "big": (0.56, 0.68)},
-    "same": {"small": (0.20, 0.25), "medium": (0.32, 0.39), "big": (0.45, 0.49)},
-    "pair": {"small": (0.20, 0.25), "medium": (0.32, 0.39), "big": (0.48, 0.57)},
-    "several": {"small": (0.19, 0.23), "medium": (0.29, 0.35)},
+    "plain": {"big": (13, 14)},
+    "alone": {"small": (4,), "medium": (5, 6), "big": (9, 10, 11, 12)},
+    "in front": {"small": (4,), "medium": (5, 6), "big": (9, 10)},
+    "same": {"small": (4,), "medium": (5, 6), "big": (7,)},
+    "pair": {"small": (4,), "medium": (5, 6), "big": (8, 9)},
+    "several": {"small": (4,), "medium": (5,)},
 }
 
 
-def propose(generator: np.random.Generator, sizes: np.ndarray, middle: bool) -> np.ndarray:
+def propose(
+    generator: np.random.Generator, lengths: np.ndarray, sizes: np.ndarray, middle: bool
+) -> np.ndarray:
     """Corners inside the canvas, float (K,N,2).
 
     Args:
         generator: where they are drawn from.
+        lengths: sides of the squares in steps, (N,).
         sizes: width and height of the things, (N,2).
         middle: near the middle, one proposal; else anywhere, `PROPOSALS` of them.
     """
-    room = CANVAS - 2 * MARGIN - sizes
+    room = (CANVAS // STEP - lengths)[:, None]
     share = generator.random((1 if middle else PROPOSALS, *sizes.shape))
-    return np.rint(MARGIN + (0.35 + 0.3 * share if middle else share) * room)
+    places = np.rint((0.35 + 0.3 * share) * room) if middle else np.floor(share * (room + 1))
+    return STEP * places + np.floor((STEP * lengths[:, None] - sizes) / 2)
 
 
 def apart(corners: np.ndarray, sizes: np.ndarray) -> np.ndarray:

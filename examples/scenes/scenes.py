@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 from captions import Caption, Writer
-from layout import CANVAS, LENGTHS, apart, propose, related
+from layout import CANVAS, INSET, LENGTHS, STEP, apart, propose, related
 from PIL import Image
 from sprites import STYLES, Sprites, Subject, is_tone_heldout
 
@@ -192,10 +192,6 @@ class Dice:
     def chance(self, share: float) -> bool:
         """Whether something of this probability happens."""
         return self.generator.random() < share
-
-    def between(self, low: float, high: float) -> float:
-        """A number between the two."""
-        return low + (high - low) * self.generator.random()
 
 
 def share_of(*parts: object) -> float:
@@ -410,13 +406,14 @@ class Scenes:
         shapes = []
         for group in plan.groups:
             shape = np.array(self.sprites.size(plan.style, group.subject, group.tone))
-            shapes.append(CANVAS * shape / shape.max())
+            shapes.append(shape / shape.max())
         limits = LENGTHS[plan.arrangement]
         for _ in range(ROUNDS):
-            lengths = [dice.between(*limits[group.size]) for group in plan.groups]
-            sides = [lengths[index] * dice.between(0.97, 1) * shapes[index] for index in members]
-            sizes = np.maximum(2, np.rint(sides))
-            corners = propose(dice.generator, sizes, plan.arrangement == "plain")
+            of_groups = [dice.one(limits[group.size]) for group in plan.groups]
+            lengths = np.array([of_groups[index] for index in members])
+            sides = STEP * lengths[:, None] - 2 * INSET
+            sizes = np.maximum(2, np.rint(sides * np.array([shapes[index] for index in members])))
+            corners = propose(dice.generator, lengths, sizes, plan.arrangement == "plain")
             good = np.ones(len(corners), bool)
             if plan.relation != "in front of":
                 good &= apart(corners, sizes)

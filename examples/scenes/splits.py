@@ -16,8 +16,11 @@ from functools import partial
 from typing import Any
 
 from judge import Judge
+from layout import CANVAS, STEP
 from PIL import Image
 from scenes import SPLITS, Scenes
+
+from muse_maskgit_pytorch.data.source import Item
 
 SPRITES = os.environ.get("SPRITES", "data/sprites.safetensors")
 
@@ -30,6 +33,29 @@ def __getattr__(name: str) -> Callable[[], Scenes]:
         raise AttributeError(name)
     length = 1_000_000 if split == "train" else 1000
     return partial(Scenes, SPRITES, split, size=int(size), length=length)
+
+
+class Tiles(Scenes):
+    """For a tokenizer: half of them whole scenes of 128 px, half parts of 128 px of those of 256.
+
+    Both are cut along the grid on which things stand (`layout`).
+    """
+
+    def __init__(self) -> None:
+        super().__init__(SPRITES, "train", size=CANVAS)
+
+    def item(self, index: int) -> Item:
+        """What a trainer reads."""
+        scene, half = self.scene(index), CANVAS // 2
+        picture = self.draw(scene)
+        if index % 2:
+            return Item(picture.reduce(2))
+        left, top, right, bottom = scene.things[-1].box
+        x, y = (
+            STEP * round(min(max(CANVAS * middle - half / 2, 0), half) / STEP)
+            for middle in ((left + right) / 2, (top + bottom) / 2)
+        )
+        return Item(picture.crop((x, y, x + half, y + half)))
 
 
 class PromptJudge:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import captions
+import layout
 import numpy as np
 import pytest
 import scenes
@@ -22,7 +23,6 @@ from tests.runs import make_maskgit, metrics
 
 SCRIPT = Path(scenes.__file__).with_name("make_dataset.py")
 SHAPES = [(200, 120), (120, 200), (224, 224), (180, 90), (100, 110)]
-LIMITS = {"small": (0.17, 0.255), "medium": (0.275, 0.405), "big": (0.43, 0.91)}
 TONES = ("light", "medium", "dark")
 
 
@@ -132,12 +132,39 @@ def test_sizes_are_far_apart(train: list[Scene]):
         for index, group in enumerate(scene.groups):
             boxes = boxes_of(scene, index)
             sides = (boxes[:, 2:] - boxes[:, :2]).max(1)
-            low, high = {"small": (0.1, 0.26), "medium": (0.27, 0.47), "big": (0.44, 0.95)}[
+            low, high = {"small": (0.2, 0.23), "medium": (0.28, 0.35), "big": (0.4, 0.85)}[
                 group.size
             ]
             assert low < sides.min()
             assert sides.max() < high
             assert group.says_size <= (group.size != "medium")
+
+
+def test_things_stand_on_a_grid(path: Path, train: list[Scene]):
+    """So the same thing is the same pixels at the same place in its square, wherever that is."""
+    data, seen = Scenes(path, size=256), {}
+    for scene in train:
+        if scene.relation == "in front of" or " to " in scene.background:
+            continue
+        picture = np.asarray(data.draw(scene))
+        for thing in scene.things:
+            left, top, right, bottom = (256 * edge for edge in thing.box)
+            side = (max(right - left, bottom - top) + 2 * layout.INSET) // layout.STEP
+            corner = [
+                round((low + high - layout.STEP * side) / 2 / layout.STEP)
+                for low, high in ((left, right), (top, bottom))
+            ]
+            x, y = (layout.STEP * place for place in corner)
+            assert abs((left + right) / 2 - x - layout.STEP * side / 2) <= 1
+            assert abs((top + bottom) / 2 - y - layout.STEP * side / 2) <= 1
+            group = scene.groups[thing.group]
+            key = group.name, group.tone, scene.style, scene.background, side
+            shown = picture[round(top) : round(bottom), round(left) : round(right)]
+            place, shown = (left - x, top - y), shown.copy()
+            before = seen.setdefault(key, (place, shown))
+            assert before[0] == place, key
+            assert np.array_equal(before[1], shown), key
+    assert len(seen) > 100
 
 
 def pixel(colour: str) -> tuple[int, int, int]:

@@ -13,7 +13,7 @@ import pytest
 import splits
 import torch
 from judge import Found, Judge, Reading
-from layout import LENGTHS
+from layout import CANVAS, INSET, LENGTHS, STEP
 from PIL import Image
 from scenes import BACKGROUNDS, Scene, Scenes
 from sprites import STYLES, Sprites, Subject, write_sprites
@@ -48,10 +48,12 @@ def test_facts_of_a_reading():
 
 @pytest.mark.parametrize("kind", LENGTHS)
 def test_sizes_are_told_apart_where_they_are_made(kind: str):
-    for size, (low, high) in LENGTHS[kind].items():
-        for side in (low * 0.96 if kind == "same" else low, high):  # one may be a little smaller
-            thing = Found("owl", None, (0.0, 0.0, side, side / 2))
-            assert judging._size(thing, kind == "same") == size, (kind, size, side)
+    for size, lengths in LENGTHS[kind].items():
+        for length in lengths:
+            side = (STEP * length - 2 * INSET) / CANVAS
+            for seen in (side - 0.02, side + 0.02):  # the finder's boxes are nearly right
+                thing = Found("owl", None, (0.0, 0.0, seen, seen / 2))
+                assert judging._size(thing) == size, (kind, size, side)
 
 
 @pytest.mark.parametrize(

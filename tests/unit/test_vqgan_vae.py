@@ -1,5 +1,6 @@
 """The tokenizer: sizes, ids, and settings that mean what they say."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -381,3 +382,51 @@ def test_enlargement_is_nearest_neighbour_and_a_convolution(shape):
     slopes = [torch.autograd.grad((out * weights).sum(), given) for out in (layer(x), long_way)]
     torch.testing.assert_close(*slopes, atol=1e-4, rtol=1e-4)
     assert {name for name, _ in layer.named_parameters()} == {"conv.weight", "conv.bias"}
+
+
+# A local encoder
+
+
+def local(**changes: Any) -> VQGanVAE:
+    """8 pixels a token."""
+    arguments: dict[str, Any] = dict(dim=16, codebook_size=64, patch_size=4, layers=1)
+    arguments |= dict(quantizer="fsq", channel_mults=[1, 2], num_res_blocks=2, local_encoder=True)
+    return VQGanVAE(**{**arguments, **changes}).eval()
+
+
+def test_a_local_encoder_sees_a_narrow_rim_of_each_patch():
+    vae = local().double()
+    image = torch.rand(1, 3, 64, 64, dtype=torch.float64, requires_grad=True)
+    x = F.pixel_unshuffle(image * 2 - 1, vae.patch_size)
+    vae.encoder(x)[0, :, 3, 4].square().sum().backward()
+    assert image.grad is not None
+    seen = torch.nonzero(image.grad[0].abs().sum(0))
+    assert seen.min(0).values.tolist() == [3 * 8 - 8, 4 * 8 - 8]  # two patches of 4 before
+    assert seen.max(0).values.tolist() == [3 * 8 + 11, 4 * 8 + 11]  # its own, and one after
+
+
+@torch.no_grad()
+def test_plain_surfaces_get_equal_ids_wherever_they_are():
+    image = torch.full((1, 3, 64, 64), 0.3)
+    thing = image.clone()
+    thing[..., 20:40, 20:40] = torch.rand(3, 20, 20)
+    vae = local()
+    plain, beside = vae.encode_to_ids(image), vae.encode_to_ids(thing)
+    assert len(plain[0, 1:-1, 1:-1].unique()) == 1
+    assert torch.equal(beside[0, :, 6:], plain[0, :, 6:])
+    # with norms over the picture, even its other end knows of the thing
+    first = local(local_encoder=False).encoder[:2]
+    far = [first(F.pixel_unshuffle(x, 4))[..., -1, -1] for x in (image, thing)]
+    assert not torch.equal(*far)
+
+
+def test_a_local_encoder_is_saved_and_gets_other_decoders(tmp_path: Path):
+    vae = local()
+    again = VQGanVAE.from_pretrained(vae.save(tmp_path / "vae.safetensors"))
+    assert again.config["local_encoder"]
+    larger = vae.with_decoder(32, 3)
+    images = torch.rand(2, 3, 32, 32)
+    for other in (again, larger):
+        assert vae.same_ids(other)
+        assert torch.equal(vae.encode_to_ids(images), other.encode_to_ids(images))
+    assert "local_encoder" not in local(local_encoder=False).config
