@@ -57,12 +57,17 @@ class ChannelNorm(nn.LayerNorm):
 
 
 class LocalBlock(nn.Module):
-    """Two 1x1 convolutions around a skip: every place for itself."""
+    """A convolution and one of 1x1 around a skip; nothing is shared over the picture.
 
-    def __init__(self, channels: int):
+    Args:
+        channels: of what comes in.
+        kernel: side of the first one's; with 1, every place is for itself.
+    """
+
+    def __init__(self, channels: int, kernel: int):
         super().__init__()
         self.norm = ChannelNorm(channels)
-        self.conv1 = nn.Conv2d(channels, 2 * channels, 1)
+        self.conv1 = nn.Conv2d(channels, 2 * channels, kernel, padding=kernel // 2)
         self.conv2 = nn.Conv2d(2 * channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -243,9 +248,10 @@ class VQGanVAE(ImageTokenizer):
         decoder_res_blocks: residual blocks per resolution of the decoder, ``num_res_blocks``
             unless given. Both are what `with_decoder` sets.
         local_encoder: lets an id depend on its own patch and a narrow rim alone: the encoder's
-            residual blocks have 1x1 kernels, its norms are over channels. Equal patches then get
-            equal ids wherever they lie, which a transformer learns faster; with the others, plain
-            surfaces say something of what is near them, which makes reconstructions better.
+            norms are over channels, and one kernel of each residual block is 1x1, both where the
+            places are tokens. Equal surroundings then get equal ids wherever they lie, which a
+            transformer learns faster. By default, norms are over the picture, and plain surfaces
+            say something of all that is in it, which makes reconstructions better.
         quantizer: "vq", "simvq", "lfq", "bsq" or "fsq", see `Quantizer`.
         codebook_dim: width of a code ("vq", "simvq"), see `Quantizer`.
         l2_norm: codes and features on the unit sphere ("vq").
@@ -315,16 +321,19 @@ class VQGanVAE(ImageTokenizer):
 
         if not local_encoder:
             self._init_args.pop("local_encoder", None)  # files of before know none
-        block, encoder_norm = (LocalBlock, ChannelNorm) if local_encoder else (ResBlock, _norm)
         widths = [dim * mult for mult in mults]
         pixels = 3 * patch_size**2
 
         encoder: list[nn.Module] = [nn.Conv2d(pixels, widths[0], 3, padding=1)]
         for i, width in enumerate(widths):
-            encoder += [block(width) for _ in range(num_res_blocks)]
+            kernel = 3 if i < layers else 1
+            encoder += [
+                LocalBlock(width, kernel) if local_encoder else ResBlock(width)
+                for _ in range(num_res_blocks)
+            ]
             if i < layers:
                 encoder += [nn.Conv2d(width, widths[i + 1], 3, stride=2, padding=1)]
-        encoder += [encoder_norm(widths[-1]), nn.SiLU()]
+        encoder += [(ChannelNorm if local_encoder else _norm)(widths[-1]), nn.SiLU()]
         self.encoder = nn.Sequential(*encoder)
 
         back = [decoder_dim * mult for mult in mults]
