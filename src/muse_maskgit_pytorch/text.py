@@ -32,7 +32,7 @@ from typing import Any, Literal, overload
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from .arguments import one_of, shown, whole
+from .arguments import one_of, printable, shown, whole
 from .devices import arithmetic, pick_device
 from .files import digest_file, without_hub
 from .linears import check_available, lower
@@ -64,6 +64,7 @@ ALONE = {
     "siglip": "SiglipTextModel",
     "siglip2": "Siglip2TextModel",
 }
+TOKENIZER = ("tokenizer*", "vocab*", "*.model")  # files of one, in a folder
 # Encoders that have learnt from texts padded to their full length, and attend to the padding.
 PADDED = {"siglip_text_model", "siglip2_text_model"}
 
@@ -108,9 +109,17 @@ def _having(name: str) -> Iterator[None]:
                 f"the text encoder {name!r} wants to run code of its own, which is refused: use "
                 "one that transformers supports itself"
             ) from error
+        if Path(name).is_dir():
+            said = printable(" ".join(str(error).split()), 200)
+            raise TextEncoderError(
+                f"the text encoder in {name!r} cannot be read ({type(error).__name__}: {said}): "
+                "its folder must have config.json, the tokenizer's files and the weights, as "
+                "save_pretrained writes them or hf download fetches them"
+            ) from error
         raise TextEncoderError(
             f"the text encoder {name!r} cannot be had ({type(error).__name__}): check the name and "
-            f"the network, or give the path of a local copy as t5_name{_at_hand(name)}"
+            f"the network, or give the path of a local copy as t5_name (hf download NAME "
+            f"--local-dir FOLDER, where there is a network){_at_hand(name)}"
         ) from error
 
 
@@ -148,6 +157,9 @@ def _reader(name: str) -> tuple[Any, int | None, bool]:
     from transformers import AutoConfig, AutoTokenizer
 
     config = _from_hub(AutoConfig.from_pretrained, name)
+    place = Path(name)
+    if place.is_dir() and not any(any(place.glob(wild)) for wild in TOKENIZER):
+        raise OSError("no tokenizer")  # transformers would make one that knows no word
     tokenizer = _from_hub(AutoTokenizer.from_pretrained, name)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -168,7 +180,17 @@ def _weights(name: str) -> tuple[Any, Callable[[str], str]]:
 
     config = _from_hub(AutoConfig.from_pretrained, name)
     model_class = getattr(transformers, ALONE.get(config.model_type, ""), AutoModel)
-    model = whole = _from_hub(model_class.from_pretrained, name)
+    load = functools.partial(model_class.from_pretrained, output_loading_info=True)
+    model, info = _from_hub(load, name)
+    # transformers would give these first values at random; a pooler is not asked
+    lost = sorted(key for key in info["missing_keys"] if "pooler" not in key)
+    if lost:
+        raise TextEncoderError(
+            f"the text encoder {name!r} has no weights for {printable(lost[0], 100)} and "
+            f"{len(lost) - 1} others: its file is incomplete, or of another model than its "
+            "config.json"
+        )
+    whole = model
     if getattr(config, "is_encoder_decoder", False) and hasattr(model, "get_encoder"):
         model = model.get_encoder()
     else:  # of a model that sees pictures too

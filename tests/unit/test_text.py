@@ -2,6 +2,7 @@
 
 import copy
 import io
+import json
 import shutil
 import warnings
 import weakref
@@ -14,6 +15,7 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from muse_maskgit_pytorch import (
@@ -571,3 +573,56 @@ def test_a_model_says_how_its_texts_are_encoded(t5, monkeypatch):
     muse.text_compute = TextCompute()
     with pytest.warns(UserWarning, match="drawn with text_precision bfloat16, this is float32"):
         muse.like(found)
+
+
+def without_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def without_a_tokenizer(folder: Path) -> None:
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+
+
+def cut_off(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def incomplete(folder: Path) -> None:
+    state = load_file(folder / "model.safetensors")
+    kept = {name: value for name, value in state.items() if ".1." not in name}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+
+
+def of_another_size(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"d_ff": 99}))
+
+
+def of_an_unknown_kind(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "seer"}))
+
+
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (
+            without_weights,
+            r"cannot be read \(OSError: .*model\.safetensors.*must have config",
+        ),
+        (without_a_tokenizer, r"cannot be read \(OSError: no tokenizer\).*the tokenizer's files"),
+        (cut_off, r"cannot be read \(SafetensorError"),
+        (incomplete, r"has no weights for encoder\.block\.\S+ and \d+ others"),
+        (of_another_size, r"cannot be read \(RuntimeError"),
+        (of_an_unknown_kind, r"cannot be read \(ValueError: .*seer"),
+    ],
+)
+def test_a_damaged_folder(damage: Any, words: str, t5: str, tmp_path: Path):
+    folder = tmp_path / "t5"
+    shutil.copytree(t5, folder)
+    damage(folder)
+    with pytest.raises(TextEncoderError, match=words) as caught:
+        TextEncoder(str(folder)).encode("a cat")
+    assert "\n" not in str(caught.value)

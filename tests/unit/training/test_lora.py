@@ -313,7 +313,8 @@ def test_merged_text_adapters_are_what_was_trained_and_what_peft_reads(name, tmp
     theirs = peft.PeftModel.from_pretrained(
         kind.from_pretrained(path).eval(), str(folder / "text_encoder")
     )
-    tokens = made._tokens(TEXTS, padding="longest", return_tensors="pt")
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(path)
+    tokens = tokenizer(TEXTS, padding="longest", return_tensors="pt")
     given = {key: tokens[key] for key in ("input_ids", "attention_mask")}
     with torch.no_grad():
         their_states = theirs(**given).last_hidden_state
