@@ -310,7 +310,7 @@ def _is_right(fact: dict[str, Any], reading: Reading) -> bool:
 def _size(thing: Found) -> str:
     """A thing's size, by `layout.LENGTHS`."""
     side = max(thing.box[2] - thing.box[0], thing.box[3] - thing.box[1])
-    return "small" if side < 0.25 else "big" if side > 0.375 else "medium"
+    return "small" if side < 0.28 else "big" if side > 0.375 else "medium"
 
 
 def _is_related(own: list[Found], others: list[Found], relation: str) -> bool:

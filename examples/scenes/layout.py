@@ -13,15 +13,15 @@ import numpy as np
 CANVAS, STEP = 256, 16
 INSET, GAP = 4, 6  # of a thing in its square, and between things that are beside each other
 PROPOSALS = 256
-# The sides of the squares in steps, by what there is and by the thing's size. A small thing is
-# always smaller than one of no stated size, and this one smaller than a big one.
+# The side of the squares in steps, by what there is and by the thing's size: few, so that a subject
+# has few forms. Two big ones of the same kind are smaller, or there would be no room.
 LENGTHS = {
-    "plain": {"big": (13, 14)},
-    "alone": {"small": (4,), "medium": (5, 6), "big": (9, 10, 11, 12)},
-    "in front": {"small": (4,), "medium": (5, 6), "big": (9, 10)},
-    "same": {"small": (4,), "medium": (5, 6), "big": (7,)},
-    "pair": {"small": (4,), "medium": (5, 6), "big": (8, 9)},
-    "several": {"small": (4,), "medium": (5,)},
+    "plain": {"big": 14},
+    "alone": {"small": 4, "medium": 6, "big": 9},
+    "in front": {"small": 4, "medium": 6, "big": 9},
+    "same": {"small": 4, "medium": 6, "big": 7},
+    "pair": {"small": 4, "medium": 6, "big": 9},
+    "several": {"small": 4, "medium": 6},
 }
 
 

@@ -407,12 +407,11 @@ class Scenes:
         for group in plan.groups:
             shape = np.array(self.sprites.size(plan.style, group.subject, group.tone))
             shapes.append(shape / shape.max())
-        limits = LENGTHS[plan.arrangement]
+        sides = LENGTHS[plan.arrangement]
+        lengths = np.array([sides[plan.groups[index].size] for index in members])
+        inner = STEP * lengths[:, None] - 2 * INSET
+        sizes = np.maximum(2, np.rint(inner * np.array([shapes[index] for index in members])))
         for _ in range(ROUNDS):
-            of_groups = [dice.one(limits[group.size]) for group in plan.groups]
-            lengths = np.array([of_groups[index] for index in members])
-            sides = STEP * lengths[:, None] - 2 * INSET
-            sizes = np.maximum(2, np.rint(sides * np.array([shapes[index] for index in members])))
             corners = propose(dice.generator, lengths, sizes, plan.arrangement == "plain")
             good = np.ones(len(corners), bool)
             if plan.relation != "in front of":

@@ -132,7 +132,7 @@ def test_sizes_are_far_apart(train: list[Scene]):
         for index, group in enumerate(scene.groups):
             boxes = boxes_of(scene, index)
             sides = (boxes[:, 2:] - boxes[:, :2]).max(1)
-            low, high = {"small": (0.2, 0.23), "medium": (0.28, 0.35), "big": (0.4, 0.85)}[
+            low, high = {"small": (0.21, 0.23), "medium": (0.33, 0.35), "big": (0.4, 0.85)}[
                 group.size
             ]
             assert low < sides.min()
