@@ -16,12 +16,13 @@ from functools import partial
 from typing import Any
 
 from judge import Judge
-from layout import CANVAS, STEP
+from layout import CANVAS
 from PIL import Image
 from scenes import SPLITS, Scenes
 
 from muse_maskgit_pytorch.data.source import Item
 
+TILE, TOKEN = 64, 8  # pixels a side
 SPRITES = os.environ.get("SPRITES", "data/sprites.safetensors")
 
 
@@ -36,26 +37,23 @@ def __getattr__(name: str) -> Callable[[], Scenes]:
 
 
 class Tiles(Scenes):
-    """For a tokenizer: half of them whole scenes of 128 px, half parts of 128 px of those of 256.
+    """For a tokenizer: 64 pixels around a thing, of scenes of 128 px and of 256 px in turns.
 
-    Both are cut along the grid on which things stand (`layout`).
+    They are cut along the grid on which things stand (`layout`), so tokens lie as in whole scenes.
     """
 
     def __init__(self) -> None:
-        super().__init__(SPRITES, "train", size=CANVAS)
+        super().__init__(SPRITES, "train")
 
     def item(self, index: int) -> Item:
         """What a trainer reads."""
-        scene, half = self.scene(index), CANVAS // 2
-        picture = self.draw(scene)
-        if index % 2:
-            return Item(picture.reduce(2))
-        left, top, right, bottom = scene.things[-1].box
+        scene, size = self.scene(index), (CANVAS // 2, CANVAS)[index % 2]
+        left, top, right, bottom = scene.things[index // 2 % len(scene.things)].box
         x, y = (
-            STEP * round(min(max(CANVAS * middle - half / 2, 0), half) / STEP)
+            TOKEN * round(min(max(size * middle - TILE / 2, 0), size - TILE) / TOKEN)
             for middle in ((left + right) / 2, (top + bottom) / 2)
         )
-        return Item(picture.crop((x, y, x + half, y + half)))
+        return Item(self.draw(scene, size).crop((x, y, x + TILE, y + TILE)))
 
 
 class PromptJudge:
