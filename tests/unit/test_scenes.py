@@ -12,6 +12,7 @@ import layout
 import numpy as np
 import pytest
 import scenes
+import splits
 from PIL import Image, ImageDraw
 from scenes import BACKGROUNDS, COLOURS, SPLITS, Scene, Scenes
 from sprites import STYLES, Subject, is_tone_heldout, read_subjects, toned, write_sprites
@@ -348,6 +349,31 @@ def test_a_trainer_takes_them(path: Path, tmp_path: Path, t5: str):
     assert item["text"] == Scenes(path).scene(3).caption.text
     with pytest.raises(IndexError, match="scene 30 of 30"):
         Scenes(path, length=30)[30]
+
+
+def test_splits_by_name(path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(splits, "SPRITES", str(path))
+    train, form = splits.train256(), splits.form64()
+    assert (train.split, train.size, len(train)) == ("train", 256, 1_000_000)
+    assert (form.split, form.size, len(form)) == ("form", 64, 1000)
+    assert splits.seen().size == 128
+    for name in ("train32", "seen640", "other"):
+        with pytest.raises(AttributeError, match=name):
+            getattr(splits, name)
+
+
+def test_tiles_are_cut_along_the_tokens(path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(splits, "SPRITES", str(path))
+    tiles = splits.Tiles()
+    for number in range(8):
+        scene, size = tiles.scene(number), (128, 256)[number % 2]
+        tile = np.asarray(tiles.item(number).image)
+        whole = np.asarray(tiles.draw(scene, size))
+        empty = np.asarray(tiles.draw(replace(scene, things=()), size))
+        sides = [slice(at, at + 64) for at in range(0, size - 63, 8)]
+        found = [(y, x) for y in sides for x in sides if np.array_equal(whole[y, x], tile)]
+        assert found
+        assert all((empty[place] != tile).any() for place in found)  # something stands in it
 
 
 def test_a_training_knows_its_scenes_at_every_size(path: Path):
