@@ -100,6 +100,15 @@ def test_push(root: Path, calls: list, capsys: pytest.CaptureFixture):  # noqa: 
     assert Api.calls == calls
 
 
+def test_what_is_refused_leaves_nothing_behind(root: Path, tmp_path: Path, calls: list):  # noqa: F811
+    (tmp_path / "bad.json").write_text("[")
+    out = tmp_path / "out"
+    command = ["push", "--model", str(root / "muse.safetensors"), "--repo", "me/owls"]
+    assert main([*command, "--out", str(out), "--figures", str(tmp_path / "bad.json")]) == 2
+    assert not out.exists()
+    assert not calls
+
+
 def test_cards_of_parts(root: Path, muse: Muse):
     stage = MaskGit.from_pretrained(muse.base.save_pretrained(root / "stage"))
     text = write_card(stage, root / "stage", pictures=[root / "owls.png"]).read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -21,24 +22,24 @@ def push(parser: Parser, argv: list[str]) -> None:
     if config.repo is not None:
         check_repository(config.repo)
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "model"
-        if config.out is not None:
-            folder = check_output("--out", config.out, folder=True)
+        folder = Path(temporary) / "model"  # nothing is left behind by what is refused
+        out = None if config.out is None else check_output("--out", config.out, folder=True)
         model = open_any(config.model)
         model.license = config.license or model.license
         model.save_pretrained(folder, getattr(torch, config.dtype))
         card = write_card(
             type(model).from_pretrained(folder),  # as it is stored
             folder,
-            name=config.repo,
+            name=config.repo or (out.resolve().name if out else None),
             runs=config.runs,
             figures=config.figures,
             pictures=config.pictures,
             license=model.license,
             limits=config.limits,
         )
-        if config.out is not None:
-            print(card)
+        if out is not None:
+            shutil.copytree(folder, out, dirs_exist_ok=True)
+            print(out / card.name)
         if config.repo is not None:
             given = {
                 "private": config.private,
