@@ -20,7 +20,8 @@ pytest.importorskip("onnxscript")
 
 @pytest.fixture(scope="module")
 def muse() -> Muse:
-    base = testing.maskgit(testing.transformer(self_cond=True, depth=1))
+    parts = testing.transformer(self_cond=True, depth=1, patch_size=2)
+    base = testing.maskgit(parts, vae=testing.vae(local_encoder=True))
     # a low resolution read by another tokenizer than the high one
     low, high = base.vae, testing.randomise(testing.vae(quantizer="vq", codebook_size=40))
     transformer = testing.transformer(num_tokens=40, seq_len=64, multi_axis=2, depth=1)
