@@ -41,7 +41,7 @@ from muse_maskgit_pytorch.images import to_pil
 from muse_maskgit_pytorch.loading import open_model
 
 sys.path[0] = str(Path(__file__).parents[1] / "examples" / "scenes")
-from judge import Judge  # noqa: E402
+from judge import WEIGHTS, Judge  # noqa: E402
 from scenes import SPLITS, Scene, Scenes  # noqa: E402
 
 POLICIES: dict[str, dict[str, Any]] = {
@@ -254,7 +254,7 @@ def main() -> None:
     )
     parser.add_argument("--model", default="scenes", help="name or file of a Muse or a base")
     parser.add_argument("--sprites", type=Path, default=Path("data/sprites.safetensors"))
-    parser.add_argument("--judge", type=Path, default=Path("data/scenes-judge.safetensors"))
+    parser.add_argument("--judge", type=Path, default=WEIGHTS)
     parser.add_argument("--out", type=Path, default=Path("runs/sampling"))
     parser.add_argument("--split", choices=SPLITS[1:], default="seen")
     parser.add_argument("--part", choices=("all", "tune", "test"), default="all")

@@ -36,7 +36,7 @@ from muse_maskgit_pytorch.loading import open_model
 from muse_maskgit_pytorch.vqgan_vae import ImageTokenizer
 
 sys.path[0] = str(Path(__file__).parents[1] / "examples" / "scenes")
-from judge import Judge  # noqa: E402
+from judge import WEIGHTS, Judge  # noqa: E402
 from scenes import SPLITS, WHITE, Scene, Scenes  # noqa: E402
 from sprites import Sprites  # noqa: E402
 
@@ -189,7 +189,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="scenes", help="name or file of a Muse, or a base")
     parser.add_argument("--sprites", type=Path, default=Path("data/sprites.safetensors"))
-    parser.add_argument("--judge", type=Path, default=Path("data/scenes-judge.safetensors"))
+    parser.add_argument("--judge", type=Path, default=WEIGHTS)
     parser.add_argument("--scenes", type=int, default=300, help="of each split")
     parser.add_argument("--single", type=int, default=300, help="single subjects on white")
     parser.add_argument("--splits", nargs="+", choices=SPLITS[1:], default=list(SPLITS[1:]))

@@ -1,7 +1,7 @@
 """The judge of scenes: is every fact that a caption states right in the picture?
 
+    python examples/scenes/judge.py check
     python examples/scenes/judge.py train --steps 20000 --out data/scenes-judge.safetensors
-    python examples/scenes/judge.py check data/scenes-judge.safetensors
 
 Two small networks read a picture: a `Finder` says where things are (centres and boxes, as in Zhou
 et al. 2019, "Objects as Points"), a `Namer` what is in a box: subject, skin tone and style. Both
@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 from muse_maskgit_pytorch.files import replacing
 
+WEIGHTS = Path(__file__).with_name("judge.safetensors")
 SIDE, CELL, CROP = 128, 4, 32  # pixels that are looked at, of a cell of the finder, of a box
 FOUND, APART = 0.35, 0.5  # the least score of a thing; the most of one that another one hides
 HIDDEN = 5  # of a batch of training, at most one part in so many has things in front of others
@@ -490,7 +491,7 @@ def main() -> None:
     training.add_argument("--seed", type=int, default=1, help="of the scenes")
     training.add_argument("--bf16", action="store_true", help="faster on some processors")
     checking = commands.add_parser("check", help="how often it is right about real scenes")
-    checking.add_argument("judge", type=Path)
+    checking.add_argument("judge", type=Path, nargs="?", default=WEIGHTS)
     checking.add_argument("--count", type=int, default=1000)
     checking.add_argument("--sizes", type=int, nargs="+", default=[64, 128])
     for each in (training, checking):

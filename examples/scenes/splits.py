@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from judge import Judge
+from judge import WEIGHTS, Judge
 from layout import CANVAS
 from PIL import Image
 from scenes import SPLITS, Scenes
@@ -91,5 +91,5 @@ class PromptJudge:
 
 
 def judge() -> PromptJudge:
-    """The judge whose weights are data/scenes-judge.safetensors, or what JUDGE names."""
-    return PromptJudge(Judge.load(os.environ.get("JUDGE", "data/scenes-judge.safetensors")))
+    """The judge, with its own weights or those that the variable JUDGE names."""
+    return PromptJudge(Judge.load(os.environ.get("JUDGE", WEIGHTS)))

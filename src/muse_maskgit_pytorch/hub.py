@@ -19,10 +19,16 @@ def is_repository(name: str) -> bool:
     return name.count("/") == 1 and not ours
 
 
-def hub_file(repository: str, file: str) -> Path | None:
+def hub_file(repository: str, file: str, local: bool | None = None) -> Path | None:
     """A file of a repository, out of the user's cache or from the hub; None: it has none.
 
     Where the hub is out of reach, None: it is not in the cache.
+
+    Args:
+        repository: ``owner/name``.
+        file: its path in there.
+        local: whether to look in the cache alone; by default where the hub is out of reach, which
+            takes a moment to find out.
 
     Raises:
         CheckpointError: the hub has no such repository, or does not give it.
@@ -30,7 +36,7 @@ def hub_file(repository: str, file: str) -> Path | None:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    local = without_hub(repository)
+    local = without_hub(repository) if local is None else local
     try:
         return Path(hf_hub_download(repository, file, local_files_only=local))
     except Exception as error:

@@ -24,6 +24,7 @@ from ..checkpoint import (
     state_of,
     take_licenses,
 )
+from ..files import without_hub
 from ..hub import hub_file, is_repository
 from ..licenses import license_of
 from ..vqgan_vae import ImageTokenizer
@@ -116,11 +117,12 @@ def _find(name: str) -> tuple[Path, str | None]:
 def _download(repository: str, part: str) -> tuple[Path, str | None]:
     candidates = [(f"{part}/{weights}".lstrip("/"), None) for weights in WEIGHTS]
     candidates = [(part, None)] if Path(part).suffix else candidates
+    local = without_hub(repository)
     for file, rest in [*candidates, ("model.safetensors", part or None)]:
-        if (path := hub_file(repository, file)) is None:
+        if (path := hub_file(repository, file, local)) is None:
             continue
-        if not _is_own(path):
-            hub_file(repository, str(Path(file).with_name("config.json")))  # what needs it says so
+        if not _is_own(path):  # what needs its configuration says so
+            hub_file(repository, str(Path(file).with_name("config.json")), local)
         return path, rest
     raise CheckpointError(
         f"{repository}{part and ':'}{part} has no weights of a tokenizer on the Hugging Face hub, "
