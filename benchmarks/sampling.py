@@ -1,7 +1,7 @@
 """Every way to sample, side by side: what the pictures get right, passes, seconds.
 
     python examples/scenes/sprites.py
-    OMP_NUM_THREADS=1 python benchmarks/sampling.py --out runs/sampling
+    OMP_NUM_THREADS=1 python benchmarks/sampling.py --model FILE --out runs/sampling
 
 draws sentences of `examples/scenes` that training never saw with the base stage of a model, three
 seeds each: every policy at 4 to 32 steps, guidance schedules over strengths, temperatures, noise
@@ -18,7 +18,8 @@ image; seconds are CPU time on a CPU, without the decoder.
 The sentences are divided in two fixed halves, ``--part tune`` and ``--part test``: what was chosen
 on one can be reported on the other. One more configuration:
 
-    python benchmarks/sampling.py --name fast8 --options '{"timesteps": 8, "policy": "halton"}'
+    python benchmarks/sampling.py --model FILE --name fast8 \\
+        --options '{"timesteps": 8, "policy": "halton"}'
 """
 
 from __future__ import annotations
@@ -252,7 +253,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default="scenes", help="name or file of a Muse or a base")
+    parser.add_argument("--model", required=True, help="name or file of a Muse or a base")
     parser.add_argument("--sprites", type=Path, default=Path("data/sprites.safetensors"))
     parser.add_argument("--judge", type=Path, default=WEIGHTS)
     parser.add_argument("--out", type=Path, default=Path("runs/sampling"))

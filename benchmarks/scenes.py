@@ -1,12 +1,15 @@
 """What a model of scenes gets right, by kind of fact, on scenes and kinds of scenes never seen.
 
     python examples/scenes/sprites.py
-    python benchmarks/scenes.py --model scenes
+    python benchmarks/scenes.py --model FILE
+    python benchmarks/scenes.py --vae examples/scenes/tokenizer.safetensors
 
 For each split of `examples/scenes` as many scenes are drawn from their captions, by the base alone
 (64 px) and by both stages (128 px), and judged fact by fact (`examples/scenes/judge.py`). Beside it
 stand the ceilings, what the judge says of the real scenes and of what the tokenizer makes of them,
-and the tokenizer's PSNR. Intervals are 95 %, by the bootstrap over scenes.
+and the tokenizer's PSNR, the share of its codes in use and the entropy of the ids within the plain
+background of a picture. With ``--vae`` these alone. Intervals are 95 %, by the bootstrap over
+scenes.
 
 R@1: of single subjects on white, how often the nearest of all subjects of that style is the right
 one, by the mean squared error of what is not white, cut out and scaled to 32 pixels. No network
@@ -31,6 +34,7 @@ from tqdm import tqdm
 
 from muse_maskgit_pytorch import Muse
 from muse_maskgit_pytorch.evaluation.figures import bootstrap_mean
+from muse_maskgit_pytorch.foreign import load_tokenizer
 from muse_maskgit_pytorch.images import image_grid, to_pil, to_tensor
 from muse_maskgit_pytorch.loading import open_model
 from muse_maskgit_pytorch.vqgan_vae import ImageTokenizer
@@ -41,6 +45,7 @@ from scenes import SPLITS, WHITE, Scene, Scenes  # noqa: E402
 from sprites import Sprites  # noqa: E402
 
 CUT, EDGE = 32, 24 / 255  # pixels of what is cut out; what differs from white
+PLAIN = 0.02  # in [0, 1]: patches that differ less within are plain
 Figure = dict[str, Any]
 Pictures = list[Image.Image]
 
@@ -142,20 +147,44 @@ def recall(
     }
 
 
+def entropy_of_plain(ids: Tensor, images: Tensor) -> list[float]:
+    """Nats of the ids of plain patches, in each picture with more than a hundred of them."""
+    side = images.shape[-1] // ids.shape[-1]
+    patches = images.unfold(2, side, side).unfold(3, side, side)
+    plain = (patches.amax((-1, -2)) - patches.amin((-1, -2))).amax(1) < PLAIN
+    counts = [
+        row[where].unique(return_counts=True)[1] for row, where in zip(ids, plain, strict=True)
+    ]
+    shares = [count / count.sum() for count in counts if count.sum() > 100]
+    return [float(-(share * share.log()).sum()) for share in shares]
+
+
 @torch.no_grad()
-def rebuilt(vae: ImageTokenizer, pictures: Pictures) -> tuple[Pictures, float, float]:
-    """What a tokenizer makes of pictures, its mean PSNR in dB, and the share of codes in use."""
-    made: Pictures = []
+def ceilings(vae: ImageTokenizer, judge: Judge, sprites: Sprites, size: int, count: int) -> Figure:
+    """What the judge says of real scenes and of their reconstructions, and a tokenizer's figures."""
+    data = Scenes(sprites, "seen", size=size)
+    scenes = [data.scene(number) for number in range(count)]
+    real, made = [data.draw(scene) for scene in scenes], []
     psnr: list[float] = []
+    nats: list[float] = []
     used = torch.zeros(vae.codebook_size, dtype=torch.bool)
-    for at in range(0, len(pictures), 32):
-        images = torch.stack([to_tensor(picture, None) for picture in pictures[at : at + 32]])
-        ids = vae.encode_to_ids(images.to(next(vae.parameters()).device))
+    for at in range(0, count, 32):
+        images = torch.stack([to_tensor(picture, None) for picture in real[at : at + 32]])
+        ids = vae.encode_to_ids(images.to(vae.device))
+        out = vae.decode_from_ids(ids).cpu()
         used[ids.flatten().cpu()] = True
-        out = vae.decode_from_ids(ids).clamp(0, 1).float().cpu()
         psnr += (-10 * (out - images).square().mean((1, 2, 3)).log10()).tolist()
+        nats += entropy_of_plain(ids.cpu(), images)
         made += to_pil(out)
-    return made, sum(psnr) / len(psnr), float(used.float().mean())
+    rows = {"real": judged(judge, real, scenes), "rebuilt": judged(judge, made, scenes)}
+    found = {"psnr": sum(psnr) / count, "codes_used": float(used.float().mean())}
+    found["nats_of_plain"] = sum(nats) / max(1, len(nats))
+    print(
+        f"\n{size} px, {count} scenes: the tokenizer has {found['psnr']:.2f} dB, uses "
+        f"{found['codes_used']:.1%} of its codes, has {found['nats_of_plain']:.2f} nats within a "
+        f"plain background\n{table(rows)}"
+    )
+    return {**rows, **found}
 
 
 def sheet(scenes: Sequence[Scene], real: Pictures, made: Pictures, count: int = 24) -> Image.Image:
@@ -171,7 +200,7 @@ def table(rows: dict[str, dict[str, Figure]]) -> str:
     kinds = sorted(
         {kind for figures in rows.values() for kind in figures}, key=lambda k: (k == "all", k)
     )
-    lines = [f"{'':12}" + "".join(f"{name:>22}" for name in rows)]
+    lines = [f"{'':12}" + "".join(f"{name:>26}" for name in rows)]
     for kind in kinds:
         cells = []
         for figures in rows.values():
@@ -180,14 +209,16 @@ def table(rows: dict[str, dict[str, Figure]]) -> str:
             cells.append(
                 f"{one['value']:.3f} ({low:.2f}-{high:.2f}) {one['count']:>4}" if one else ""
             )
-        lines.append(f"{kind:12}" + "".join(f"{cell:>22}" for cell in cells))
+        lines.append(f"{kind:12}" + "".join(f"{cell:>26}" for cell in cells))
     return "\n".join(lines)
 
 
 def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="scenes", help="name or file of a Muse, or a base")
+    parser.add_argument("--model", help="name or file of a Muse, or a base")
+    parser.add_argument("--vae", help="tokenizer to look at, in the place of a model")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[128, 256], help="of --vae, pixels")
     parser.add_argument("--sprites", type=Path, default=Path("data/sprites.safetensors"))
     parser.add_argument("--judge", type=Path, default=WEIGHTS)
     parser.add_argument("--scenes", type=int, default=300, help="of each split")
@@ -200,24 +231,22 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
 
-    muse, judge = open_model(args.model), Judge.load(args.judge)
+    if (args.model is None) == (args.vae is None):
+        parser.error("give --model, or --vae in its place")
+    judge, sprites = Judge.load(args.judge), Sprites(args.sprites)
+    if args.vae is not None:
+        vae = load_tokenizer(args.vae)
+        for size in args.sizes:
+            ceilings(vae, judge, sprites, size, args.scenes)
+        return
+    muse = open_model(args.model)
     muse.precision = args.precision
-    sprites = Sprites(args.sprites)
     sizes = {"base": muse.base.image_size, "model": muse.image_size}
     report: dict[str, Any] = {"model": args.model, "fingerprint": muse.fingerprint}
-
-    for stage, size in sizes.items():
-        if stage == "model" and muse.superres is None:
-            continue
-        data = Scenes(sprites, "seen", size=size)
-        scenes = [data.scene(number) for number in range(max(1000, args.scenes))]
-        real = [data.draw(scene) for scene in scenes]
-        vae = (muse.base if stage == "base" else muse.superres or muse.base).vae
-        made, psnr, usage = rebuilt(vae, real)
-        ceilings = {"real": judged(judge, real, scenes), "rebuilt": judged(judge, made, scenes)}
-        report[f"ceiling_{stage}"] = {**ceilings, "psnr": psnr, "codes_used": usage}
-        print(f"\n{size} px: the tokenizer has {psnr:.2f} dB and uses {usage:.1%} of its codes")
-        print(table(ceilings))
+    for name, stage in muse.stages.items():
+        report[f"ceiling_{name}"] = ceilings(
+            stage.vae, judge, sprites, stage.image_size, args.scenes
+        )
 
     by_stage: dict[str, dict[str, dict[str, Figure]]] = {stage: {} for stage in sizes}
     for split in args.splits:

@@ -210,15 +210,16 @@ def test_copies_in_other_precisions(kind: Any, most: float, monkeypatch):
     assert (fast(ids, context) - exact).norm() / exact.norm() < most
 
 
-def test_learns():
+@pytest.mark.parametrize("changes", [{"multi_axis": 4}, {"patch_size": 2}])
+def test_learns(changes: dict):
     network = MaskGitTransformer(
         num_tokens=30, seq_len=64, dim=32, depth=2, dim_head=8, heads=4, text_embed_dim=12,
-        multi_axis=4,
+        **changes,
     )  # fmt: skip
     ids, targets = tiny.ids(num_tokens=64, codes=31), tiny.ids(num_tokens=64, codes=30, seed=1)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2)
     losses = []
-    for _ in range(30):
+    for _ in range(40):
         [hidden] = network(ids, network.encode_context(given(None)))
         loss = F.cross_entropy(network.to_logits(hidden).flatten(0, 1), targets.flatten())
         optimizer.zero_grad()
