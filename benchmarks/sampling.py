@@ -1,4 +1,4 @@
-"""Every way to sample, side by side: what the pictures get right, passes, seconds.
+r"""Every way to sample, side by side: what the pictures get right, passes, seconds.
 
     python examples/scenes/sprites.py
     OMP_NUM_THREADS=1 python benchmarks/sampling.py --model FILE --out runs/sampling
@@ -18,7 +18,7 @@ image; seconds are CPU time on a CPU, without the decoder.
 The sentences are divided in two fixed halves, ``--part tune`` and ``--part test``: what was chosen
 on one can be reported on the other. One more configuration:
 
-    python benchmarks/sampling.py --model FILE --name fast8 \\
+    python benchmarks/sampling.py --model FILE --name fast8 \
         --options '{"timesteps": 8, "policy": "halton"}'
 """
 
@@ -27,6 +27,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -191,6 +192,8 @@ def summary(result: Result, kind: str) -> tuple[float, float, float, float, floa
     """Share of right pictures, its interval, and the least and the most of the seeds."""
     by_seed = [figures[kind] for figures in result["figures"]]
     table = torch.tensor([[-1.0 if v is None else v for v in values] for values in by_seed])
+    if not (table >= 0).any():  # of few scenes, none states such a fact
+        return (math.nan,) * 5
     mean, interval = bootstrap_mean(table.T.double(), table.T >= 0)
     single = [bootstrap_mean(row.double(), row >= 0)[0] for row in table]
     return mean, *(interval or (mean, mean)), min(single), max(single)

@@ -161,7 +161,7 @@ def entropy_of_plain(ids: Tensor, images: Tensor) -> list[float]:
 
 @torch.no_grad()
 def ceilings(vae: ImageTokenizer, judge: Judge, sprites: Sprites, size: int, count: int) -> Figure:
-    """What the judge says of real scenes and of their reconstructions, and a tokenizer's figures."""
+    """What the judge says of real scenes and of their reconstructions, and its own figures."""
     data = Scenes(sprites, "seen", size=size)
     scenes = [data.scene(number) for number in range(count)]
     real, made = [data.draw(scene) for scene in scenes], []
