@@ -126,7 +126,7 @@ class RowCounter:
 
     def _count(self, network: nn.Module, arguments: tuple[Any, ...]) -> None:
         ids, context = arguments[:2]
-        self.rows += len(ids) * len(context.mask)  # all branches of the guidance
+        self.rows += len(ids) * context.num_branches  # of the guidance
 
 
 @torch.no_grad()
