@@ -125,7 +125,7 @@ class Nearest:
         return self._all[style, tone]
 
     def _drawn(self, style: str, subject: Any, tone: str | None) -> Image.Image:
-        """As large as in the scenes of the kind "plain"."""
+        """As large as a thing of full size."""
         sprite = self.sprites.image(style, subject, tone)
         share = 0.8 * self.side / max(sprite.size)
         small = sprite.resize([max(1, round(share * x)) for x in sprite.size])
@@ -138,7 +138,7 @@ def recall(
     muse: Muse, nearest: Nearest, data: Scenes, count: int, batch: int, preset: str | None
 ) -> dict[str, Figure]:
     """R@1 of the stages."""
-    plain = (scene for scene in map(data.scene, range(10**6)) if scene.arrangement == "plain")
+    plain = (scene for scene in map(data.scene, range(10**6)) if scene.is_full)
     scenes = list(islice(plain, count))
     stages = draw(muse, [scene.caption.text for scene in scenes], batch, preset=preset)
     return {

@@ -1,44 +1,34 @@
 """Where things may stand: many places are proposed at random, and those that fit are told apart.
 
 Everything is in pixels of a canvas of 256; a proposal is the left upper corners of N things. Each
-thing stands in the middle of a square whose corners are on a grid of 16 pixels, which is a token of
-8 at 128 px: so the same thing is the same few tokens wherever it stands. With places and sizes
-of any pixel, a small model learns how a thing is cut into tokens, and little else (docs/log.md).
+thing stands in the middle of a square whose corners are on a grid of 32 pixels, at 128 px two
+tokens of 8: so the same thing is the same few tokens wherever it stands, and also to a transformer
+that reads squares of 2 x 2 tokens. With places and sizes of any pixel, a small model learns how a
+thing is cut into tokens, and little else (docs/log.md).
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-CANVAS, STEP = 256, 16
+CANVAS, STEP = 256, 32
 INSET, GAP = 4, 6  # of a thing in its square, and between things that are beside each other
 PROPOSALS = 256
-# The side of the squares in steps, by what there is and by the thing's size: few, so that a subject
-# has few forms. Two big ones of the same kind are smaller, or there would be no room.
-LENGTHS = {
-    "plain": {"big": 14},
-    "alone": {"small": 4, "medium": 6, "big": 9},
-    "in front": {"small": 4, "medium": 6, "big": 9},
-    "same": {"small": 4, "medium": 6, "big": 7},
-    "pair": {"small": 4, "medium": 6, "big": 9},
-    "several": {"small": 4, "medium": 6},
-}
+# The side of the squares in steps: one for each size, so that a subject has few forms. A thing of
+# full size is alone, in the middle of the picture.
+LENGTHS = {"small": 2, "medium": 3, "big": 4, "full": 7}
 
 
-def propose(
-    generator: np.random.Generator, lengths: np.ndarray, sizes: np.ndarray, middle: bool
-) -> np.ndarray:
-    """Corners inside the canvas, float (K,N,2).
+def propose(generator: np.random.Generator, lengths: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Corners inside the canvas, `PROPOSALS` of them: float (K,N,2).
 
     Args:
         generator: where they are drawn from.
         lengths: sides of the squares in steps, (N,).
         sizes: width and height of the things, (N,2).
-        middle: near the middle, one proposal; else anywhere, `PROPOSALS` of them.
     """
     room = (CANVAS // STEP - lengths)[:, None]
-    share = generator.random((1 if middle else PROPOSALS, *sizes.shape))
-    places = np.rint((0.35 + 0.3 * share) * room) if middle else np.floor(share * (room + 1))
+    places = np.floor(generator.random((PROPOSALS, *sizes.shape)) * (room + 1))
     return STEP * places + np.floor((STEP * lengths[:, None] - sizes) / 2)
 
 

@@ -85,8 +85,8 @@ class Group:
         subject: which.
         tone: their skin tone, if they have one: it is always stated.
         count: how many, 1 to 4.
-        size: "small", "medium" or "big".
-        says_size: whether the caption states it; "medium" is never stated.
+        size: one of `layout.LENGTHS`.
+        says_size: whether the caption states it: if it is "small" or "big".
     """
 
     subject: Subject
@@ -112,7 +112,6 @@ class Plan:
         background: one of `BACKGROUNDS`.
         says_style: whether the caption states the style.
         says_background: likewise; where it does not, the background is white.
-        arrangement: which of `layout.LENGTHS` its things have.
     """
 
     groups: tuple[Group, ...]
@@ -121,7 +120,11 @@ class Plan:
     background: str
     says_style: bool
     says_background: bool
-    arrangement: str
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it shows a single thing as large as the picture, on white."""
+        return self.groups[0].size == "full"
 
     def facts(self) -> list[dict[str, Any]]:
         """Everything that the caption states, one fact each.
@@ -334,20 +337,19 @@ class Scenes:
             relation = dice.one(("left of", "left of", "above", "above", "in front of"))
             one_each = relation == "in front of" or dice.chance(0.7)
             counts = (1, 1) if one_each else dice.one(RELATED)
-        arrangement, sizes = self._sizes(dice, kind, counts, relation)
+        sizes = self._sizes(dice, kind, counts, relation)
         groups: list[Group] = []
         for count, size in zip(counts, sizes, strict=True):
             subject = self._subject(dice, kind, groups)
             toned = subject.tones and (self.split == "tone" or dice.chance(0.5))
             tone = dice.one(subject.tones) if toned else None
-            groups.append(Group(subject, tone, count, size, size != "medium" and kind != "plain"))
+            groups.append(Group(subject, tone, count, size, size in ("small", "big")))
         background = WHITE
         if kind != "plain" and dice.chance(0.9):
             background = dice.one(GRADIENTS if dice.chance(0.15) else tuple(COLOURS))
         return Plan(
             tuple(groups), relation, dice.one(STYLES), background,
             self.split == "style" or dice.chance(0.65), background != WHITE or dice.chance(0.35),
-            arrangement,
         )  # fmt: skip
 
     def _subject(self, dice: Dice, kind: str, others: list[Group]) -> Subject:
@@ -361,21 +363,21 @@ class Scenes:
 
     def _sizes(
         self, dice: Dice, kind: str, counts: tuple[int, ...], relation: str | None
-    ) -> tuple[str, Sequence[str]]:
-        """The arrangement, and the size of each group."""
+    ) -> Sequence[str]:
+        """The size of each group."""
         if kind == "plain":
-            return "plain", ("big",)
+            return ("full",)
         if kind == "one":
-            return "alone", (dice.one(("small", "medium", "big")),)
+            return (dice.one(("small", "medium", "big")),)
         if relation == "in front of":
-            return "in front", dice.one(IN_FRONT)
+            return dice.one(IN_FRONT)
         if counts == (2,):
-            return "same", (dice.one(("small", "medium", "medium", "big")),)
+            return (dice.one(("small", "medium", "medium", "big")),)
         if kind == "count":
-            return "several", (dice.one(("small", "medium")),)
+            return (dice.one(("small", "medium")),)
         if sum(counts) == 2:
-            return "pair", dice.one(BESIDE)
-        return "several", (dice.one(("small", "medium", "medium")),) * len(counts)
+            return dice.one(BESIDE)
+        return (dice.one(("small", "medium", "medium")),) * len(counts)
 
     def _stands_out(self, plan: Plan) -> bool:
         """Whether everything differs enough from what is behind it to be seen."""
@@ -384,7 +386,7 @@ class Scenes:
             means = [colour.mean(0) for colour in colours]
             if np.abs(means[0] - means[1]).max() < CONTRAST:
                 return False
-        if plan.arrangement == "plain":
+        if plan.is_full:
             return True
         behind = np.array([COLOURS[colour] for colour in plan.background.split(" to ")])
         distances = (np.abs(each - behind[:, None]).max(-1).min(0) for each in colours)
@@ -407,12 +409,14 @@ class Scenes:
         for group in plan.groups:
             shape = np.array(self.sprites.size(plan.style, group.subject, group.tone))
             shapes.append(shape / shape.max())
-        sides = LENGTHS[plan.arrangement]
-        lengths = np.array([sides[plan.groups[index].size] for index in members])
+        lengths = np.array([LENGTHS[plan.groups[index].size] for index in members])
         inner = STEP * lengths[:, None] - 2 * INSET
         sizes = np.maximum(2, np.rint(inner * np.array([shapes[index] for index in members])))
         for _ in range(ROUNDS):
-            corners = propose(dice.generator, lengths, sizes, plan.arrangement == "plain")
+            if plan.is_full:
+                corners = np.floor((CANVAS - sizes) / 2)[None]
+            else:
+                corners = propose(dice.generator, lengths, sizes)
             good = np.ones(len(corners), bool)
             if plan.relation != "in front of":
                 good &= apart(corners, sizes)

@@ -5,7 +5,8 @@
 
 writes data/sprites.safetensors. "3D" is Fluent Emoji in 3D, "flat" is Noto Color Emoji. Which
 emoji take part, and what they are called, is in subjects.csv; the characters, and the variants with
-skin tones, come from the package `emoji`.
+skin tones, come from the package `emoji`. Those that the table calls common are the language of the
+shipped model; ``--all`` takes the others too, flags and signs among them: what the judge knows.
 """
 
 from __future__ import annotations
@@ -69,12 +70,18 @@ class Subject:
     tones: tuple[str, ...] = ()
 
 
-def read_subjects(path: Path = SUBJECTS) -> list[Subject]:
-    """The subjects of a table with the columns emoji, group, name and plural."""
+def read_subjects(path: Path = SUBJECTS, every: bool = True) -> list[Subject]:
+    """The subjects of a table with the columns emoji, group, name, plural and common.
+
+    Args:
+        path: of the table.
+        every: take those that are not common, too.
+    """
     with path.open(encoding="utf-8", newline="") as file:
         return [
             Subject(row["emoji"], row["group"], row["name"], row["plural"])
             for row in csv.DictReader(file)
+            if every or row["common"]
         ]
 
 
@@ -284,10 +291,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("data/sprites.safetensors"))
     parser.add_argument("--fluent", default="lobehub-fluent-emoji-3d-1.1.0.tgz", help="archive")
     parser.add_argument("--font", help=f"path of {FONT_NAME}")
+    parser.add_argument("--all", action="store_true", help="subjects that are not common, too")
     arguments = parser.parse_args()
     try:
         draw = {"3D": fluent(arguments.fluent), "flat": noto(arguments.font)}
-        written = write_sprites(arguments.out, draw, emoji_characters(), read_subjects())
+        subjects = read_subjects(every=arguments.all)
+        written = write_sprites(arguments.out, draw, emoji_characters(), subjects)
     except (ImportError, ValueError) as error:
         raise SystemExit(f"error: {error}") from None
     sprites = len(STYLES) * sum(1 + len(subject.tones) for subject in written)
