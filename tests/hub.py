@@ -219,16 +219,18 @@ def make_hub(home: Path, models: dict[str, Path]) -> dict[str, str]:
 
     Args:
         home: a new folder.
-        models: hub name -> folder of the model.
+        models: hub name, perhaps ``@revision`` -> folder of the model.
 
     Returns:
         environment variables with which these names, and no others, can be loaded.
     """
     for name, folder in models.items():
-        place = home / "hub" / ("models--" + name.replace("/", "--"))
-        shutil.copytree(folder, place / "snapshots" / COMMIT)
-        (place / "refs").mkdir()
-        (place / "refs" / "main").write_text(COMMIT)
+        repository, _, revision = name.partition("@")
+        place = home / "hub" / ("models--" + repository.replace("/", "--"))
+        (place / "refs").mkdir(parents=True, exist_ok=True)
+        commit = COMMIT[:-1] + str(len([*place.glob("refs/*")]))
+        shutil.copytree(folder, place / "snapshots" / commit)
+        (place / "refs" / (revision or "main")).write_text(commit)
     return {
         "HF_HOME": str(home),
         "HF_HUB_CACHE": str(home / "hub"),

@@ -28,7 +28,16 @@ from torch import Tensor, nn
 
 from .arguments import as_path, fitting, printable, shown, with_names, without_functions
 from .files import check_output, digest_state, replacing
-from .hub import card, check_repository, hub_file, is_repository, not_on_hub, upload
+from .hub import (
+    at_revision,
+    card,
+    check_repository,
+    hub_file,
+    is_repository,
+    not_on_hub,
+    signed_in,
+    upload,
+)
 from .licenses import license_of
 from .weights import (
     ENDINGS,
@@ -519,15 +528,26 @@ class Saveable(nn.Module):
 
     @classmethod
     @torch.inference_mode(False)
-    def from_pretrained(cls, name: str | os.PathLike) -> Self:
+    def from_pretrained(
+        cls, name: str | os.PathLike, *, revision: str | None = None, token: str | None = None
+    ) -> Self:
         """Rebuild a saved model, in eval mode, on the CPU.
 
         Args:
             name: a file of `save`; a folder of `save_pretrained`; a repository on the Hugging Face
                 hub (``owner/name``) with such a folder's files; or the name of a model shipped
                 with the package.
+            revision: branch, tag or commit of the repository, ``main`` by default; also
+                ``owner/name@revision``, wherever a model is named.
+            token: of the hub, for a repository that is not public; None: the one of ``hf auth
+                login``, or ``HF_TOKEN``.
+
+        Raises:
+            CheckpointError: not found, damaged, or of another kind.
+            ValueError: a revision of what is no repository.
         """
-        path = find_file(name)
+        with signed_in(token):
+            path = find_file(at_revision(name, revision))
         with reading(path):
             tree, _ = load_tree(path, kind=cls.__name__)
             made = rebuild(cls, tree, path).eval()

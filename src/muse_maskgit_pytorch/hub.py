@@ -1,22 +1,91 @@
-"""The Hugging Face hub: files of a repository come from there, folders of models go there."""
+"""The Hugging Face hub: files of a repository come from there, folders of models go there.
+
+A repository is named ``owner/name``, and at a branch, a tag or a commit ``owner/name@revision``, as
+in huggingface_hub's file system: so that whatever names a model, on a command line or in another
+model's file, can say which state of it is meant.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from .arguments import printable, shown
+from .arguments import as_path, printable, shown
 from .files import without_hub
 from .weights import ENDINGS, CheckpointError
 
 LIBRARY = "muse-maskgit-pytorch"
+_TOKEN: ContextVar[str | None] = ContextVar("token", default=None)
 
 
 def is_repository(name: str) -> bool:
     """Whether a name can be that of a hub repository, and is not that of a file."""
     ours = name.startswith((".", "/", "~")) or name.endswith(ENDINGS)
-    return name.count("/") == 1 and not ours
+    return name.partition("@")[0].count("/") == 1 and not ours
+
+
+def at_revision(name: str | PathLike[str], revision: str | None) -> str | PathLike[str]:
+    """The name of a repository with a revision; the name as it is where that is None.
+
+    Raises:
+        ValueError: a name that is none of a repository, or has another revision.
+    """
+    if revision is None:
+        return name
+    text = str(name)
+    if not isinstance(revision, str) or not revision.strip():
+        raise ValueError(
+            f"revision must name a branch, a tag or a commit of the repository, not "
+            f"{shown(revision)}"
+        )
+    if as_path(name).exists() or not is_repository(text):
+        raise ValueError(
+            f"revision {shown(revision)} is given, and {shown(text, 200)} is no repository on the "
+            "Hugging Face hub (owner/name): leave it out"
+        )
+    repository, _, known = text.partition("@")
+    if known not in ("", revision):
+        raise ValueError(f"{shown(text, 200)} names another revision than {shown(revision)}")
+    return f"{repository}@{revision}"
+
+
+def asked(name: str) -> tuple[str, dict[str, Any]]:
+    """What huggingface_hub and transformers are to be asked for by a name.
+
+    Args:
+        name: a path; or a repository, perhaps with its revision.
+
+    Returns:
+        path or repository, and ``revision`` and ``token`` (`signed_in`), where there are any.
+    """
+    repository, _, revision = (name, "", "") if as_path(name).exists() else name.partition("@")
+    given = {"revision": revision, "token": _TOKEN.get()}
+    return repository, {argument: value for argument, value in given.items() if value}
+
+
+@contextmanager
+def signed_in(token: str | None) -> Iterator[None]:
+    """What is fetched in the block is fetched with this token of the hub.
+
+    Args:
+        token: None: as before, which is that of ``hf auth login`` or ``HF_TOKEN``.
+
+    Raises:
+        ValueError: something else than a text.
+    """
+    if token is not None and not (isinstance(token, str) and token):
+        raise ValueError("token must be a text, one of your tokens of the Hugging Face hub")
+    before = _TOKEN.set(token or _TOKEN.get())
+    try:
+        yield
+    finally:
+        _TOKEN.reset(before)
 
 
 def hub_file(repository: str, file: str, local: bool | None = None) -> Path | None:
@@ -25,20 +94,21 @@ def hub_file(repository: str, file: str, local: bool | None = None) -> Path | No
     Where the hub is out of reach, None: it is not in the cache.
 
     Args:
-        repository: ``owner/name``.
+        repository: ``owner/name``, perhaps ``@revision``.
         file: its path in there.
         local: whether to look in the cache alone; by default where the hub is out of reach, which
             takes a moment to find out.
 
     Raises:
-        CheckpointError: the hub has no such repository, or does not give it.
+        CheckpointError: the hub has no such repository or revision, or does not give it.
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     local = without_hub(repository) if local is None else local
     try:
-        return Path(hf_hub_download(repository, file, local_files_only=local))
+        name, which = asked(repository)
+        return Path(hf_hub_download(name, file, local_files_only=local, **which))
     except Exception as error:
         lost = isinstance(error, LocalEntryNotFoundError) and not local  # on the way
         if isinstance(error, EntryNotFoundError) and not lost:
@@ -62,11 +132,13 @@ def not_on_hub(repository: str, file: str) -> CheckpointError:
 
 
 def _elsewhere(repository: str) -> str:
-    name = printable(repository, 200)
+    full = printable(repository, 200)
+    name, _, revision = full.partition("@")
     folder = name.rpartition("/")[2]
+    which = f" --revision {revision}" if revision else ""
     return (
-        f"fetch it where there is a network (hf download {name} --local-dir {folder}), copy "
-        f"that folder here and give its path in the place of {name}"
+        f"fetch it where there is a network (hf download {name}{which} --local-dir {folder}), copy "
+        f"that folder here and give its path in the place of {full}"
     )
 
 

@@ -47,7 +47,8 @@ def license_of(name: str | Path) -> str | None:
     the hub's cache.
 
     Args:
-        name: a file, a folder, the name of a hub repository or of a shipped model.
+        name: a file, a folder, the name of a hub repository, perhaps ``@revision``, or of a
+            shipped model.
     """
     place = as_path(name)
     folder = place.parent if place.is_file() else place
@@ -55,7 +56,8 @@ def license_of(name: str | Path) -> str | None:
     folders = [folder, *whole]
     # as the hub's cache names it: models--owner--name/snapshots/commit/file
     cached = [part for part in place.parts if part.startswith("models--")]
-    repository = cached[-1].removeprefix("models--").replace("--", "/") if cached else str(name)
+    named, _, revision = str(name).partition("@")
+    repository = cached[-1].removeprefix("models--").replace("--", "/") if cached else named
     if place.is_file() and place.parent == Path(__file__).parent / "pretrained":
         repository = place.stem
     for each in folders:
@@ -64,16 +66,16 @@ def license_of(name: str | Path) -> str | None:
     for wild, known in KNOWN.items():
         if fnmatchcase(repository, wild):
             return known
-    return None if place.exists() else _in_cache(repository)
+    return None if place.exists() else _in_cache(repository, revision or None)
 
 
-def _in_cache(repository: str) -> str | None:
+def _in_cache(repository: str, revision: str | None) -> str | None:
     """What the card in the hub's cache says."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     with suppress(HFValidationError):
-        found = try_to_load_from_cache(repository, CARD)
+        found = try_to_load_from_cache(repository, CARD, revision=revision)
         return _of_card(Path(found)) if isinstance(found, str) else None
     return None
 

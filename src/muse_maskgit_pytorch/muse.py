@@ -21,6 +21,7 @@ from .conditioning import check_texts
 from .files import digest_text
 from .foreign import is_pipeline, read_pipeline
 from .geometry import ImageSize, Size
+from .hub import at_revision, signed_in
 from .images import to_pil
 from .inference.precision import Precision
 from .licenses import license_of
@@ -85,19 +86,30 @@ class Muse(Saveable):
         return {"base": geometry.cond_pixels(image_size), "superres": geometry.pixels(image_size)}
 
     @classmethod
-    def from_pretrained(cls, name: str | PathLike[str], precision: Precision = "float32") -> Self:
+    def from_pretrained(
+        cls,
+        name: str | PathLike[str],
+        precision: Precision = "float32",
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+    ) -> Self:
         """Rebuild a saved model, in eval mode, on the CPU.
 
         Args:
             name: as in `Saveable.from_pretrained`. Or an aMUSEd in diffusers' layout, a folder or
                 a hub repository such as ``amused/amused-256``.
             precision: in which it draws (`precision`).
+            revision: as in `Saveable.from_pretrained`; of all parts of an aMUSEd.
+            token: likewise.
         """
-        if is_pipeline(name):
-            made = cls(MaskGit(**read_pipeline(name))).eval()
-            made.license = license_of(str(name))
-        else:
-            made = super().from_pretrained(name)
+        name = at_revision(name, revision)
+        with signed_in(token):
+            if is_pipeline(name):
+                made = cls(MaskGit(**read_pipeline(name))).eval()
+                made.license = license_of(str(name))
+            else:
+                made = super().from_pretrained(name)
         made.precision = precision
         return made
 
@@ -387,8 +399,17 @@ class Muse(Saveable):
 
     @property
     def licenses(self) -> dict[str, str]:
-        """Of the weights, by part (`MaskGit.licenses`)."""
-        return self.base.licenses | ({"weights": self.license} if self.license else {})
+        """Of the weights, by part (`MaskGit.licenses`); of both stages, where they differ."""
+        whole = {"weights": self.license} if self.license else {}
+        found = self.base.licenses | whole
+        if self.superres is not None:
+            others = self.superres.licenses | whole
+            found |= {
+                f"{part} of the super-resolution": license
+                for part, license in others.items()
+                if found.get(part) != license
+            }
+        return found
 
     @property
     def fingerprint(self) -> str:

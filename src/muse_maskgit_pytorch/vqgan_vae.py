@@ -396,6 +396,7 @@ class VQGanVAE(ImageTokenizer):
                     nn.init.zeros_(layer.conv2.bias)  # type: ignore[arg-type]
                 else:
                     layer.load_state_dict(next(old).state_dict())
+        made.license = self.license
         return made.to(self.device).train(self.training)
 
     def id_state(self) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from huggingface_hub.errors import EntryNotFoundError
 
 from muse_maskgit_pytorch import CheckpointError, MaskGit, Muse, VQGanVAE, hub, testing
 from muse_maskgit_pytorch.foreign import load_tokenizer
@@ -124,6 +125,66 @@ def test_from_the_hub(tmp_path: Path, muse: Muse, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(hub, "without_hub", lambda name: False)
     with pytest.raises(CheckpointError, match=r"model\.safetensors of me/yours could not be had"):
         Muse.from_pretrained("me/yours")
+
+
+def test_a_revision(tmp_path: Path, muse: Muse, monkeypatch: pytest.MonkeyPatch):
+    """A repository's name, or an argument, says which state of it is meant."""
+    newer = Muse(testing.maskgit(vae=testing.randomise(testing.vae()))).eval()
+    folders = {"me/mine": muse.save_pretrained(tmp_path / "old")}
+    folders["me/mine@v2"] = newer.save_pretrained(tmp_path / "new")
+    make_hub(tmp_path / "home", folders)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
+    assert equal(Muse.from_pretrained("me/mine"), muse)
+    for again in (Muse.from_pretrained("me/mine", revision="v2"), open_model("me/mine@v2", "cpu")):
+        assert equal(again, newer)
+    assert equal(load_tokenizer("me/mine@v2:base"), newer.base.vae)
+    message = r"me/mine@v3 is not in .*hf download me/mine --revision v3 --local-dir mine\)"
+    with pytest.raises(CheckpointError, match=message):
+        Muse.from_pretrained("me/mine", revision="v3")
+
+
+@pytest.mark.parametrize(
+    "name, revision, message",
+    [
+        ("emoji", "v2", "'emoji' is no repository on the Hugging Face hub .*: leave it out"),
+        ("mine.safetensors", "v2", "revision 'v2' is given, and .* is no repository"),
+        ("me/mine@v1", "v2", "'me/mine@v1' names another revision than 'v2'"),
+        ("me/mine", "", "revision must name a branch, a tag or a commit"),
+        ("me/mine", 3, "revision must name a branch, a tag or a commit"),
+    ],
+)
+def test_what_is_no_revision(name: str, revision: str, message: str):
+    with pytest.raises(ValueError, match=message):
+        Muse.from_pretrained(name, revision=revision)
+
+
+def test_a_folder_has_no_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "me" / "mine").mkdir(parents=True)
+    with pytest.raises(ValueError, match="is no repository"):
+        MaskGit.from_pretrained("me/mine", revision="main")
+
+
+def test_what_the_hub_is_asked_for(tmp_path: Path, muse: Muse, monkeypatch: pytest.MonkeyPatch):
+    """The token goes to the hub, while a model is loaded, and nowhere else."""
+    folder, seen = muse.save_pretrained(tmp_path / "mine"), []
+
+    def download(repository: str, file: str, **arguments):
+        if not (folder / file).is_file():
+            raise EntryNotFoundError(file)
+        seen.append((repository, file, arguments))
+        return folder / file
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr(hub, "without_hub", lambda name: False)
+    Muse.from_pretrained("me/mine", revision="v2", token="secret")
+    how = {"local_files_only": False, "revision": "v2", "token": "secret"}
+    assert seen == [("me/mine", file, how) for file in ("model.safetensors", "config.json")]
+    seen.clear()
+    Muse.from_pretrained("me/mine")
+    assert {tuple(arguments) for *_, arguments in seen} == {("local_files_only",)}
+    with pytest.raises(ValueError, match="token must be a text"):
+        Muse.from_pretrained("me/mine", token=True)  # type: ignore[arg-type]
 
 
 class Api:

@@ -8,6 +8,7 @@ from huggingface_hub import constants
 from muse_maskgit_pytorch import MaskGit, Muse, load_tokenizer, open_model
 from muse_maskgit_pytorch import testing as tiny
 from muse_maskgit_pytorch.checkpoint import load_tree, save_tree
+from muse_maskgit_pytorch.cli.main import main
 from muse_maskgit_pytorch.images import record_of
 from muse_maskgit_pytorch.licenses import license_of
 from muse_maskgit_pytorch.loading import open_stage
@@ -35,7 +36,7 @@ def test_what_a_card_says(card: str, expected: str | None, tmp_path: Path):
 
 def test_what_the_table_says(tmp_path: Path):
     assert license_of("amused/amused-512") == "openrail++"
-    assert license_of("google/flan-t5-xxl") == "apache-2.0"
+    assert license_of("google/flan-t5-xxl") == license_of("google/flan-t5-xxl@v1") == "apache-2.0"
     assert license_of("nobody/none") is None
     assert license_of("not a name of a repository") is None
     snapshot = tmp_path / "models--amused--amused-256" / "snapshots" / "0"
@@ -61,6 +62,31 @@ def test_a_file_keeps_the_licenses_of_all_parts(tmp_path: Path):
     assert Muse.from_pretrained(tmp_path / "folder").licenses == expected
     assert open_stage(tmp_path / "folder").licenses == expected
     assert load_tokenizer(tmp_path / "base.safetensors").license == "openrail++"
+
+
+def test_stages_of_different_licenses(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """`muse bundle` says them, keeps them, and takes the base's out of a whole model."""
+    vae = tiny.vae()
+    base, superres = Muse(tiny.maskgit(vae=vae)), tiny.superres(vae=vae)
+    base.license, superres.license = "mit", "openrail++"
+    files = [
+        base.save(tmp_path / "base.safetensors"),
+        superres.save(tmp_path / "superres.safetensors"),
+    ]
+    names = [f"--{stage}={file}" for stage, file in zip(("base", "superres"), files, strict=True)]
+    assert main(["bundle", *names, f"--out={tmp_path}/both.safetensors"]) == 0
+    expected = {"weights": "mit", "weights of the super-resolution": "openrail++"}
+    assert "weights mit, weights of the super-resolution openrail++" in capsys.readouterr().err
+    both = Muse.from_pretrained(tmp_path / "both.safetensors")
+    assert both.licenses == expected
+    both.license = "mit"  # of the whole
+    assert both.licenses == {"weights": "mit"}
+
+
+def test_what_is_trained_from_weights_stays_under_their_license():
+    vae = tiny.vae()
+    vae.license = "openrail++"
+    assert vae.with_decoder(decoder_res_blocks=3).license == "openrail++"
 
 
 def test_a_file_that_says_nonsense(tmp_path: Path):

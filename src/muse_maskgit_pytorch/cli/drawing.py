@@ -146,8 +146,13 @@ def announce(config: Namespace, model: Muse | Drawer) -> None:
     name = printable(config.model, 200)
     if config.model == SHIPPED_MODEL:
         name = f"the shipped model {name} (--model FILE draws with your own)"
-    licenses = ", ".join(f"{part} {license}" for part, license in model.licenses.items())
     note(f"drawing with {name}, {model.fingerprint}, on {model.device}")
+    say_licenses(model)
+
+
+def say_licenses(model: Muse | Drawer) -> None:
+    """Say on standard error under which licenses a model's weights and this code are."""
+    licenses = ", ".join(f"{part} {license}" for part, license in model.licenses.items())
     note(f"licenses: {licenses}, code {CODE}")
 
 

@@ -23,8 +23,7 @@ from ..data.captions import read_prompts
 from ..files import check_output
 from ..foreign import load_tokenizer
 from ..images import image_grid, read_record, record_of, save_gif, save_png
-from ..loading import open_model
-from ..maskgit import MaskGit
+from ..loading import open_model, open_stage
 from ..muse import Muse
 from ..provenance import (
     Record,
@@ -48,6 +47,7 @@ from .drawing import (
     num_steps,
     open_drawing_model,
     progress,
+    say_licenses,
 )
 from .film import Film
 from .parser import Parser, stated
@@ -234,7 +234,10 @@ def bundle(parser: Parser, argv: list[str]) -> None:
     out = check_output("--out", config.out, ".safetensors")
     model = open_model(config.base)
     if config.superres:
-        model = Muse(model.base, MaskGit.from_pretrained(config.superres))
+        base, superres = model.base, open_stage(config.superres, "superres")
+        base.license = base.license or model.license
+        model = Muse(base, superres)
+        model.license = base.license if base.license == superres.license else None
     load_loras(model, config.lora)
     for name in config.vae:
         vae = load_tokenizer(name)
@@ -244,6 +247,7 @@ def bundle(parser: Parser, argv: list[str]) -> None:
                 f"--vae {name}: its encoder and codebook are of no tokenizer in this model, whose "
                 "transformers would not understand its ids; fine-tune theirs (muse train decoder)"
             )
+    say_licenses(model)
     print(model.save(out, getattr(torch, config.dtype)))
 
 

@@ -45,7 +45,8 @@ def add_model(parser: Parser, lora: bool = True) -> None:
         "--model",
         type=str,
         default=SHIPPED_MODEL,
-        help="name of a shipped model, file of a whole model or of a base stage, or hub repository",
+        help="name of a shipped model, file of a whole model or of a base stage, or hub repository "
+        "(owner/name, owner/name@revision)",
     )
     if lora:
         parser.add_argument("--lora", type=str, action="append", default=[], help=LORA)

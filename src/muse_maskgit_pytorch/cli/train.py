@@ -49,6 +49,7 @@ def train_vae(parser: Parser, argv: list[str]) -> None:
     vae = VQGanVAE(**config.vae.as_dict())
     if start is not None:
         vae._load_state(start.state_dict(), config.init_from)
+        vae.license = start.license  # what is made from weights stays under it
     elif name:  # torch.save's, which states no arguments
         vae.load(name)
     _train(VQGanVAETrainer(vae, **trainer_arguments(config)), config)
@@ -136,7 +137,7 @@ def make_maskgit(
         kept = ("vae.", "cond_vae.")
         saved = {k: v for k, v in start.state_dict().items() if not k.startswith(kept)}
         model._load_state(model.state_dict() | saved, config.init_from)
-        model.license = start.license  # what is made from weights stays under it
+        model.license = start.license
     return model
 
 

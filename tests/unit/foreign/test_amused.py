@@ -238,6 +238,17 @@ def test_one_file_holds_it_all(made: tuple[Path, Any], muse: Muse, tmp_path: Pat
     assert open_model(made[0], "cpu").fingerprint == muse.fingerprint
 
 
+def test_a_revision_of_the_hub(made: tuple[Path, Any], tmp_path: Path, monkeypatch: Any):
+    """All parts are of it; so is the text encoder of a file that was made of them."""
+    hub.make_hub(tmp_path / "home", {"me/amused@v2": made[0]})  # and none at main
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
+    model = Muse.from_pretrained("me/amused", revision="v2")
+    assert model.base.transformer.text_encoder == "me/amused@v2"
+    assert Muse.from_pretrained(model.save(tmp_path / "it.safetensors"))("a cat", timesteps=1)
+    with pytest.raises(CheckpointError, match="me/amused"):
+        Muse.from_pretrained("me/amused")
+
+
 def test_half_precision_alone(tmp_path: Path):
     pipeline = hub.make_amused(tmp_path / "model", variant="fp16")
     assert not [*tmp_path.rglob("model.safetensors")]
