@@ -162,7 +162,6 @@ def make_amused(folder: Path, seed: int = 0, variant: str | None = None, **chang
         the pipeline, in eval mode; with ``variant``, its weights are those of the files.
     """
     from diffusers import AmusedPipeline, AmusedScheduler, UVit2DModel
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
     made: dict[str, Any] = dict(
         hidden_size=32, encoder_hidden_size=12, num_hidden_layers=2, num_attention_heads=2,
@@ -171,29 +170,13 @@ def make_amused(folder: Path, seed: int = 0, variant: str | None = None, **chang
         num_res_blocks=2, block_num_heads=2,
     ) | changes  # fmt: skip
     folder.mkdir(parents=True)
-    letters = [*string.ascii_lowercase, *string.digits, ",", ".", "'", "-"]
-    names = [*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({name: i for i, name in enumerate(names)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    files = [str(folder / "vocab.json"), str(folder / "merges.txt")]
-    tokenizer: Any = CLIPTokenizer(*files, model_max_length=12)
-    for file in files:
-        Path(file).unlink()
-    text: Any = CLIPTextConfig(
-        vocab_size=len(names), hidden_size=12, intermediate_size=24, projection_dim=20,
-        num_hidden_layers=3, num_attention_heads=2, max_position_embeddings=12,
-        bos_token_id=len(names) - 2, eos_token_id=len(names) - 1,
-    )  # fmt: skip
     diffusers_class: Any = UVit2DModel
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
-        parts: dict[str, Any] = dict(
-            text_encoder=CLIPTextModelWithProjection(text), transformer=diffusers_class(**made)
-        )
-        for part in parts.values():  # large enough to tell inputs apart, and norms not all ones
-            for value in part.parameters():
-                std = 0.1 if value.ndim == 1 else value[0].numel() ** -0.5
-                value.add_(torch.randn_like(value), alpha=std)
+        tokenizer, text_encoder = _pooled_clip(folder, projection_dim=20)
+        parts: dict[str, Any] = dict(text_encoder=text_encoder, transformer=diffusers_class(**made))
+        for part in parts.values():
+            _shake(part)
         parts["vqvae"] = make_vqmodel(folder / "vqvae", seed)
     scheduler: Any = AmusedScheduler(mask_token_id=made["vocab_size"] - 1)
     pipeline_class: Any = AmusedPipeline
@@ -206,6 +189,86 @@ def make_amused(folder: Path, seed: int = 0, variant: str | None = None, **chang
     for part in parts.values():
         part.float()
     return pipeline
+
+
+def make_meissonic(folder: Path, seed: int = 0, **changes: Any) -> Any:
+    """A Meissonic as its repository has it: 128 px, 32 x 32 positions of 50 codes.
+
+    With ``downsample`` and ``upsample``, the tokens are twice as many each way.
+
+    Args:
+        folder: a new one.
+        seed: of the weights.
+        changes: of the transformer's arguments.
+
+    Returns:
+        its parts, in eval mode: ``transformer`` (tests/meissonic.py), ``text_encoder``,
+        ``tokenizer`` and ``vqvae``.
+    """
+    from types import SimpleNamespace
+
+    from tests.meissonic import reference
+
+    made: dict[str, Any] = dict(
+        num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=12, pooled_projection_dim=32, axes_dims_rope=[4, 6, 6],
+        vocab_size=64, codebook_size=50,
+    ) | changes  # fmt: skip
+    folder.mkdir(parents=True)
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        tokenizer, text_encoder = _pooled_clip(folder, made["pooled_projection_dim"])
+        transformer = reference()(**made)
+        for part in (text_encoder, transformer):
+            _shake(part)
+            part.eval()
+        vqvae = make_vqmodel(folder / "vqvae", seed)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    text_encoder.save_pretrained(folder / "text_encoder")
+    transformer.save_pretrained(folder / "transformer")
+    (folder / "scheduler").mkdir()
+    schedule = dict(_class_name="Scheduler", mask_token_id=made["vocab_size"] - 1)
+    schedule |= dict(masking_schedule="cosine")
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(schedule))
+    index = dict(
+        _class_name="Pipeline",
+        scheduler=["scheduler", "Scheduler"],
+        text_encoder=["transformers", "CLIPTextModelWithProjection"],
+        tokenizer=["transformers", "CLIPTokenizer"],
+        transformer=["transformer", "Transformer2DModel"],
+        vqvae=["diffusers", "VQModel"],
+    )
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return SimpleNamespace(
+        transformer=transformer, text_encoder=text_encoder, tokenizer=tokenizer, vqvae=vqvae
+    )
+
+
+def _pooled_clip(folder: Path, projection_dim: int) -> tuple[Any, Any]:
+    """A CLIP's tokenizer that reads letters, and its text encoder; nothing of them is saved."""
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+
+    letters = [*string.ascii_lowercase, *string.digits, ",", ".", "'", "-"]
+    names = [*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({name: i for i, name in enumerate(names)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    files = [str(folder / "vocab.json"), str(folder / "merges.txt")]
+    tokenizer: Any = CLIPTokenizer(*files, model_max_length=12)
+    for file in files:
+        Path(file).unlink()
+    text: Any = CLIPTextConfig(
+        vocab_size=len(names), hidden_size=12, intermediate_size=24, projection_dim=projection_dim,
+        num_hidden_layers=3, num_attention_heads=2, max_position_embeddings=12,
+        bos_token_id=len(names) - 2, eos_token_id=len(names) - 1,
+    )  # fmt: skip
+    return tokenizer, CLIPTextModelWithProjection(text)
+
+
+def _shake(part: Any) -> None:
+    """Make weights large enough to tell inputs apart, and norms not all ones."""
+    for value in part.parameters():
+        std = 0.1 if value.ndim == 1 else value[0].numel() ** -0.5
+        value.add_(torch.randn_like(value), alpha=std)
 
 
 def _save(model_class, config, folder: Path, seed: int) -> None:

@@ -61,7 +61,7 @@ _LOADINGS = itertools.count()
 _NOTED: list[Path] = []  # the first file that was saved under another ending
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # a file's weights
 # Kinds that a saved model may hold although the model's own module does not import theirs.
-ELSEWHERE = {"ForeignVQGAN": ".foreign", "AmusedTransformer": ".foreign"}
+ELSEWHERE = dict.fromkeys(("ForeignVQGAN", "AmusedTransformer", "MeissonicTransformer"), ".foreign")
 
 
 def save_tree(path: str | os.PathLike, tree: dict[str, Any], kind: str) -> Path:

@@ -23,6 +23,7 @@ CARD_BYTES = 2**16  # of a card that is looked at
 KNOWN = {
     "emoji": "mit",
     "amused/amused-*": "openrail++",
+    "MeissonFlow/Meissonic": "apache-2.0",
     "google/t5-*": "apache-2.0",
     "google-t5/*": "apache-2.0",
     "t5-*": "apache-2.0",

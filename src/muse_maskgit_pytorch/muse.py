@@ -97,8 +97,8 @@ class Muse(Saveable):
         """Rebuild a saved model, in eval mode, on the CPU.
 
         Args:
-            name: as in `Saveable.from_pretrained`. Or an aMUSEd in diffusers' layout, a folder or
-                a hub repository such as ``amused/amused-256``.
+            name: as in `Saveable.from_pretrained`. Or an aMUSEd or a Meissonic in diffusers'
+                layout, a folder or a hub repository such as ``amused/amused-256``.
             precision: in which it draws (`precision`).
             revision: as in `Saveable.from_pretrained`; of all parts of an aMUSEd.
             token: likewise.

@@ -265,7 +265,7 @@ class MaskedTransformer(Saveable):
         side_step: sides in tokens must be multiples of it.
         block_types: classes of its blocks, whose linear layers may be computed in other precisions
             (`inference.precision`) and get adapters (`lora`); with none, it computes as it is.
-        self_cond, partial: see `sampling.contract.Network`.
+        self_cond, partial, timed: see `sampling.contract.Network`.
     """
 
     num_tokens: int
@@ -279,6 +279,7 @@ class MaskedTransformer(Saveable):
     block_types: ClassVar[tuple[type[nn.Module], ...]] = ()
     self_cond: bool = False
     partial: bool = False
+    timed: bool = False
     to_logits: Any  # hidden states (..., D) -> logits (..., V); affine
 
     @property

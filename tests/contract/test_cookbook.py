@@ -1,4 +1,4 @@
-"""Every block of docs/editing.md, conditioning.md, amused.md and sharing.md is run, in order."""
+"""Every block of five pages of docs is run, in the order in which it stands there."""
 
 import re
 import shlex
@@ -81,6 +81,23 @@ def test_the_page_on_amused(tmp_path, monkeypatch, capsys):
             assert main(shlex.split(body)[1:]) == 0, capsys.readouterr().err
     assert names["muse"].like("corgi.png")[0].size == names["left"].size == (32, 32)
     assert len(names["pictures"]) == 2
+
+
+@pytest.mark.slow
+def test_the_page_on_meissonic(tmp_path, monkeypatch, capsys):
+    """With a tiny model under the hub's name."""
+    hub.make_meissonic(tmp_path / "model")
+    hub.make_hub(tmp_path / "home", {"MeissonFlow/Meissonic": tmp_path / "model"})
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for language, body in blocks(DOCS / "meissonic.md"):
+        if language == "python":
+            exec(body, names)
+        else:
+            assert main(shlex.split(body)[1:]) == 0, capsys.readouterr().err
+    assert Image.open("lake.png").size == names["boat"].size == (128, 128)
+    assert names["wide"].size == (128, 64)
 
 
 @pytest.mark.slow

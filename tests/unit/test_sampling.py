@@ -89,6 +89,7 @@ def test_ramps_end_where_a_row_with_few_open_tokens_ends():
     plan = make_plan(mask, SampleOptions(timesteps=10, cond_scale=3.0))
     assert plan.num_masked[0].tolist() == [2, 1, 0] + [0] * 7
     assert plan.cond_scale[0, :3].tolist() == [1, 2, 3]
+    assert plan.left[0].tolist() == [2, 1, 0] + [0] * 7
 
 
 def test_noise_is_that_of_the_seed_alone():

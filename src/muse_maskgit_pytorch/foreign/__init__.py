@@ -1,5 +1,5 @@
-"""Other people's models: `load_tokenizer` reads any tokenizer by its name, `read_pipeline` aMUSEd;
-`export_diffusers` gives a tokenizer back.
+"""Other people's models: `load_tokenizer` reads any tokenizer by its name, `read_pipeline` aMUSEd
+and Meissonic; `export_diffusers` gives a tokenizer back.
 
 Three published formats hold one and the same network, the VQGAN of Esser et al. 2021 (arXiv
 2012.09841), under other names and with small differences:
@@ -26,6 +26,7 @@ independent writing-down of the published architecture (tests).
 from .amused import AmusedTransformer
 from .export import export_diffusers
 from .loading import load_tokenizer
+from .meissonic import MeissonicTransformer
 from .network import Family, ForeignVQGAN
 from .pipeline import is_pipeline, read_pipeline
 
@@ -33,6 +34,7 @@ __all__ = [
     "AmusedTransformer",
     "Family",
     "ForeignVQGAN",
+    "MeissonicTransformer",
     "export_diffusers",
     "is_pipeline",
     "load_tokenizer",

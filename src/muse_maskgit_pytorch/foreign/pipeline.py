@@ -1,4 +1,5 @@
-"""Whole models in diffusers' layout: aMUSEd's folder or hub repository -> the parts of a stage.
+"""Whole models in diffusers' layout: aMUSEd's and Meissonic's, of a folder or a hub repository ->
+the parts of a stage.
 
 A folder has a ``model_index.json`` and the parts ``transformer``, ``vqvae``, ``text_encoder``,
 ``tokenizer`` and ``scheduler``. Half precision (files with ``fp16`` in their names) is read where
@@ -8,6 +9,8 @@ it is all there is; everything computes in float32 unless told otherwise.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -18,16 +21,15 @@ from ..arguments import as_path, shown, whole
 from ..checkpoint import state_of
 from ..hub import hub_file, is_repository
 from ..weights import CheckpointError, check_weights, reading, sketching, unfilled
-from .amused import MICRO_CONDITIONS, AmusedTransformer
+from .amused import AmusedTransformer
+from .clip import MICRO_CONDITIONS, ClipTransformer
 from .loading import CONFIG_BYTES, WEIGHTS, _read_state, load_tokenizer
+from .meissonic import MeissonicTransformer
 
 INDEX = "model_index.json"
 # 1x1 convolutions, which are linear layers here
 POINTWISE = ("embed.conv.weight", "mlm_layer.conv1.weight", "mlm_layer.conv2.weight")
-# As its own pipeline draws; the Gumbel noise falls from 2 to 0.
-DEFAULTS = dict(
-    timesteps=12, cond_scale=10.0, guidance_schedule="constant", choice_temperature=2.0
-)  # fmt: skip
+SIDE = 32  # positions of Meissonic's trained square, whose configuration does not say it
 SCHEDULES = {"cosine": "cosine32", "linear": "linear32"}  # diffusers' names, and ours
 
 
@@ -44,10 +46,11 @@ def is_pipeline(name: str | PathLike[str]) -> bool:
 
 @torch.inference_mode(False)
 def read_pipeline(name: str | PathLike[str]) -> dict[str, Any]:
-    """The arguments of a `MaskGit` that draws as aMUSEd's pipeline does by default.
+    """The arguments of a `MaskGit` that draws as the model's own pipeline does.
 
     Args:
-        name: a folder in diffusers' layout, or a hub repository such as ``amused/amused-256``.
+        name: a folder in diffusers' layout, or a hub repository such as ``amused/amused-256`` or
+            ``MeissonFlow/Meissonic``.
 
     Raises:
         CheckpointError: a part that is missing, damaged, or of another kind of model.
@@ -55,11 +58,13 @@ def read_pipeline(name: str | PathLike[str]) -> dict[str, Any]:
     """
     name = str(name) if is_repository(str(name)) else str(as_path(name, "model"))
     path, index = _config(name, INDEX)
-    kind = index.get("transformer")
-    if not (isinstance(kind, list) and kind[-1:] == ["UVit2DModel"]):
+    part = index.get("transformer")
+    project = PROJECTS.get(str(part[-1])) if isinstance(part, list) and part else None
+    if project is None:
+        known = " and ".join(f"{p.name} (whose transformer is a {k})" for k, p in PROJECTS.items())
         raise CheckpointError(
             f"{path} is of the pipeline {shown(index.get('_class_name'))}, which is not known "
-            "here: of diffusers' pipelines, aMUSEd's are read (their transformer: UVit2DModel)"
+            f"here: of models in diffusers' layout, those of {known} are read"
         )
     tokenizer = load_tokenizer(f"{name}:vqvae")
     file, config = _config(name, "scheduler/scheduler_config.json")
@@ -68,7 +73,7 @@ def read_pipeline(name: str | PathLike[str]) -> dict[str, Any]:
         if schedule not in SCHEDULES:
             raise ValueError(f"masking_schedule {shown(schedule)} is not one of {[*SCHEDULES]}")
         mask_id = whole("mask_token_id", config.get("mask_token_id"), 0)
-    transformer = _transformer(name, mask_id, tokenizer.factor)
+    transformer = _transformer(name, project, mask_id, tokenizer.factor)
     if transformer.num_tokens != tokenizer.codebook_size:
         raise CheckpointError(
             f"{name} has a transformer of {transformer.num_tokens} codes and a tokenizer (vqvae) "
@@ -79,15 +84,15 @@ def read_pipeline(name: str | PathLike[str]) -> dict[str, Any]:
         vae=tokenizer,
         transformer=transformer,
         image_size=int(transformer.seq_len**0.5) * tokenizer.factor,
-        sample_options=DEFAULTS | dict(noise_schedule=SCHEDULES[schedule]),
-        presets={"inpaint": DEFAULTS | dict(noise_schedule="linear32")},  # as its pipeline for that
+        sample_options=ALIKE | project.drawing | dict(noise_schedule=SCHEDULES[schedule]),
+        presets={"inpaint": ALIKE | project.inpainting | dict(noise_schedule="linear32")},
     )
 
 
-def _transformer(name: str, mask_id: int, factor: int) -> AmusedTransformer:
+def _transformer(name: str, project: _Project, mask_id: int, factor: int) -> ClipTransformer:
     file, c = _config(name, "transformer/config.json")
     with reading(file):
-        arguments: dict[str, Any] = _arguments(c) | dict(mask_id=mask_id, factor=factor)
+        arguments: dict[str, Any] = project.arguments(c) | dict(mask_id=mask_id, factor=factor)
     arguments |= dict(text_encoder=name, max_text_len=_text_len(name, arguments))
     weights = next((f for w in WEIGHTS if (f := _find(name, f"transformer/{w}"))), None)
     if weights is None:
@@ -101,13 +106,14 @@ def _transformer(name: str, mask_id: int, factor: int) -> AmusedTransformer:
             if part in state and state[part].ndim == 4:
                 state[part] = state[part].flatten(1)
         with sketching(2 * len(state) + 100):
-            sketch = AmusedTransformer(**arguments)
+            sketch = project.transformer(**arguments)
         own = sketch.state_dict()
         own.pop("no_text")  # the text encoder's
         advice = "the file is incomplete, or the configuration belongs to another model"
-        check_weights(own, state, weights, "aMUSEd's transformer of its config.json", advice)
+        model = f"{project.name}'s transformer of its config.json"
+        check_weights(own, state, weights, model, advice)
         with unfilled():
-            made = AmusedTransformer(**arguments)
+            made = project.transformer(**arguments)
         made.load_state_dict(state | {"no_text": made.no_text})
     return made.eval()
 
@@ -128,47 +134,129 @@ def _text_len(name: str, arguments: dict[str, Any]) -> int:
         return min(limit, whole("model_max_length", config.get("model_max_length", limit), 1))
 
 
-def _arguments(config: dict[str, Any]) -> dict[str, Any]:
-    """What a `UVit2DModel`'s configuration says, as `AmusedTransformer` calls it."""
+class _Config(dict[str, Any]):
+    """A transformer's configuration."""
 
-    def size(name: str, least: int = 1) -> int:
-        return whole(name, config.get(name), least)
+    def size(self, name: str, least: int = 1) -> int:
+        return whole(name, self.get(name), least)
 
-    def flag(name: str, default: bool) -> bool:
-        value = config.get(name, default)
+    def flag(self, name: str, default: bool) -> bool:
+        value = self.get(name, default)
         if not isinstance(value, bool):
             raise ValueError(f"{name} must be true or false, not {shown(value)}")
         return value
 
-    resample = flag("downsample", False)
-    if flag("upsample", False) != resample:
-        raise ValueError("downsample and upsample differ: sides that are halved must be doubled")
-    micro = size("micro_cond_encode_dim")
-    if size("micro_cond_embed_dim") != MICRO_CONDITIONS * micro:
+    @property
+    def resample(self) -> bool:
+        resample = self.flag("downsample", False)
+        if self.flag("upsample", False) != resample:
+            raise ValueError(
+                "downsample and upsample differ: sides that are halved must be doubled"
+            )
+        return resample
+
+
+def _amused(config: dict[str, Any]) -> dict[str, Any]:
+    """What a `UVit2DModel`'s configuration says, as `AmusedTransformer` calls it."""
+    c = _Config(config)
+    micro = c.size("micro_cond_encode_dim")
+    if c.size("micro_cond_embed_dim") != MICRO_CONDITIONS * micro:
         raise ValueError(
             f"micro_cond_embed_dim {config['micro_cond_embed_dim']} must be {MICRO_CONDITIONS} "
             f"times micro_cond_encode_dim {micro}"
         )
     return dict(
-        num_tokens=size("codebook_size"),
-        seq_len=size("sample_size") ** 2,
-        num_embeddings=size("vocab_size"),
-        dim=size("hidden_size"),
-        depth=size("num_hidden_layers"),
-        heads=size("num_attention_heads"),
-        ff_dim=size("intermediate_size"),
-        channels=size("block_out_channels"),
-        conv_blocks=size("num_res_blocks"),
-        conv_heads=size("block_num_heads"),
-        embed_dim=size("in_channels"),
-        resample=resample,
-        text_embed_dim=size("encoder_hidden_size"),
-        pooled_dim=size("cond_embed_dim"),
+        num_tokens=c.size("codebook_size"),
+        seq_len=c.size("sample_size") ** 2,
+        num_embeddings=c.size("vocab_size"),
+        dim=c.size("hidden_size"),
+        depth=c.size("num_hidden_layers"),
+        heads=c.size("num_attention_heads"),
+        ff_dim=c.size("intermediate_size"),
+        channels=c.size("block_out_channels"),
+        conv_blocks=c.size("num_res_blocks"),
+        conv_heads=c.size("block_num_heads"),
+        embed_dim=c.size("in_channels"),
+        resample=c.resample,
+        text_embed_dim=c.size("encoder_hidden_size"),
+        pooled_dim=c.size("cond_embed_dim"),
         micro_dim=micro,
-        bias=flag("use_bias", False),
-        affine=flag("ln_elementwise_affine", True),
+        bias=c.flag("use_bias", False),
+        affine=c.flag("ln_elementwise_affine", True),
         eps=config.get("layer_norm_eps", 1e-6),
     )
+
+
+def _meissonic(config: dict[str, Any]) -> dict[str, Any]:
+    """What Meissonic's configuration says, as `MeissonicTransformer` calls it."""
+    c = _Config(config)
+    if "num_single_layers" not in c:
+        raise ValueError(
+            "it has no num_single_layers: it is another Transformer2DModel than Meissonic's, which "
+            "is not read"
+        )
+    if c.flag("guidance_embeds", False):
+        raise ValueError("guidance_embeds is true: models that read a guidance are not read")
+    heads, resample, axes = c.size("num_attention_heads"), c.resample, c.get("axes_dims_rope")
+    dim, pooled = heads * c.size("attention_head_dim"), c.size("pooled_projection_dim")
+    if dim != pooled:
+        raise ValueError(
+            f"pooled_projection_dim {pooled} is not the width {dim} of the transformer "
+            "(num_attention_heads times attention_head_dim), as it must be"
+        )
+    if not isinstance(axes, list):
+        raise ValueError(f"axes_dims_rope must be three numbers, not {shown(axes)}")
+    return dict(
+        num_tokens=c.size("codebook_size"),
+        seq_len=(2 * SIDE if resample else SIDE) ** 2,
+        num_embeddings=c.size("vocab_size"),
+        dim=dim,
+        depth=c.size("num_layers"),
+        single_depth=c.size("num_single_layers"),
+        heads=heads,
+        axes=[whole("axes_dims_rope", axis, 0) for axis in axes],
+        resample=resample,
+        text_embed_dim=c.size("joint_attention_dim"),
+        pooled_dim=pooled,
+    )
+
+
+@dataclass(frozen=True)
+class _Project:
+    """Whose models these are.
+
+    Attributes:
+        name: the project's.
+        transformer: its class here.
+        arguments: of that class, from its configuration; ValueError where they cannot be.
+        drawing: sampling options of its own pipeline.
+        inpainting: the same of its pipeline for that.
+    """
+
+    name: str
+    transformer: type[ClipTransformer]
+    arguments: Callable[[dict[str, Any]], dict[str, Any]]
+    drawing: dict[str, Any]
+    inpainting: dict[str, Any]
+
+
+ALIKE = dict(guidance_schedule="constant", choice_temperature=2.0)  # the noise falls from 2 to 0
+PROJECTS = {
+    "UVit2DModel": _Project(
+        "aMUSEd",
+        AmusedTransformer,
+        _amused,
+        drawing=dict(timesteps=12, cond_scale=10.0),
+        inpainting=dict(timesteps=12, cond_scale=10.0),
+    ),
+    "Transformer2DModel": _Project(
+        "Meissonic",
+        MeissonicTransformer,
+        _meissonic,
+        drawing=dict(timesteps=48, cond_scale=9.0),
+        inpainting=dict(timesteps=64, cond_scale=9.0),  # as the script beside its pipeline
+    ),
+}
 
 
 def _find(name: str, file: str) -> Path | None:

@@ -46,6 +46,8 @@ class Network(Protocol):
         self_cond: whether it reads its previous pass's output as a third argument (None at first).
         partial: whether it also takes ``at``, the positions (B, K) whose hidden states are wanted,
             and gives those alone. May be missing, for no.
+        timed: whether it also takes ``left``, how many steps of each row (B,) follow this one.
+            May be missing, for no.
     """
 
     mask_id: int
@@ -111,24 +113,25 @@ class Denoiser:
         scale: Float[Tensor, " B"] | None,
         *self_cond: Any,
         at: Int[Tensor, "B K"] | None = None,
+        left: Int[Tensor, " B"] | None = None,
     ) -> tuple[Float[Tensor, "r K D"], Float[Tensor, "G r K D"]]:
         """`guided_hidden` of the network; of the r distinct rows alone (`spread`)."""
         if self.distinct is not None:
             rows, _ = self.distinct
-            some = [None if given is None else given[rows] for given in (scale, at)]
-            return self.rows(rows).hidden(ids[rows], some[0], *self_cond, at=some[1])
+            some = [None if given is None else given[rows] for given in (scale, at, left)]
+            part = self.rows(rows)
+            return part.hidden(ids[rows], some[0], *self_cond, at=some[1], left=some[2])
         batch, size = len(ids), self.at_once or len(ids)
         if size >= batch:
-            return guided_hidden(self.network, self.context, ids, scale, *self_cond, at=at)
+            given = self.network, self.context, ids, scale, *self_cond
+            return guided_hidden(*given, at=at, left=left)
         parts = []
         for start in range(0, batch, size):
             rows = slice(start, start + size)
             past = [None if hidden is None else hidden[:, rows] for hidden in self_cond]
-            some = [None if given is None else given[rows] for given in (scale, at)]
-            context = self.context.rows(rows)
-            parts.append(
-                guided_hidden(self.network, context, ids[rows], some[0], *past, at=some[1])
-            )
+            some = [None if given is None else given[rows] for given in (scale, at, left)]
+            given = self.network, self.context.rows(rows), ids[rows], some[0], *past
+            parts.append(guided_hidden(*given, at=some[1], left=some[2]))
         guided, branches = zip(*parts, strict=True)
         return torch.cat(guided), torch.cat(branches, dim=1)
 
@@ -162,6 +165,7 @@ def guided_hidden(
     scale: Float[Tensor, " B"] | None,
     *self_cond: Any,
     at: Int[Tensor, "B K"] | None = None,
+    left: Int[Tensor, " B"] | None = None,
 ) -> tuple[Float[Tensor, "B K D"], Float[Tensor, "G B K D"]]:
     """``u + scale * (c - u)`` on hidden states: a linear head makes it the same on logits.
 
@@ -172,15 +176,17 @@ def guided_hidden(
         scale: guidance of each row; None skips the second branch.
         *self_cond: the previous pass's output, if the network reads it.
         at: positions whose hidden states are wanted; all by default.
+        left: how many steps of each row follow, for networks that read it.
 
     Returns:
         guided hidden states, exactly those of the first branch at scale 1; and every branch's.
     """
     context = context.branches(1 if scale is None else 2)
+    timed = {"left": left} if left is not None and getattr(network, "timed", False) else {}
     if at is not None and getattr(network, "partial", False):
-        hidden = network(ids, context, *self_cond, at=at)
+        hidden = network(ids, context, *self_cond, at=at, **timed)
     else:
-        hidden = network(ids, context, *self_cond)
+        hidden = network(ids, context, *self_cond, **timed)
         if at is not None:
             hidden = hidden.gather(
                 2, at[None, :, :, None].expand(len(hidden), -1, -1, hidden.shape[-1])

@@ -120,16 +120,16 @@ def step(
     rows = torch.arange(batch, device=state.ids.device)
     now = state.step.clamp(max=plan.num_steps - 1)
     gumbel = plan.gumbel[rows, now]
-    scale = plan.cond_scale[rows, now] if guided else None
+    scale, left = plan.cond_scale[rows, now] if guided else None, plan.left[rows, now]
 
     # masked positions first, in their order; rows with fewer get some known ones, unused below
     order = state.mask.int().argsort(dim=1, descending=True, stable=True)
     at = order[:, : num_logits or num_tokens]
     if network.self_cond:  # the next pass reads the hidden states of all positions
-        hidden, branches = denoiser.hidden(state.ids, scale, state.hidden)
+        hidden, branches = denoiser.hidden(state.ids, scale, state.hidden, left=left)
         hidden = hidden[rows[:, None], at]
     else:
-        hidden, branches = denoiser.hidden(state.ids, scale, at=at)
+        hidden, branches = denoiser.hidden(state.ids, scale, at=at, left=left)
     policy = plan.policy or ("confidence" if denoiser.critic is None else "critic")
     scored = policy != "critic" and (callable(policy) or policy not in ORDERS)
     drawn, log_prob, score = _draw(
@@ -276,7 +276,7 @@ def sample_tokens(
             model = denoiser
             if i == 0 and step is plain_step and not network.self_cond:
                 # at first, pictures of one prompt differ in nothing but their noise
-                model = denoiser.once(canvas, plan.cond_scale[:, 0])
+                model = denoiser.once(canvas, plan.cond_scale[:, 0], plan.left[:, 0])
             state = step(state, plan, model, **how)
         else:
             if counts[i] < len(rows):

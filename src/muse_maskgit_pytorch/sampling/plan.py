@@ -32,6 +32,7 @@ class SamplePlan:
     Attributes:
         num_masked: tokens still masked after each step.
         num_remasked: how many of them had been decided before.
+        left: how many steps follow each one.
         temperature: of the token choice, at each step.
         choice_temperature: scale of the noise on the scores, at each step.
         cond_scale: guidance at each step.
@@ -46,6 +47,7 @@ class SamplePlan:
 
     num_masked: Int[Tensor, "B S"]
     num_remasked: Int[Tensor, "B S"]
+    left: Int[Tensor, "B S"]
     temperature: Float[Tensor, "B S"]
     choice_temperature: Float[Tensor, "B S"]
     cond_scale: Float[Tensor, "B S"]
@@ -221,6 +223,7 @@ def _row(
     by_step = {
         "num_masked": counts,
         "num_remasked": remasked,
+        "left": (last - torch.arange(steps)).clamp(min=0),
         "temperature": temperature,
         "choice_temperature": choice,
         "cond_scale": scale,

@@ -283,7 +283,7 @@ def test_missing_parts_are_named(part: str, message: str, made: tuple[Path, Any]
 @pytest.mark.parametrize(
     "file, change, message",
     [
-        ("model_index.json", {"transformer": ["diffusers", "FluxModel"]}, "aMUSEd's are read"),
+        ("model_index.json", {"transformer": ["diffusers", "FluxModel"]}, "those of aMUSEd"),
         ("transformer/config.json", {"hidden_size": 48}, "does not fit aMUSEd's transformer"),
         ("transformer/config.json", {"hidden_size": "many"}, "hidden_size"),
         ("transformer/config.json", {"downsample": True}, "downsample and upsample differ"),
