@@ -154,6 +154,11 @@ def _export_stage(stage: MaskGit, place: Path, image_size: ImageSize | None) -> 
             f"image_size {image_size} is not the {stage.image_size} that the stage was trained on, "
             "for which alone its step can be exported"
         )
+    if transformer.timed:
+        raise ValueError(
+            f"a {type(transformer).__name__} reads how many steps follow, which a step exported as "
+            "onnx is not told: export its tokenizer alone"
+        )
     tokens, width = transformer.seq_len, transformer.text_embed_dim
     inputs = {
         "ids": torch.zeros(BATCH, tokens, dtype=torch.long),

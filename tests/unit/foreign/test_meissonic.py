@@ -16,8 +16,10 @@ from muse_maskgit_pytorch import CheckpointError, Muse
 from muse_maskgit_pytorch.editing import inpaint, outpaint, white
 from muse_maskgit_pytorch.images import save_png
 from muse_maskgit_pytorch.inference.precision import _copy
+from muse_maskgit_pytorch.onnx_export import export_onnx
 from muse_maskgit_pytorch.sampling import SampleOptions, make_plan
 from muse_maskgit_pytorch.structures import Conditioning
+from muse_maskgit_pytorch.words import emphasise
 from tests import hub, meissonic
 
 TEXTS = ["a cat", "two dogs"]
@@ -191,6 +193,18 @@ def test_it_draws_and_is_saved_as_others_are(muse: Muse, tmp_path: Path):
     assert again("a cat", **options)[0].tobytes() == picture.tobytes()
     with pytest.raises(ValueError, match=r"odd side|multiple"):
         muse("a cat", **options | dict(image_size=(32, 36)))
+
+
+def test_what_it_cannot_do_is_said(muse: Muse, tmp_path: Path):
+    with pytest.raises(ValueError, match="reads no low-resolution tokens"):
+        muse.base.transformer.with_low_resolution(50, 16)
+    with pytest.raises(ValueError, match="words are edited in this package's own transformers"):
+        emphasise(muse, "a cat", {"cat": 2.0})
+    with pytest.raises(ValueError, match=r"text_embeds are .*this transformer reads"):
+        muse(text_embeds=torch.rand(1, 12, 32), image_size=SIZE)
+    pytest.importorskip("onnxscript")
+    with pytest.raises(ValueError, match="reads how many steps follow"):
+        export_onnx(muse, tmp_path / "onnx")
 
 
 def test_edits(tmp_path: Path):
