@@ -522,12 +522,18 @@ def save_png(image: Image.Image, path: str | PathLike[str]) -> Path:
     """
     if Path(path).suffix.lower() != ".png":
         raise ValueError(f"path {str(path)!r} must end in .png")
-    chunks = PngImagePlugin.PngInfo()
+    with replacing(path) as temporary:
+        temporary.write_bytes(png_bytes(image))
+    return Path(path)
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    """The file that `save_png` writes."""
+    chunks, file = PngImagePlugin.PngInfo(), io.BytesIO()
     if record := record_of(image):
         chunks.add_itxt(RECORD, record)  # UTF-8; plain, so that any tool shows it
-    with replacing(path) as temporary:
-        image.save(temporary, format="PNG", pnginfo=chunks)
-    return Path(path)
+    image.save(file, format="PNG", pnginfo=chunks)
+    return file.getvalue()
 
 
 def set_record(image: Image.Image, record: str) -> None:

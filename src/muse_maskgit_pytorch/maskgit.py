@@ -27,7 +27,7 @@ from .licenses import license_of
 from .linears import check_available
 from .masking import IGNORE_INDEX, ScheduleFunction, check_schedule, draw_mask, mask_tokens
 from .presets import find_preset, make_presets
-from .sampling import Callback, Denoiser, SampleOptions, Step, choose_tokens, sample_tokens
+from .sampling import Callback, Denoiser, SampleOptions, Sampling, Step, choose_tokens
 from .sampling.contract import same_as_before
 from .sampling.loop import plain_step
 from .structures import Conditioning, LossTerms, MaskedTokens, Schedule, TextEmbeds
@@ -493,7 +493,7 @@ class MaskGit(Saveable):
         )
 
     @torch.no_grad()
-    def sample(
+    def start(
         self,
         text: TextEmbeds,
         options: SampleOptions,
@@ -502,21 +502,63 @@ class MaskGit(Saveable):
         cond: Int[Tensor, "B M"] | None = None,
         canvas: Int[Tensor, "B N"] | None = None,
         image_size: ImageSize | None = None,
-        callback: Callback | None = None,
         step: Step | None = None,
-    ) -> Int[Tensor, "B N"]:
-        """Sample token ids from what is encoded already; arguments as in `denoiser`.
+    ) -> Sampling | None:
+        """Sampling before its first step, from what is encoded already; None if nothing is open.
 
         Args:
-            canvas, callback: as in `generate`.
+            canvas: as in `generate`.
             step: as in `sampling.sample_tokens`; by default what is fastest.
             **others: as in `denoiser`.
+
+        Raises:
+            ValueError: as `check_canvas`; counts that differ.
         """
+        canvas = self.check_canvas(canvas, len(text.mask), image_size)
+        if not bool((canvas == self.transformer.mask_id).any()):
+            return None
+        # what changes the context on its way may make the branches differ
+        fast = (step is None or step is plain_step) and self.precision != "reference"
+        if fast and options.guided and not self.conditioner.guides(text, negatives):
+            options = options.replace(cond_scale=1.0)
+        denoiser = self.denoiser(text, options, negatives, cond, image_size)
+        stream = "" if self.cond_vae is None else "superres"
         grid = self.geometry.grid(image_size)
-        shape = len(text.mask), math.prod(grid)
+        if step is None:
+            step = compiled(plain_step, self._drawn_compiled)
+            if fast and by_graphs(canvas.device):
+                step = GRAPHS.step(denoiser, step)
+        return Sampling.start(denoiser, canvas, options, grid, stream=stream, step=step)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        text: TextEmbeds,
+        options: SampleOptions,
+        *,
+        callback: Callback | None = None,
+        **arguments: Any,
+    ) -> Int[Tensor, "B N"]:
+        """Sample token ids; the callback as in `generate`, other arguments as in `start`."""
+        sampling = self.start(text, options, **arguments)
+        if sampling is None:
+            canvas, image_size = arguments["canvas"], arguments.get("image_size")
+            return self.check_canvas(canvas, len(text.mask), image_size)
+        sampling.run(callback)
+        return sampling.state.ids
+
+    def check_canvas(
+        self, canvas: Any, batch: int, image_size: ImageSize | None = None
+    ) -> Int[Tensor, "B N"]:
+        """A canvas on the model's device; all masked by default.
+
+        Raises:
+            ValueError: one of another size, or of other ids.
+        """
+        shape = batch, math.prod(self.geometry.grid(image_size))
         mask_id = self.transformer.mask_id
         if canvas is None:
-            canvas = torch.full(shape, mask_id, device=self.device)
+            return torch.full(shape, mask_id, device=self.device)
         canvas = as_tensor("canvas", canvas, whole=True)
         canvas = canvas.flatten(1) if canvas.ndim > 1 else canvas
         if canvas.shape != shape:
@@ -526,20 +568,7 @@ class MaskGit(Saveable):
             raise ValueError(
                 f"canvas ranges from {low} to {high}: ids reach from 0 to {mask_id}, the mask"
             )
-        if high < mask_id:  # nothing to draw
-            return canvas.to(self.device)
-        # what changes the context on its way may make the branches differ
-        fast = (step is None or step is plain_step) and self.precision != "reference"
-        if fast and options.guided and not self.conditioner.guides(text, negatives):
-            options = options.replace(cond_scale=1.0)
-        denoiser = self.denoiser(text, options, negatives, cond, image_size)
-        stream = "" if self.cond_vae is None else "superres"
-        canvas = canvas.to(self.device)
-        if step is None:
-            step = compiled(plain_step, self._drawn_compiled)
-            if fast and by_graphs(canvas.device):
-                step = GRAPHS.step(denoiser, step)
-        return sample_tokens(denoiser, canvas, options, callback, grid, stream=stream, step=step)
+        return canvas.to(self.device)
 
     @torch.no_grad()
     def generate_ids(

@@ -6,6 +6,7 @@ import copy
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from numbers import Real
 from os import PathLike
 from typing import Any, Literal, Self, overload
@@ -37,8 +38,8 @@ from .provenance import (
     warn_of_other_bits,
 )
 from .request import Drawn, Request
-from .sampling import Callback, SampleOptions, Step, known_fields
-from .structures import SampleStep, TextEmbeds
+from .sampling import Callback, SampleOptions, Sampling, Step, known_fields
+from .structures import TextEmbeds
 from .text import TextCompute
 
 
@@ -349,44 +350,11 @@ class Muse(Saveable):
         Raises:
             ValueError: more than one batch may ask for (`Request.check_size`).
         """
-        request.check_size(trained=self.image_size)
-        stopped = False
-
-        def watch(seen: SampleStep) -> bool:
-            nonlocal stopped
-            stop = bool(callback and callback(seen))
-            stopped = stopped or stop
-            return stop
-
-        images: list[Tensor] = []
-        ids = torch.empty(0)
-        sizes, texts = self.sizes(request.image_size), {}  # of each text encoder
-        for name, stage in self.stages.items():
-            # embeddings that were given are those of every encoder
-            own = stage.own_encoder or stage.transformer.text_encoder
-            encoder = own if request.prompts else None
-            if encoder not in texts:
-                given = request.prompts, request.text_embeds
-                texts[encoder] = stage.embed_texts(*given, allow_empty=bool(request.canvases))
-            cond = None
-            if stage.cond_vae is not None:
-                # ids at hand are not decoded and encoded again
-                same = self.base.vae.same_ids(stage.cond_vae)
-                codes = self.base.vae.codebook_size  # a callback may have left masks
-                given = (None, ids.clamp(max=codes - 1)) if same else (images[0], None)
-                cond = stage.encode_cond(*given, image_size=sizes[name])
-            ids = stage.sample(
-                texts[encoder],
-                request.options[name],
-                negatives=request.negatives,
-                cond=cond,
-                canvas=request.canvases.get(name),
-                image_size=sizes[name],
-                callback=watch if callback else None,
-                step=(steps or {}).get(name),
-            )
-            images.append(stage.decode(ids, sizes[name]))
-        return Drawn(images[-1], request, images[0], stopped)
+        drawing, stopped = Drawing(self, request, steps), False
+        while drawing.sampling is not None:
+            stopped = drawing.sampling.run(callback) or stopped
+            drawing.proceed(drawing.sampling.state.ids)
+        return replace(drawing.drawn, stopped=stopped)
 
     def pictures(self, drawn: Drawn) -> list[Image.Image]:
         """PIL images; they carry the record of how they were drawn if that is known."""
@@ -528,3 +496,86 @@ class Muse(Saveable):
         if self.superres is not None:
             options["superres"] = self.superres.presets.get(name, self.superres.default_options)
         return options
+
+
+class Drawing:
+    """A request on its way through the stages, for `Muse.draw` and whatever draws several at once.
+
+    While there is a ``sampling``, its rows are to be taken to their ends and their ids given to
+    `proceed`. Each part computes what a call alone computes.
+
+    Args:
+        muse: the model.
+        request: what to draw.
+        steps: as in `Muse.draw`.
+
+    Attributes:
+        stage: name of the stage that samples.
+        sampling: of that stage; None at the end. A stage without anything to draw is passed over.
+
+    Raises:
+        ValueError: more than one batch may ask for (`Request.check_size`).
+    """
+
+    def __init__(self, muse: Muse, request: Request, steps: Mapping[str, Step] | None = None):
+        request.check_size(trained=muse.image_size)
+        self.muse, self.request, self.steps = muse, request, steps or {}
+        self.sizes = muse.sizes(request.image_size)
+        self._texts: dict[Any, TextEmbeds] = {}  # of each text encoder
+        self._images: list[Tensor] = []
+        self._left = list(muse.stages)
+        self.sampling: Sampling | None = None
+        self._start(None)
+
+    @property
+    def drawn(self) -> Drawn:
+        """What came of it."""
+        assert self.sampling is None
+        return Drawn(self._images[-1], self.request, self._images[0])
+
+    @torch.no_grad()
+    def proceed(self, ids: Int[Tensor, "B N"]) -> None:
+        """End the stage: decode what it sampled, and start the next one, if there is one.
+
+        Args:
+            ids: of the sampling.
+        """
+        self._images.append(self.muse.stages[self.stage].decode(ids, self.sizes[self.stage]))
+        self.sampling = None
+        if self._left:
+            self._start(ids)
+
+    @torch.no_grad()
+    def _start(self, ids: Int[Tensor, "B N"] | None) -> None:
+        """Start the next stage.
+
+        Args:
+            ids: of the one before, if there is one.
+        """
+        muse, request = self.muse, self.request
+        self.stage = name = self._left.pop(0)
+        stage, size = muse.stages[name], self.sizes[name]
+        # embeddings that were given are those of every encoder
+        own = stage.own_encoder or stage.transformer.text_encoder
+        encoder = own if request.prompts else None
+        if encoder not in self._texts:
+            given = request.prompts, request.text_embeds
+            self._texts[encoder] = stage.embed_texts(*given, allow_empty=bool(request.canvases))
+        cond = None
+        if stage.cond_vae is not None and ids is not None:
+            # ids at hand are not decoded and encoded again
+            same = muse.base.vae.same_ids(stage.cond_vae)
+            codes = muse.base.vae.codebook_size  # a callback may have left masks
+            read = (None, ids.clamp(max=codes - 1)) if same else (self._images[0], None)
+            cond = stage.encode_cond(*read, image_size=size)
+        self.sampling = stage.start(
+            self._texts[encoder],
+            request.options[name],
+            negatives=request.negatives,
+            cond=cond,
+            canvas=request.canvases.get(name),
+            image_size=size,
+            step=self.steps.get(name),
+        )
+        if self.sampling is None:
+            self.proceed(stage.check_canvas(request.canvases[name], len(request), size))

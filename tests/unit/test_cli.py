@@ -37,9 +37,9 @@ from muse_maskgit_pytorch.checkpoint import SHIPPED, load_tree
 from muse_maskgit_pytorch.cli import drawing, options
 from muse_maskgit_pytorch.cli import generate as generating
 from muse_maskgit_pytorch.cli import train as training
-from muse_maskgit_pytorch.cli.film import Film
 from muse_maskgit_pytorch.cli.main import COMMANDS, main
 from muse_maskgit_pytorch.cli.parser import nearest
+from muse_maskgit_pytorch.film import Film
 from muse_maskgit_pytorch.images import save_png, set_record, to_tensor
 from muse_maskgit_pytorch.provenance import Record, read_records, to_json
 from muse_maskgit_pytorch.request import Request

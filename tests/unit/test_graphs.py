@@ -262,18 +262,16 @@ def test_what_cannot_be_recorded_safely_is_not():
 
 def test_a_gpu_draws_by_graphs_unless_told_otherwise(monkeypatch):
     """What chooses the step, with a CPU taken for a GPU."""
-    chosen = []
-    monkeypatch.setattr(maskgit, "sample_tokens", lambda *a, step, **_: chosen.append(step) or a[1])
     monkeypatch.setattr(maskgit, "GRAPHS", made())
     drawing = model()
     arguments: Any = (text(1), drawing.default_options)
-    drawing.sample(*arguments)
+    samplings = [drawing.start(*arguments)]
     monkeypatch.setattr(maskgit, "by_graphs", lambda device: True)
-    drawing.sample(*arguments)
-    drawing.sample(*arguments, step=sampling.step)
+    samplings.append(drawing.start(*arguments))
+    samplings.append(drawing.start(*arguments, step=sampling.step))
     drawing.precision = "reference"
-    drawing.sample(*arguments)
-    assert [type(step).__name__ for step in chosen] == [
+    samplings.append(drawing.start(*arguments))
+    assert [type(one.step).__name__ for one in samplings] == [
         "function",
         "_GraphStep",
         "function",

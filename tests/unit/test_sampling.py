@@ -1,5 +1,6 @@
 """The sampler against theory and against a plain, slow one."""
 
+import copy
 import math
 from dataclasses import replace
 from itertools import pairwise
@@ -16,6 +17,7 @@ from muse_maskgit_pytorch import testing as tiny
 from muse_maskgit_pytorch.sampling import (
     Denoiser,
     SampleState,
+    Sampling,
     choose_tokens,
     loop,
     make_plan,
@@ -449,10 +451,34 @@ def test_rows_at_different_steps_share_a_batch(model):
     assert torch.equal(state.ids, expected[last])
 
 
-def test_plans_of_two_policies_are_not_joined():
+def test_rows_of_several_policies_share_a_batch():
+    """Each is ranked by its own, also when others have left; a critic takes a pass more."""
+    names: list[Any] = ["confidence", "halton", "margin", lambda logits, log_prob: -log_prob]
+    model = copy.deepcopy(MODEL).double()  # no difference by rounding
+    texts = [tiny.text(1, 3 + i, seed=i) for i in range(len(names))]
+    rows = [
+        (denoiser(text, model=model), SampleOptions(timesteps=3 + i, seeds=[i], policy=name))
+        for i, (text, name) in enumerate(zip(texts, names, strict=True))
+    ]
+    alone = [sample_tokens(row, blank(1), options) for row, options in rows]
+    first, *others = [Sampling.start(row, blank(1), options) for row, options in rows]
+    first.advance()
+    for other in others:
+        first = first.cat(other)
+    assert set(first.plan.policies) == set(names)
+    first.advance()
+    first.advance()
+    assert first.finished.tolist() == [True, False, False, False]
+    assert torch.equal(first.state.ids[:1], alone[0])
+    rest = first.rows(torch.tensor([3, 1]))
+    assert rest.plan.policies == (names[3], names[1])
+    assert rest.plan.num_steps == 6
+    assert not rest.run()
+    assert torch.equal(rest.state.ids, torch.cat([alone[3], alone[1]]))
+
     mask = torch.ones(1, N, dtype=torch.bool)
-    plans = [make_plan(mask, SampleOptions(policy=policy)) for policy in ("halton", "margin")]
-    with pytest.raises(ValueError, match="'halton' and 'margin' cannot share a batch"):
+    plans = [make_plan(mask, SampleOptions(policy=policy)) for policy in ("critic", "margin")]
+    with pytest.raises(ValueError, match="'critic' and 'margin' cannot share a batch"):
         plans[0].cat(plans[1])
 
 

@@ -21,6 +21,7 @@ from ..arguments import as_path, printable
 from ..conditioning import one_each
 from ..data.captions import read_prompts
 from ..files import check_output
+from ..film import Film
 from ..foreign import load_tokenizer
 from ..images import image_grid, read_record, record_of, save_gif, save_png
 from ..loading import open_model, open_stage
@@ -49,7 +50,6 @@ from .drawing import (
     progress,
     say_licenses,
 )
-from .film import Film
 from .parser import Parser, stated
 
 SHEET = 256  # pictures on one that can still be looked at

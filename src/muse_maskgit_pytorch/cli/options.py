@@ -78,13 +78,7 @@ def add_sampling(parser: Parser, stages: Mapping[str, Collection[str] | None]) -
         help="allow more pixels, steps and pictures in a batch than is sensible (true)",
     )
     parser.add_argument("--device", type=str | None, help="by default a GPU where there is one")
-    parser.add_argument(
-        "--precision",
-        type=declared("inference.precision.Precision"),
-        default="float32",
-        help="float32 repeats bits; bfloat16, int8 and float8 are faster where the machine has "
-        "them; auto: the faster of float32 and bfloat16, as measured here",
-    )
+    add_precision(parser)
     add_text_compute(parser)
     parser.add_argument(
         "--free_text_encoder",
@@ -94,6 +88,17 @@ def add_sampling(parser: Parser, stages: Mapping[str, Collection[str] | None]) -
     )
     for stage, only in stages.items():
         parser.add_optional(declared("sampling.SampleOptions"), stage, skip={"seeds"}, only=only)
+
+
+def add_precision(parser: Parser) -> None:
+    """Of the transformers."""
+    parser.add_argument(
+        "--precision",
+        type=declared("inference.precision.Precision"),
+        default="float32",
+        help="float32 repeats bits; bfloat16, int8 and float8 are faster where the machine has "
+        "them; auto: the faster of float32 and bfloat16, as measured here",
+    )
 
 
 def add_text_compute(parser: Parser) -> None:
@@ -173,6 +178,44 @@ def bundle_parser() -> Parser:
     )
     parser.add_argument("--out", type=str, required=True, help="file to write, .safetensors")
     add_dtype(parser)
+    return parser
+
+
+def serve_parser() -> Parser:
+    parser = Parser("muse serve", "Serve a model over HTTP, as OpenAI's image clients ask for it.")
+    add_model(parser)
+    parser.add_argument("--name", type=str | None, help="of the model, for clients; as --model's")
+    parser.add_argument(
+        "--host", type=str, default="127.0.0.1", help="address to listen at; 0.0.0.0 for all"
+    )
+    parser.add_argument("--port", type=int, default=8000, help="port to listen at")
+    parser.add_argument("--device", type=str | None, help="by default a GPU where there is one")
+    add_precision(parser)
+    add_text_compute(parser)
+    parser.add_argument(
+        "--rows", type=int | None, help="pictures drawn at once; by default measured at the start"
+    )
+    parser.add_argument(
+        "--memory_gb", type=float | None, help="memory that drawing may take; default: half of it"
+    )
+    parser.add_argument("--queue", type=int, default=64, help="pictures that may wait")
+    parser.add_argument(
+        "--timeout", type=float, default=120.0, help="seconds after which a request is given up"
+    )
+    parser.add_argument(
+        "--tokens", type=str | None, help="YAML file of bearer tokens and their limits"
+    )
+    parser.add_argument("--most_n", type=int, default=10, help="pictures of one request")
+    parser.add_argument("--most_prompt", type=int, default=4000, help="characters of a prompt")
+    parser.add_argument(
+        "--most_connections", type=int, default=1000, help="clients connected at the same time"
+    )
+    parser.add_argument(
+        "--check",
+        type=str | None,
+        help="safety checker, FILE.py:NAME: a class, or a function that gives one; called with a "
+        "text and pictures, returns the reason to refuse them or None",
+    )
     return parser
 
 

@@ -192,7 +192,7 @@ class _GraphStep:
     ) -> SampleState:
         graphs, network = self.graphs, denoiser.network
         how: dict[str, Any] = dict(guided=guided, num_logits=num_logits)
-        if not _safe(plan.policy) or network in graphs.off:
+        if not all(map(_safe, plan.policies)) or network in graphs.off:
             return self.inner(state, plan, denoiser, **how)
         batch, tokens = state.ids.shape
         eighth = max(1, tokens // 8)

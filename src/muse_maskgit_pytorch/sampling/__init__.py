@@ -2,7 +2,7 @@
 
 from .choose import choose_tokens
 from .contract import Context, Denoiser, Network
-from .loop import Callback, SampleState, Step, sample_tokens, step
+from .loop import Callback, SampleState, Sampling, Step, sample_tokens, step
 from .options import (
     ROW_WISE,
     GuidanceSchedule,
@@ -28,6 +28,7 @@ __all__ = [
     "SampleOptions",
     "SamplePlan",
     "SampleState",
+    "Sampling",
     "Step",
     "choose_tokens",
     "known_fields",

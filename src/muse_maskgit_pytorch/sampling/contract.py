@@ -141,7 +141,7 @@ class Denoiser:
 
     def cat(self, other: Denoiser) -> Denoiser:
         assert self.network is other.network
-        assert self.critic is other.critic
+        assert (self.critic is None) == (other.critic is None)
         critic_context = self.critic and self.critic_context.cat(other.critic_context)
         return self._of(self.context.cat(other.context), critic_context)
 

@@ -1,4 +1,4 @@
-"""The sampler itself: a step over rows, and a loop over it (paper 2.7, 2.8).
+"""The sampler itself: a step over rows, and what goes on step by step (paper 2.7, 2.8).
 
 It knows ids, hidden states and logits; no text, no images. Nothing inside the loop waits for the
 host. Inpainting is the same loop on a canvas that is partly filled.
@@ -7,11 +7,12 @@ host. Inpainting is the same loop on a canvas that is partly filled.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -20,7 +21,7 @@ from .choose import choose_tokens
 from .contract import Denoiser, guided_hidden
 from .options import SampleOptions, per_row
 from .plan import SamplePlan, make_plan
-from .policies import ORDERS, Policy, Score, score_of
+from .policies import ORDERS, score_of
 
 Callback = Callable[[SampleStep], Any]
 LOGITS = 2**26  # numbers, 256 MB: what a step holds at once of the logits of all its positions
@@ -70,13 +71,16 @@ class SampleState:
         names = vars(self).keys() - {"hidden"}
         joined = {n: torch.cat([getattr(self, n), getattr(other, n)]) for n in names}
         hidden = [self.hidden, other.hidden]
-        given = next((h for h in hidden if h is not None), None)
-        if given is not None:  # None stands for zeros
-            rows = [len(self.ids), len(other.ids)]
-            zeros = [given.new_zeros(len(given), n, *given.shape[2:]) for n in rows]
-            hidden = [z if h is None else h for h, z in zip(hidden, zeros, strict=True)]
-            given = torch.cat(hidden, dim=1)  # type: ignore[arg-type]
-        return replace(self, **joined, hidden=given)
+        given = [h for h in hidden if h is not None]
+        if not given:
+            return replace(self, **joined)
+        most = max(map(len, given))
+        written = []  # None stands for zeros, and rows without guidance need no second branch
+        for h, rows in zip(hidden, (len(self.ids), len(other.ids)), strict=True):
+            if h is None:
+                h = given[0].new_zeros(1, rows, *given[0].shape[2:])
+            written.append(torch.cat([h, *[h[:1]] * (most - len(h))]))
+        return replace(self, **joined, hidden=torch.cat(written, dim=1))
 
 
 class Step(Protocol):
@@ -130,12 +134,13 @@ def step(
         hidden = hidden[rows[:, None], at]
     else:
         hidden, branches = denoiser.hidden(state.ids, scale, at=at, left=left)
-    policy = plan.policy or ("confidence" if denoiser.critic is None else "critic")
-    scored = policy != "critic" and (callable(policy) or policy not in ORDERS)
-    drawn, log_prob, score = _draw(
+    default = "confidence" if denoiser.critic is None else "critic"
+    policies: list[Any] = [policy or default for policy in plan.policies]
+    judging = [p for p in dict.fromkeys(policies) if callable(p) or p not in (*ORDERS, "critic")]
+    drawn, log_prob, scored = _draw(
         denoiser,
         hidden,
-        policy if scored else None,
+        judging,
         plan.uniform[rows, now].gather(1, at),
         plan.temperature[rows, now],
         *(plan.top_k, plan.top_p, plan.min_p),
@@ -147,14 +152,20 @@ def step(
     ids, log_probs = put(state.ids, drawn), put(state.log_probs, log_prob)
 
     fixed = ~state.mask  # what was once decided stays
-    if policy == "critic":
-        judged, _ = guided_hidden(denoiser.critic, denoiser.critic_context, ids, scale)
-        scores = denoiser.critic.to_logits(judged).squeeze(-1).float()
-        fixed = plan.known  # a critic may take back its earlier decisions
-    elif scored:
-        scores = torch.zeros_like(log_probs).scatter(1, at, score)
-    else:
-        scores = -plan.order
+    scores = torch.zeros_like(log_probs)
+    for place, policy in enumerate(policies):
+        if policy == "critic":
+            critic: Any = denoiser.critic
+            judged, _ = guided_hidden(critic, denoiser.critic_context, ids, scale)
+            own = critic.to_logits(judged).squeeze(-1).float()
+            fixed = plan.known  # a critic may take back its earlier decisions
+        elif policy in scored:
+            own = torch.zeros_like(log_probs).scatter(1, at, scored[policy])
+        else:
+            own = -plan.order
+        # rows of several policies: each takes what its own says
+        mine = None if plan.which is None else (plan.which == place)[:, None]
+        scores = own if mine is None else torch.where(mine, own, scores)
     scores = scores + plan.choice_temperature[rows, now][:, None] * gumbel
     # ReMDM with exact counts: drawn without replacement, by exp(-probability when decided);
     # the noise of decided positions is free for it
@@ -181,30 +192,209 @@ plain_step = step  # under a name that no argument hides
 def _draw(
     denoiser: Denoiser,
     hidden: Float[Tensor, "r K D"],
-    policy: Policy | Score | None,
+    policies: Sequence[Any],
     uniform: Float[Tensor, "B K"],
     temperature: Float[Tensor, " B"],
     *limits: Tensor | None,
-) -> tuple[Int[Tensor, "B K"], Float[Tensor, "B K"], Float[Tensor, "B K"]]:
-    """Tokens, their log-probabilities and the policy's scores, if it has any; from some positions'
+) -> tuple[Int[Tensor, "B K"], Float[Tensor, "B K"], dict[Any, Tensor]]:
+    """Tokens, their log-probabilities and what each policy scores them (B, K); from some positions'
     logits at a time. A policy that is a function of one's own sees all of them.
     """
     network = denoiser.network
     size = max(1, LOGITS // (len(uniform) * network.num_tokens))
-    size = uniform.shape[1] if callable(policy) else size
+    size = uniform.shape[1] if any(map(callable, policies)) else size
     parts: list[tuple[Tensor, ...]] = []
     for some, points in zip(hidden.split(size, dim=1), uniform.split(size, dim=1), strict=True):
         logits = denoiser.spread(network.to_logits(some).float())
         ids, log_prob = choose_tokens(logits, temperature, points, *limits)
-        score = log_prob if policy is None else score_of(policy, logits, log_prob)
-        parts.append((ids, log_prob, score))
-    ids, log_prob, score = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
-    return ids, log_prob, score
+        scores = (score_of(policy, logits, log_prob) for policy in policies)
+        parts.append((ids, log_prob, *scores))
+    ids, log_prob, *scores = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
+    return ids, log_prob, dict(zip(policies, scores, strict=True))
 
 
 def _lowest(scores: Float[Tensor, "B N"], count: Int[Tensor, " B"]) -> Bool[Tensor, "B N"]:
     """The positions of the ``count`` lowest scores of each row."""
     return scores.argsort(dim=1).argsort(dim=1) < count[:, None]
+
+
+class Sampling:
+    """Rows on their way from masks to tokens, each at a step of its own.
+
+    `sample_tokens` takes one from its start to its end. A server joins several between two steps
+    (`cat`), and takes out those that are done (`rows`). What is known beforehand is kept on the
+    host, so nothing in `advance` waits for the device.
+
+    Attributes:
+        state, plan, denoiser: the rows, and all that decides what becomes of them.
+        step: what advances them.
+        done: how many of its steps each row has done; on the host.
+    """
+
+    def __init__(
+        self,
+        state: SampleState,
+        plan: SamplePlan,
+        denoiser: Denoiser,
+        step: Step,
+        left: Int[Tensor, "B T"],
+        guided: Bool[Tensor, "B S"],
+        policies: Sequence[Any],
+        done: Int[Tensor, " B"],
+    ):
+        """Args beyond the attributes, on the host.
+
+        Args:
+            left: how many tokens are masked before each step, and after the last.
+            guided: which steps have guidance.
+            policies: of each row.
+        """
+        self.state, self.plan, self.denoiser, self.step = state, plan, denoiser, step
+        self.done = done
+        self._left, self._guided, self._policies = left, guided, list(policies)
+        self._leave = getattr(step, "by_row", False) and not denoiser.network.self_cond
+        # rows with the most steps before them first, so that those that are not done are always the
+        # first ones: all that is sent to a device is sent when rows come or go
+        before = (left > 0).sum(dim=1) - done
+        self._longest = before.argsort(descending=True, stable=True).to(state.ids.device)
+        self._running: Any = (len(done), None)  # how many, and the views of them
+
+    @classmethod
+    def start(
+        cls,
+        denoiser: Denoiser,
+        canvas: Int[Tensor, "B N"],
+        options: SampleOptions,
+        grid: tuple[int, int] | None = None,
+        *,
+        stream: str = "",
+        step: Step = step,
+    ) -> Sampling:
+        """Before the first step; arguments as in `sample_tokens`."""
+        network = denoiser.network
+        if options.policy == "critic" and denoiser.critic is None:
+            raise ValueError("policy 'critic' needs a model with a token critic: choose another")
+        if options.policy is None and denoiser.critic is not None:
+            options = options.replace(policy="critic")
+        state = SampleState.start(canvas, network.mask_id)
+        plan = make_plan(state.mask, options, grid, stream)
+        if plan.top_k is not None and plan.top_k.max() > network.num_tokens:
+            raise ValueError(
+                f"top_k {plan.top_k.max()} is larger than the codebook's {network.num_tokens} codes"
+            )
+        asked = max(per_row(options.timesteps, len(canvas), "timesteps"))
+        if asked > canvas.shape[1]:
+            warnings.warn(
+                f"timesteps {asked} exceed the {canvas.shape[1]} tokens of an image: "
+                "sampling ends after one step per token",
+                stacklevel=3,
+            )
+        left = torch.cat([(~plan.known).sum(1, keepdim=True), plan.num_masked], 1)
+        rows = [options.policy] * len(canvas)
+        done = torch.zeros(len(canvas), dtype=torch.long, device="cpu")
+        on_device = plan.to(canvas.device)
+        return cls(state, on_device, denoiser, step, left, plan.cond_scale != 1, rows, done)
+
+    def __len__(self) -> int:
+        return len(self.done)
+
+    @property
+    def finished(self) -> Bool[Tensor, " B"]:
+        """Which rows are done; on the host."""
+        return self._now(self._left) == 0
+
+    def _now(self, by_step: Tensor) -> Tensor:
+        """Each row's entry at the step that it is at."""
+        at = self.done.clamp(max=by_step.shape[1] - 1)
+        return by_step.gather(1, at[:, None])[:, 0]
+
+    def advance(self) -> None:
+        """One step more of every row that is not done."""
+        running = ~self.finished
+        count, self_cond = int(running.sum()), self.denoiser.network.self_cond
+        if not count:
+            return
+        # with self-conditioning, each branch reads its own past: it is computed in every step
+        guided = self._guided if self_cond else self._now(self._guided) & running
+        how: dict[str, Any] = dict(guided=bool(guided.any()))
+        how["num_logits"] = int(self._now(self._left).max())
+        if count == len(self) or not self._leave:
+            model = self.denoiser
+            if self.step is plain_step and not self_cond and not self.done.any():
+                # at first, pictures of one prompt differ in nothing but their noise
+                model = model.once(self.state.ids, self.plan.cond_scale[:, 0], self.plan.left[:, 0])
+            self.state = self.step(self.state, self.plan, model, **how)
+        else:
+            if count != self._running[0]:
+                rows = self._longest[:count].sort().values
+                views = rows, self.plan.rows(rows), self.denoiser.rows(rows)
+                self._running = count, views
+            rows, some, part = self._running[1]
+            self.state = self.state.put(rows, self.step(self.state.rows(rows), some, part, **how))
+        self.done = self.done + running
+
+    def run(self, callback: Callback | None = None) -> bool:
+        """Advance all rows to their ends, or until the callback returns True; whether it did."""
+        while not bool(self.finished.all()):
+            self.advance()
+            if callback and callback(self.seen()):
+                return True
+        return False
+
+    def seen(self, rows: slice = slice(None)) -> SampleStep:
+        """What a callback sees, of all rows or of some."""
+        state = self.state
+        tensors = (state.ids, state.mask, state.scores, state.log_probs)
+        return SampleStep(int(self.done[rows].max()), *(tensor[rows] for tensor in tensors))
+
+    def rows(self, rows: Int[Tensor, " R"]) -> Sampling:
+        """Some of the rows, by their places, alone.
+
+        Args:
+            rows: on the host.
+        """
+        at = rows.to(self.state.ids.device)
+        left, guided = self._left[rows], self._guided[rows]
+        steps = max(1, int((left > 0).sum(dim=1).max()))
+        policies = [self._policies[row] for row in rows.tolist()]
+        plan = self.plan.rows(at).lasting(steps).of(tuple(dict.fromkeys(policies)))
+        state = self.state.rows(at)
+        if state.hidden is not None and not guided.any():
+            state = replace(state, hidden=state.hidden[:1])
+        return Sampling(
+            state,
+            plan,
+            self.denoiser.rows(at),
+            self.step,
+            left[:, : steps + 1],
+            guided[:, :steps],
+            policies,
+            self.done[rows],
+        )
+
+    def cat(self, other: Sampling) -> Sampling:
+        """Another's rows after these, of the same network and grid.
+
+        Raises:
+            ValueError: see `SamplePlan.cat`.
+        """
+        plan = self.plan.cat(other.plan)
+        steps = plan.num_steps
+
+        def joined(one: Tensor, two: Tensor, length: int) -> Tensor:
+            pair = [F.pad(each, (0, length - each.shape[1])) for each in (one, two)]
+            return torch.cat(pair)
+
+        return Sampling(
+            self.state.cat(other.state),
+            plan,
+            self.denoiser.cat(other.denoiser),
+            self.step,
+            joined(self._left, other._left, steps + 1),
+            joined(self._guided, other._guided, steps),
+            self._policies + other._policies,
+            torch.cat([self.done, other.done]),
+        )
 
 
 def sample_tokens(
@@ -234,56 +424,6 @@ def sample_tokens(
     Raises:
         ValueError: options that do not fit the model or the batch.
     """
-    network = denoiser.network
-    if options.policy == "critic" and denoiser.critic is None:
-        raise ValueError("policy 'critic' needs a model with a token critic: choose another")
-    if options.policy is None and denoiser.critic is not None:
-        options = options.replace(policy="critic")
-    state = SampleState.start(canvas, network.mask_id)
-    host_plan = make_plan(state.mask, options, grid, stream)
-    if host_plan.top_k is not None and host_plan.top_k.max() > network.num_tokens:
-        raise ValueError(
-            f"top_k {host_plan.top_k.max()} is larger than the codebook's {network.num_tokens} "
-            "codes"
-        )
-    asked = max(per_row(options.timesteps, len(canvas), "timesteps"))
-    if asked > canvas.shape[1]:
-        warnings.warn(
-            f"timesteps {asked} exceed the {canvas.shape[1]} tokens of an image: "
-            "sampling ends after one step per token",
-            stacklevel=2,
-        )
-    plan = host_plan.to(canvas.device)
-    guided = (host_plan.cond_scale != 1).any(dim=0).tolist()
-    if network.self_cond:
-        # each branch is conditioned on its own past, so it must be computed in every step
-        guided = [any(guided)] * plan.num_steps
-    left = torch.cat([(~host_plan.known).sum(1, keepdim=True), host_plan.num_masked], 1)
-    # rows with the most steps first, so that those that are not done are always the first ones:
-    # all that is sent to a device is sent before the first step
-    counts = (left > 0).sum(dim=0).tolist()
-    longest = (left > 0).sum(dim=1).argsort(descending=True, stable=True).to(canvas.device)
-    leave = getattr(step, "by_row", False) and not network.self_cond
-    # those that are not done, and the model's and the plan's view of them
-    rows, part, some = longest, denoiser, plan
-    for i, (is_guided, num_logits) in enumerate(
-        zip(guided, left.amax(0).tolist()[:-1], strict=True)
-    ):
-        if num_logits == 0:
-            break
-        how: dict[str, Any] = dict(guided=is_guided, num_logits=num_logits)
-        if counts[i] == len(canvas) or not leave:
-            model = denoiser
-            if i == 0 and step is plain_step and not network.self_cond:
-                # at first, pictures of one prompt differ in nothing but their noise
-                model = denoiser.once(canvas, plan.cond_scale[:, 0], plan.left[:, 0])
-            state = step(state, plan, model, **how)
-        else:
-            if counts[i] < len(rows):
-                rows = longest[: counts[i]].sort().values
-                part, some = denoiser.rows(rows), plan.rows(rows)
-            state = state.put(rows, step(state.rows(rows), some, part, **how))
-        seen = SampleStep(i + 1, state.ids, state.mask, state.scores, state.log_probs)
-        if callback and callback(seen):
-            break
-    return state.ids
+    sampling = Sampling.start(denoiser, canvas, options, grid, stream=stream, step=step)
+    sampling.run(callback)
+    return sampling.state.ids

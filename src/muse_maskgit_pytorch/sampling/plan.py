@@ -10,6 +10,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from torch import Tensor
 from ..masking import ScheduleFunction, mask_ratio
 from ..structures import Schedule
 from .options import ROW_WISE, SampleOptions, guidance_share, per_row
-from .policies import ORDERS, Policy, Score
+from .policies import ORDERS
 
 NO_LIMIT = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
 ONES = {"temperature": 1.0, "cond_scale": 1.0}  # in the steps that a row lacks; the rest is 0
@@ -42,7 +43,8 @@ class SamplePlan:
         known: tokens given by the canvas, which never change.
         top_k: limit of the token choice; None where no row has any. Likewise
         top_p, min_p.
-        policy: see `SampleOptions`.
+        policies: those of the rows, each once; see `SampleOptions`.
+        which: each row's place among them; None where all have the same.
     """
 
     num_masked: Int[Tensor, "B S"]
@@ -58,7 +60,8 @@ class SamplePlan:
     top_k: Int[Tensor, " B"] | None = None
     top_p: Float[Tensor, " B"] | None = None
     min_p: Float[Tensor, " B"] | None = None
-    policy: Policy | Score | None = None
+    policies: tuple[Any, ...] = (None,)  # of Policy, Score or None
+    which: Int[Tensor, " B"] | None = None
 
     @property
     def num_steps(self) -> int:
@@ -74,26 +77,42 @@ class SamplePlan:
         return replace(self, **{name: value[rows] for name, value in self._tensors().items()})
 
     def lasting(self, steps: int) -> SamplePlan:
-        """With so many steps, those beyond the last one doing nothing."""
+        """With so many steps: further ones do nothing, and those beyond are cut off."""
         changed = {
             name: _padded(value, steps, ONES.get(name, 0.0))
             for name, value in self._tensors().items()
-            if name not in ("order", "known", *NO_LIMIT)
+            if name not in ("order", "known", "which", *NO_LIMIT)
         }
         return replace(self, **changed)
+
+    def of(self, policies: tuple[Any, ...]) -> SamplePlan:
+        """The same with a table of other policies, of which every row's must be one."""
+        if policies == self.policies:
+            return self
+        places = [policies.index(p) if p in policies else 0 for p in self.policies]
+        table = torch.tensor(places, device=self.known.device)
+        which = table.new_zeros(len(self.known)) if self.which is None else self.which
+        which = None if len(policies) == 1 else table[which]
+        return replace(self, policies=policies, which=which)
 
     def cat(self, other: SamplePlan) -> SamplePlan:
         """Another plan's rows after these; the shorter rows do nothing in the steps they lack.
 
         Raises:
-            ValueError: plans of different policies.
+            ValueError: the policy "critic" with another one, since it takes a pass more.
         """
-        if self.policy != other.policy:
-            raise ValueError(f"policies {self.policy!r} and {other.policy!r} cannot share a batch")
+        policies = tuple(dict.fromkeys([*self.policies, *other.policies]))
+        if "critic" in policies and len(policies) > 1:
+            others = [policy for policy in policies if policy != "critic"]
+            raise ValueError(f"policies 'critic' and {others[0]!r} cannot share a batch")
+        if policies != self.policies or policies != other.policies:
+            return self.of(policies).cat(other.of(policies))
         steps = max(self.num_steps, other.num_steps)
         joined = {}
-        for name in vars(self).keys() - {"policy"}:
+        for name in vars(self).keys() - {"policies"}:
             pair = [getattr(plan, name) for plan in (self, other)]
+            if name == "which" and pair[0] is None:
+                continue
             if name in NO_LIMIT:
                 present = next((value for value in pair if value is not None), None)
                 if present is None:
@@ -102,7 +121,7 @@ class SamplePlan:
                     present.new_full((len(plan.known),), NO_LIMIT[name]) if value is None else value
                     for plan, value in zip((self, other), pair, strict=True)
                 ]
-            elif name not in ("order", "known"):
+            elif name not in ("order", "known", "which"):
                 pair = [_padded(value, steps, ONES.get(name, 0.0)) for value in pair]
             joined[name] = torch.cat(pair)
         return replace(self, **joined)
@@ -183,7 +202,7 @@ def make_plan(
             if any(value != NO_LIMIT[name] for value in values)
         }
         tensors = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-        return SamplePlan(**tensors, known=~mask, **limits, policy=options.policy)
+        return SamplePlan(**tensors, known=~mask, **limits, policies=(options.policy,))
 
 
 def _row(

@@ -1,4 +1,4 @@
-"""The steps of sampling as pictures, for a GIF."""
+"""The steps of sampling as pictures, for a GIF or a preview."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from ..geometry import Size
-from ..images import to_pil
-from ..muse import Muse
-from ..structures import SampleStep
+from .geometry import Size
+from .images import to_pil
+from .muse import Muse
+from .structures import SampleStep
 
 
 class Film:

@@ -1,0 +1,1 @@
+"""A model for many clients at once: the engine, and HTTP in front of it."""
