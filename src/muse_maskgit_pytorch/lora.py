@@ -3,7 +3,11 @@
 An adapter is a folder in peft's format (``adapter_config.json`` and ``adapter_model.safetensors``),
 which peft reads too. It is trained beside the weights, which stay as they are, and drawn with by
 adding it to them: a picture costs no more than without. One of the text encoder, trained together
-with it, is the folder ``text_encoder`` in it, as in diffusers.
+with it, is the folder ``text_encoder`` in it.
+
+The file of diffusers' training scripts, such as aMUSEd's, holds both: matrices named
+``transformer.LAYER.lora_A.weight`` and ``text_encoder.LAYER.lora_A.weight``. It is read as well,
+and written by `Lora.export`.
 """
 
 from __future__ import annotations
@@ -12,9 +16,10 @@ import copy
 import difflib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +29,7 @@ from torch import Tensor, nn
 
 from .arguments import as_path, real, shown, whole
 from .files import digest_state, replacing
+from .foreign.pipeline import LAYERS, POINTWISE
 from .text import TextEncoder
 from .transformer import MaskedTransformer
 from .weights import CheckpointError, is_finite, reading, safetensors_file
@@ -32,6 +38,10 @@ PREFIX = "base_model.model."  # of the names in peft's files
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"  # what older releases of peft wrote
 TEXT = "text_encoder"  # the folder of its part
+DIFFUSERS = "pytorch_lora_weights.safetensors"  # its file, with the parts "transformer" and TEXT
+METADATA = "lora_adapter_metadata"  # what newer releases of it say there of alpha
+# Matrices as peft names them, and as older releases of diffusers did.
+MATRIX = re.compile(r"(.+)\.lora(?:_linear_layer)?[._](A|B|down|up)\.weight")
 # What other adapters of the same type have, by their configuration.
 UNREAD = ("use_dora", "lora_bias", "modules_to_save", "alpha_pattern", "layer_replication")
 UNREAD += ("fan_in_fan_out", "trainable_token_indices")
@@ -183,73 +193,103 @@ class Lora:
     """An adapter from a file, which may be anybody's; peft is not needed to read it.
 
     Attributes:
-        path: its folder.
-        config: what its configuration says.
-        state: matrices A and B, by the names of the transformer's layers.
+        path: its folder, or its file.
+        config: what its configuration says; ``lora_alpha`` None: the rank of each layer.
+        state: matrices A and B, and perhaps alpha, by the names of the transformer's layers.
         stage: that it says it was trained for; "" if it does not say.
+        text: the part that is the text encoder's, by the hub's names of its layers, if any.
     """
 
     path: Path
     config: dict[str, Any]
-    state: dict[str, Tensor]
-    stage: str
+    state: dict[str, Tensor] = field(repr=False)
+    stage: str = ""
+    text: Lora | None = None
 
     @classmethod
-    def read(cls, folder: str | os.PathLike[str]) -> Lora:
-        """Read a folder in peft's format.
+    def read(cls, place: str | os.PathLike[str]) -> Lora:
+        """Read a folder in peft's format, or the file of one of diffusers' training scripts.
 
         Raises:
             CheckpointError: missing, damaged, or an adapter of another kind.
         """
-        path = as_path(folder, "lora")
+        path = as_path(place, "lora")
+        path = path.parent if path.name == DIFFUSERS else path
+        file = path / DIFFUSERS if path.is_dir() else path
+        if file.is_file() and not (path / CONFIG).is_file():
+            return cls._of_diffusers(path, file)
+        read = cls._of_peft(path)
+        text = cls._of_peft(path / TEXT) if (path / TEXT).is_dir() else None
+        return replace(read, text=text)
+
+    @classmethod
+    def _of_peft(cls, path: Path) -> Lora:
         missing = [name for name in (CONFIG, WEIGHTS) if not (path / name).is_file()]
         if missing == [WEIGHTS] and (path / PICKLE).is_file():
-            raise CheckpointError(
-                f"{shown(str(path))} has its weights as a pickle, {PICKLE}, and not as {WEIGHTS}: "
-                f"write that in the folder by python -c 'import torch, safetensors.torch as s; "
-                f's.save_file(torch.load("{PICKLE}", weights_only=True), "{WEIGHTS}")\''
-            )
+            raise _a_pickle(path / PICKLE, WEIGHTS)
+        if missing == [CONFIG, WEIGHTS] and (path / DIFFUSERS).with_suffix(".bin").is_file():
+            raise _a_pickle((path / DIFFUSERS).with_suffix(".bin"), DIFFUSERS)
         if missing:
             raise CheckpointError(
                 f"{shown(str(path))} is no adapter: it has no {missing[0]} (a folder that muse "
-                "train wrote, or peft)"
+                f"train wrote, or peft), and no {DIFFUSERS} (diffusers)"
             )
         with reading(path / CONFIG):
             config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
             if not isinstance(config, dict) or config.get("peft_type") != "LORA":
                 raise ValueError("it must be an adapter of peft's type LORA")
-            if more := [name for name in UNREAD if config.get(name)]:
-                raise ValueError(f"adapters with {more[0]} are not read")
+            _check(config)
             real("lora_alpha", config.get("lora_alpha"))
         with reading(path / WEIGHTS), safetensors_file(path / WEIGHTS) as file:
-            names = list(file.keys())
+            values = _values(file)
             stage = str((file.metadata() or {}).get("stage", ""))
-            state = {name.removeprefix(PREFIX): file.get_tensor(name) for name in names}
-            if not state or not all(map(is_finite, state.values())):
-                raise ValueError("it must hold finite numbers")
-        return cls(path, config, state, stage)
+        return cls(path, config, {n.removeprefix(PREFIX): v for n, v in values.items()}, stage)
 
     @classmethod
-    def read_text(cls, folder: str | os.PathLike[str], encoder: TextEncoder) -> Lora | None:
-        """The part of an adapter that is a text encoder's, by the names of its layers, if any.
+    def _of_diffusers(cls, path: Path, file: Path) -> Lora:
+        parts: dict[str, dict[str, Tensor]] = {"transformer": {}, TEXT: {}}
+        made = {}
+        with reading(file):
+            with safetensors_file(file) as opened:
+                values = _values(opened)
+                said = json.loads((opened.metadata() or {}).get(METADATA, "{}"))
+            for name, value in values.items():
+                part, _, rest = name.partition(".")
+                matrix = MATRIX.fullmatch(rest)
+                if part not in parts or not (matrix or rest.endswith(".alpha")):
+                    raise ValueError(
+                        f"{shown(name, 120)} is not known here: read are weights such as "
+                        f"transformer.LAYER.lora_A.weight and {TEXT}.LAYER.lora_A.weight"
+                    )
+                if matrix:
+                    rest = f"{matrix[1]}.lora_{'A' if matrix[2] in ('A', 'down') else 'B'}.weight"
+                elif value.numel() != 1:
+                    raise ValueError(f"{shown(name, 120)} must be one number")
+                parts[part][rest] = value
+            for part, state in parts.items():
+                told = {k.removeprefix(f"{part}."): v for k, v in dict(said).items()}
+                _check(told)
+                alpha = told.get("lora_alpha")
+                alpha = None if alpha is None else real("lora_alpha", alpha)
+                made[part] = cls(path, {**told, "lora_alpha": alpha}, state)
+        return replace(made["transformer"], text=made[TEXT] if made[TEXT].state else None)
+
+    def named_for(self, encoder: TextEncoder) -> Lora:
+        """The part of a text encoder (`text`), by the names of the layers of this one.
 
         Raises:
-            CheckpointError: damaged, or of another text encoder.
+            CheckpointError: it is of another text encoder.
         """
-        path = as_path(folder, "lora") / TEXT
-        if not path.is_dir():
-            return None
-        read = cls.read(path)
         own = {encoder.name_in_hub(name): name for name in _linear(encoder.model)}
         state = {}
-        for name, value in read.state.items():
-            layer, matrix, rest = name.partition(".lora_")
-            state[f"{own.get(layer, layer)}{matrix}{rest}"] = value
-        found = replace(read, state=state)
+        for name, value in self.state.items():
+            layer, dot, rest = _split(name)
+            state[f"{own.get(layer, layer)}{dot}{rest}"] = value
+        found = replace(self, state=state)
         if (why := found.misfit(encoder.model)) is not None:
             raise CheckpointError(
-                f"{shown(str(path))} is an adapter of another text encoder than {encoder.name!r}: "
-                f"{why}"
+                f"{shown(str(self.path))} is an adapter of another text encoder than "
+                f"{encoder.name!r}: {why}"
             )
         return found
 
@@ -270,15 +310,19 @@ class Lora:
 
     @property
     def _layers(self) -> dict[str, tuple[Tensor | None, Tensor | None]]:
-        """A and B of each layer."""
-        names = {name.rpartition(".lora_")[0] or name for name in self.state}
+        """A and B of each layer; those of a 1 x 1 convolution are matrices, too."""
+        state = {n: v.flatten(1) if v.shape[2:] == (1, 1) else v for n, v in self.state.items()}
         return {
-            name: (
-                self.state.get(f"{name}.lora_A.weight"),
-                self.state.get(f"{name}.lora_B.weight"),
-            )
-            for name in sorted(names)
+            name: (state.get(f"{name}.lora_A.weight"), state.get(f"{name}.lora_B.weight"))
+            for name in sorted({_split(name)[0] for name in state})
         }
+
+    def _scale(self, layer: str, rank: int) -> float:
+        """What a layer's product B A counts."""
+        alpha = self.state.get(f"{layer}.alpha", self.config["lora_alpha"])
+        return float(rank if alpha is None else alpha) / (
+            rank**0.5 if self.config.get("use_rslora") else rank
+        )
 
     @torch.no_grad()
     def merge(self, model: nn.Module, weight: float = 1.0) -> dict[str, Tensor]:
@@ -291,17 +335,79 @@ class Lora:
         Returns:
             the weights that were changed, by name, as they were before.
         """
-        before, rooted = {}, self.config.get("use_rslora")
+        before = {}
         for layer, (down, up) in self._layers.items():
             assert down is not None
             assert up is not None
             to = model.get_parameter(f"{layer}.weight")
             before[f"{layer}.weight"] = to.clone()
-            scale = self.config["lora_alpha"] / (len(down) ** 0.5 if rooted else len(down))
-            to += (weight * scale * (up.float() @ down.float())).to(to)
+            to += (weight * self._scale(layer, len(down)) * (up.float() @ down.float())).to(to)
         return before
+
+    def export(self, folder: str | os.PathLike[str]) -> Path:
+        """Write it as diffusers reads it, with alpha in the matrices B, since not all files say it.
+
+        Args:
+            folder: where to put ``pytorch_lora_weights.safetensors``; made if need be.
+
+        Returns:
+            the file.
+
+        Raises:
+            ValueError: an adapter of another transformer than aMUSEd's, which diffusers has.
+        """
+        if others := [name for name in self._layers if name.partition(".")[0] not in LAYERS]:
+            raise ValueError(
+                f"{shown(others[0], 120)} is no layer of aMUSEd's transformer: diffusers has none "
+                "that this adapter could be loaded into"
+            )
+        tensors = {}
+        parts = {"transformer": self} | ({TEXT: self.text} if self.text else {})
+        for part, adapter in parts.items():
+            for layer, (down, up) in adapter._layers.items():
+                if down is None or up is None:
+                    raise CheckpointError(f"{shown(layer, 120)} lacks one of A and B")
+                matrices = {"A": down, "B": up * adapter._scale(layer, len(down))}
+                for letter, matrix in matrices.items():
+                    if f"{layer}.weight" in POINTWISE:  # a convolution there
+                        matrix = matrix[..., None, None]
+                    tensors[f"{part}.{layer}.lora_{letter}.weight"] = matrix.contiguous()
+        with replacing(as_path(folder) / DIFFUSERS) as path:
+            save_file(tensors, path, metadata={"format": "pt"})
+        return as_path(folder) / DIFFUSERS
 
     @property
     def digest(self) -> str:
         """A short name of its values: 16 hexadecimal digits."""
         return digest_state(self.state, str(self.config["lora_alpha"]))[:16]
+
+
+def _split(name: str) -> tuple[str, str, str]:
+    """A weight's name as its layer, a mark and the rest."""
+    layer, mark, rest = name.rpartition(".alpha" if name.endswith(".alpha") else ".lora_")
+    return (layer, mark, rest) if mark else (name, "", "")
+
+
+def _values(file: Any) -> dict[str, Tensor]:
+    """All tensors of an opened file.
+
+    Raises:
+        ValueError: there are none, or they are not finite.
+    """
+    values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if not values or not all(map(is_finite, values.values())):
+        raise ValueError("it must hold finite numbers")
+    return values
+
+
+def _check(config: dict[str, Any]) -> None:
+    if more := [name for name in UNREAD if config.get(name)]:
+        raise ValueError(f"adapters with {more[0]} are not read")
+
+
+def _a_pickle(pickle: Path, wanted: str) -> CheckpointError:
+    return CheckpointError(
+        f"{shown(str(pickle.parent))} has its weights as a pickle, {pickle.name}, and not as "
+        f"{wanted}: write that in the folder by python -c 'import torch, safetensors.torch as s; "
+        f's.save_file(torch.load("{pickle.name}", weights_only=True), "{wanted}")\''
+    )

@@ -26,7 +26,7 @@ from .hub import at_revision, signed_in
 from .images import to_pil
 from .inference.precision import Precision
 from .licenses import license_of
-from .lora import TEXT, Lora
+from .lora import Lora
 from .maskgit import MaskGit
 from .provenance import (
     Record,
@@ -159,7 +159,8 @@ class Muse(Saveable):
         gets a text encoder of its own.
 
         Args:
-            folder: in peft's format, such as training writes.
+            folder: in peft's format, such as training writes; or with the file of one of diffusers'
+                training scripts, such as aMUSEd's, or the file itself.
             weight: of the adapter; 1 is as trained, 0 nothing.
 
         Raises:
@@ -175,15 +176,18 @@ class Muse(Saveable):
             )
         stage = adapter.stage if adapter.stage in fits else fits[0]
         model, name = self.stages[stage], f"{adapter.path.name} ({stage}) x {weight:g}"
-        if (adapter.path / TEXT).is_dir():
+        before: dict[str, Tensor] = {}
+        if adapter.text is not None:
             encoder = model.own_encoder or copy.deepcopy(model.shared_encoder())
-            if (part := Lora.read_text(adapter.path, encoder)) is not None:
-                part.merge(encoder.model, weight)
-                encoder.forget()
-                model.own_encoder = encoder
-                name += f" with its text encoder, {part.digest}"
-                self._text_loras.append(name)
-        before = adapter.merge(model.transformer, weight)
+            part = adapter.text.named_for(encoder)
+            part.merge(encoder.model, weight)
+            encoder.forget()
+            model.own_encoder = encoder
+            before |= {n: value.clone() for n, value in model.transformer.named_buffers()}
+            model.transformer.text_encoder_changed(encoder)
+            name += f" with its text encoder, {part.digest}"
+            self._text_loras.append(name)
+        before |= adapter.merge(model.transformer, weight)
         self._without[stage] = before | self._without.get(stage, {})
         self._loras.append(f"{name}, {adapter.digest}")
         return self
@@ -192,9 +196,9 @@ class Muse(Saveable):
     def unload_lora(self) -> Self:
         """Take all adapters out: the weights are those of before, bit for bit."""
         for stage, weights in self._without.items():
-            transformer = self.stages[stage].transformer
+            state = self.stages[stage].transformer.state_dict()
             for name, value in weights.items():
-                transformer.get_parameter(name).copy_(value)
+                state[name].copy_(value)
         if self._text_loras:
             for model in self.stages.values():
                 model.own_encoder = None

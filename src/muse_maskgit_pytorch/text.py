@@ -579,6 +579,17 @@ class PooledTextEncoder(TextEncoder):
     def _encode_long(self, texts: list[str], device: torch.device | str, long: str) -> TextEmbeds:
         return super()._encode_long(texts, device, "cut")
 
+    def words(self, text: str, long: LongTexts = "cut") -> list[tuple[str, list[int]]]:
+        """As `TextEncoder.words`, of the states alone; the padding is the last entry, "".
+
+        Args:
+            text: one caption.
+            long: not read: a text is always cut.
+        """
+        found = super().words(text)
+        rest = range(sum(len(places) for _, places in found), self.max_text_len)
+        return [*found, ("", [*rest])] if rest else found
+
     def _compute(self, texts: list[str], device: torch.device | str) -> TextEmbeds:
         tokens = self._tokens(texts, padding="max_length", return_tensors="pt").to(device)
         model = self._on(torch.device(device))

@@ -45,6 +45,9 @@ class Context:
         blank: how many further branches see nothing but the null key. Their cross-attention is
             one vector per layer, so it needs neither queries nor keys.
         whole: whether all of the mask is True, and so need not be looked at.
+        sees: whose queries, keys and mask each row of the branches that see something takes, by
+            their number; None: its own.
+        added: of every layer, values that are attended to besides, with maps of the row's own.
     """
 
     keys_values: list[KeysValues]  # each (G - blank, B, heads, M, dim_head)
@@ -53,6 +56,8 @@ class Context:
     grid: tuple[int, int] | None = None
     blank: int = 0
     whole: bool = False
+    sees: Int[Tensor, " R"] | None = None
+    added: Sequence[Tensor] = ()
 
     @property
     def num_branches(self) -> int:
@@ -67,10 +72,7 @@ class Context:
     def attend(
         self, layer: int, cross: CrossAttention, x: Float[Tensor, "R N D"]
     ) -> Float[Tensor, "R N D"]:
-        """A layer's cross-attention, for the R = G * B rows of all branches.
-
-        Everything that changes what is attended to and how (`words`) overrides `_attend`.
-        """
+        """A layer's cross-attention, for the R = G * B rows of all branches."""
         if not self.blank:
             return self._attend(layer, cross, x)
         rows = len(self.mask) * self.mask.shape[1]
@@ -80,9 +82,41 @@ class Context:
 
     def _attend(self, layer: int, cross: CrossAttention, x: Tensor) -> Tensor:
         """The same for the branches that see something."""
-        k, v = self.keys_values[layer]
+        k, v = (t.flatten(0, 1) for t in self.keys_values[layer])
         mask = None if self.whole else self.mask.flatten(0, 1)
-        return cross(x, (k.flatten(0, 1), v.flatten(0, 1)), mask)
+        if self.sees is None:
+            return cross(x, (k, v), mask)
+        at = self.sees
+        output = cross(x[at], (k[at], v), mask if mask is None else mask[at])
+        if self.added:
+            output = output + cross(x, (k, self.added[layer].flatten(0, 1)), mask)
+        return output
+
+    # Values of the text's tokens, for `words`
+
+    @property
+    def text_values(self) -> list[Float[Tensor, "G B heads L dim_head"]]:
+        """Of every layer; of the branches that see any."""
+        return [v[:, :, :, self.text_start :] for _, v in self.keys_values]
+
+    def with_text_values(
+        self,
+        values: Sequence[Tensor],
+        sees: Int[Tensor, " R"] | None = None,
+        added: Sequence[Tensor] = (),
+    ) -> Self:
+        """The same with other values of the text's tokens.
+
+        Args:
+            values: in the place of `text_values`.
+            sees: see there.
+            added: likewise, as `text_values` are; all others are 0.
+        """
+        start = self.text_start
+        layers = zip(self.keys_values, values, strict=True)
+        made = [(k, torch.cat([v[:, :, :, :start], new], dim=3)) for (k, v), new in layers]
+        added = [F.pad(extra, (0, 0, start, 0)) for extra in added]
+        return replace(self, keys_values=made, sees=sees, added=added)
 
     def _map(self, function: Callable[..., Tensor], *others: Context) -> Context:
         """Apply a function to the keys, to the values and to the mask, of all contexts alike."""
@@ -101,7 +135,9 @@ class Context:
         """The first ``count`` branches alone."""
         seeing = len(self.mask)
         if count < seeing:
-            return replace(self._map(lambda x: x[:count]), blank=0)
+            sees = None if self.sees is None else self.sees[: count * self.mask.shape[1]]
+            added = [extra[:count] for extra in self.added]
+            return replace(self._map(lambda x: x[:count]), blank=0, sees=sees, added=added)
         return self if count == self.num_branches else replace(self, blank=count - seeing)
 
     def cat(self, other: Context) -> Context:
@@ -265,6 +301,8 @@ class MaskedTransformer(Saveable):
         side_step: sides in tokens must be multiples of it.
         block_types: classes of its blocks, whose linear layers may be computed in other precisions
             (`inference.precision`) and get adapters (`lora`); with none, it computes as it is.
+        weighs_words: whether its contexts have `Context.text_values` and `with_text_values`, at the
+            places that ``text_reader().words`` gives, so that `words` works on it.
         self_cond, partial, timed: see `sampling.contract.Network`.
     """
 
@@ -277,6 +315,7 @@ class MaskedTransformer(Saveable):
     max_text_len: int = 256
     side_step: int = 1
     block_types: ClassVar[tuple[type[nn.Module], ...]] = ()
+    weighs_words: bool = False
     self_cond: bool = False
     partial: bool = False
     timed: bool = False
@@ -307,6 +346,12 @@ class MaskedTransformer(Saveable):
             f"a {type(self).__name__} reads no low-resolution tokens: it cannot be the transformer "
             "of a super-resolution stage"
         )
+
+    def text_encoder_changed(self, encoder: TextEncoder) -> None:
+        """Its texts come from another encoder now, such as one with an adapter (`Muse.load_lora`).
+
+        To be overridden where the transformer keeps states of texts, in buffers.
+        """
 
     def encode_context(self, *branches: Conditioning) -> Any:
         """First phase: everything that does not depend on the image tokens.
@@ -363,6 +408,7 @@ class MaskGitTransformer(MaskedTransformer):
 
     _stated_always = ("text_embed_dim",)
     block_types = (Block,)
+    weighs_words = True
     partial = True  # `sampling.contract.Network`
 
     def __init__(

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from difflib import SequenceMatcher
 from itertools import chain
 from typing import Any
@@ -32,12 +32,10 @@ from torch.nn.utils.rnn import pad_sequence
 from .arguments import real, shown
 from .checkpoint import unwrapped
 from .conditioning import check_texts
-from .layers import CrossAttention
 from .maskgit import MaskGit
 from .muse import Muse
 from .sampling import Denoiser, SamplePlan, SampleState, Step, per_row, step
-from .text import WORD, ClassLabels, TextEncoder, get_text_encoder
-from .transformer import Context, MaskGitTransformer
+from .text import WORD, ClassLabels, TextEncoder
 
 Weights = Mapping[str, float]
 Words = list[tuple[str, list[int]]]
@@ -179,15 +177,12 @@ class Emphasis:
         denoiser = replace(denoiser, context=context, critic_context=critic, at_once=None)
         return step(state, plan, denoiser, **how)
 
-    def changed(self, context: Context, state: SampleState) -> Context:
+    def changed(self, context: Any, state: SampleState) -> Any:
         """What the next pass attends to."""
-        at = slice(context.text_start, context.text_start + self.factors.shape[1])
-        keys_values = []
-        for keys, values in context.keys_values:
-            values = values.clone()
-            values[0, :, :, at] *= self.factors[:, None, :, None].to(values)
-            keys_values.append((keys, values))
-        return replace(context, keys_values=keys_values)
+        values = [value.clone() for value in context.text_values]
+        for value in values:
+            value[0, :, :, : self.factors.shape[1]] *= self.factors[:, None, :, None].to(value)
+        return context.with_text_values(values)
 
 
 def _by_row(weights: Weights | Sequence[Weights], batch: int) -> list[Weights]:
@@ -255,63 +250,24 @@ class SourceMaps(Emphasis):
             self.added[pair, : len(added)] = added
         self.until = torch.tensor(until)
 
-    def changed(self, context: Context, state: SampleState) -> Context:
+    def changed(self, context: Any, state: SampleState) -> Any:
         context = super().changed(context, state)
         [pairs] = (state.step[: len(self.until)].cpu() < self.until).nonzero(as_tuple=True)
         if len(pairs) == 0:
             return context
         targets = len(self.until) + pairs
-        old, new = (
-            slice(context.text_start, context.text_start + length)
-            for length in self.align.shape[1:]
-        )
+        old, new = (slice(length) for length in self.align.shape[1:])
         borrowed, added = [], []
-        for keys, values in context.keys_values:
-            text, moved, extra = (
-                values[0, targets][:, :, new],
-                values.clone(),
-                torch.zeros_like(values),
-            )
+        for values in context.text_values:
+            text = values[0, targets][:, :, new]
+            moved, extra = values.clone(), torch.zeros_like(values)
             moved[0, targets, :, old] = self.align[pairs, None].to(values) @ text
             extra[0, targets, :, new] = self.added[pairs, None, :, None].to(values) * text
-            borrowed.append((keys, moved))
-            added.append((keys, extra))
-        sees = torch.arange(context.mask[..., 0].numel(), device=values.device)
+            borrowed.append(moved)
+            added.append(extra)
+        sees = torch.arange(borrowed[0][..., 0, 0, 0].numel(), device=borrowed[0].device)
         sees[targets] = pairs.to(sees)
-        added = added if self.added[pairs].any() else []
-        kept: dict[str, Any] = {**vars(context), "keys_values": borrowed}
-        return _Borrowed(**kept, sees=sees, added=added)
-
-
-@dataclass(frozen=True)
-class _Borrowed(Context):
-    """A context in which rows look where others look.
-
-    Attributes:
-        sees: for each row of all branches that see something, the row whose queries, keys and mask
-            it takes.
-        added: keys and values that are attended to in addition, with maps of the row's own.
-    """
-
-    sees: Tensor = field(default_factory=lambda: torch.empty(0))
-    added: Sequence[tuple[Tensor, Tensor]] = ()
-
-    def branches(self, count: int) -> Context:
-        fewer = super().branches(count)
-        if fewer is self:
-            return self
-        added = [(k[:count], v[:count]) for k, v in self.added]
-        rows = fewer.mask[..., 0].numel()
-        return replace(fewer, sees=self.sees[:rows], added=added)  # type: ignore[arg-type]
-
-    def _attend(self, layer: int, cross: CrossAttention, x: Tensor) -> Tensor:
-        keys, values = (t.flatten(0, 1) for t in self.keys_values[layer])
-        mask = self.mask.flatten(0, 1)
-        output = cross(x[self.sees], (keys[self.sees], values), mask[self.sees])
-        if self.added:
-            keys, values = (t.flatten(0, 1) for t in self.added[layer])
-            output = output + cross(x, (keys, values), mask)
-        return output
+        return context.with_text_values(borrowed, sees, added if self.added[pairs].any() else ())
 
 
 def _alignment(source: Words, target: Words) -> tuple[Float[Tensor, "Ls Lt"], Float[Tensor, " Lt"]]:
@@ -343,13 +299,13 @@ def _alignment(source: Words, target: Words) -> tuple[Float[Tensor, "Ls Lt"], Fl
 def _encoder(muse: Muse, model: MaskGit) -> TextEncoder | ClassLabels:
     """The one whose states the model reads: a cascade uses the base's for both if it can."""
     base, read = muse.base.transformer, model.transformer
-    if not isinstance(unwrapped(read), MaskGitTransformer):
+    if not unwrapped(read).weighs_words:
         raise ValueError(
-            f"words are edited in this package's own transformers: a {type(read).__name__} does "
-            "not say how it attends to them"
+            "words are edited in transformers that say how they attend to them (weighs_words): a "
+            f"{type(unwrapped(read)).__name__} does not"
         )
     read = base if read.text_encoder == base.text_encoder else read
-    return get_text_encoder(read.text_encoder, read.max_text_len)
+    return read.text_reader()
 
 
 def _length(words: Words) -> int:

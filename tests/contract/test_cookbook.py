@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from muse_maskgit_pytorch import Muse
 from muse_maskgit_pytorch.checkpoint import SHIPPED
 from muse_maskgit_pytorch.cli.main import main
+from muse_maskgit_pytorch.lora import Lora, add_lora, save_lora
 from tests import hub
 from tests.unit.test_hub import calls  # noqa: F401
 
@@ -73,6 +75,9 @@ def test_the_page_on_amused(tmp_path, monkeypatch, capsys):
     hub.make_hub(tmp_path / "home", {"amused/amused-256": tmp_path / "model"})
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
     monkeypatch.chdir(tmp_path)
+    transformer = Muse.from_pretrained(tmp_path / "model").base.transformer
+    add_lora(transformer, 2)
+    Lora.read(save_lora(transformer, tmp_path / "my-lora", "base")).export(tmp_path / "pixel-art")
     names: dict = {}
     for language, body in blocks(DOCS / "amused.md"):
         if language == "python":
@@ -81,6 +86,8 @@ def test_the_page_on_amused(tmp_path, monkeypatch, capsys):
             assert main(shlex.split(body)[1:]) == 0, capsys.readouterr().err
     assert names["muse"].like("corgi.png")[0].size == names["left"].size == (32, 32)
     assert len(names["pictures"]) == 2
+    assert names["cat"].size == names["dog"].size == (32, 32)
+    assert [*(tmp_path / "for-diffusers").iterdir()]
 
 
 @pytest.mark.slow

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from ..arguments import as_path
 from ..foreign import export_diffusers, load_tokenizer
 from ..loading import open_any
+from ..lora import CONFIG, Lora
 from ..onnx_export import export_onnx
 from .parser import Parser
 
@@ -13,6 +15,9 @@ def export(parser: Parser, argv: list[str]) -> None:
     if config.format == "diffusers":
         if config.image_size is not None:
             raise ValueError("--image_size is of --format onnx: a VQModel takes any size")
-        print(export_diffusers(load_tokenizer(config.model), config.out))
+        if (as_path(config.model) / CONFIG).is_file():
+            print(Lora.read(config.model).export(config.out))
+        else:
+            print(export_diffusers(load_tokenizer(config.model), config.out))
     else:
         print(export_onnx(open_any(config.model), config.out, config.image_size))

@@ -261,13 +261,14 @@ def export_parser() -> Parser:
         type=str,
         required=True,
         help="file, folder or hub repository of a model, a stage or a tokenizer, or a shipped "
-        "model; a stage of several is named as emoji:base",
+        "model; a stage of several is named as emoji:base; or the folder of an adapter",
     )
     parser.add_argument(
         "--format",
         type=Literal["diffusers", "onnx"],
         required=True,
-        help="diffusers: its tokenizer as a VQModel; onnx: encoder, decoder and one sampling step",
+        help="diffusers: its tokenizer as a VQModel, or an adapter of aMUSEd; onnx: encoder, "
+        "decoder and one sampling step",
     )
     parser.add_argument(
         "--image_size", type=int | None, help="side of a tokenizer's pictures in onnx, in pixels"

@@ -27,7 +27,9 @@ from ..evaluation.tuning import (
 )
 from ..features import FeatureNet
 from ..files import check_output
+from ..foreign import is_pipeline
 from ..loading import open_stage
+from ..muse import Muse
 from ..presets import check_preset
 from ..sampling import SampleOptions
 from .evaluate import open_judge
@@ -38,7 +40,7 @@ def tune(parser: Parser, argv: list[str]) -> None:
     config = parser.read(argv)
     if config.preset != "default":
         check_preset(config.preset)
-    model = find_file(config.model)
+    model = None if is_pipeline(config.model) else find_file(config.model)
     out = _check_out(config.out, model)
     if config.results is not None:
         config.results = check_output("--results", config.results)
@@ -50,7 +52,7 @@ def tune(parser: Parser, argv: list[str]) -> None:
                "--judge is given: leave one of them out")
         )  # fmt: skip
     judge = None if config.judge is None else open_judge(config.judge)
-    stage = open_stage(model, config.stage)
+    stage = open_stage(model or config.model, config.stage)
     start = start_of(stage, config.preset, config.timesteps)
     axes = make_axes(stage, config.policies)
     results = Results(config.results)
@@ -89,6 +91,8 @@ def tune(parser: Parser, argv: list[str]) -> None:
             stacklevel=2,
         )
     if out:
+        # in diffusers' layout there is no place for presets
+        model = model or Muse.from_pretrained(config.model).save(out)
         print(write_preset(model, out, config.preset, effective(found), config.stage))
 
 
@@ -110,11 +114,11 @@ def _images(dataset: ImageFolder) -> Tensor:
     return torch.stack([dataset[row]["image"] for row in range(len(dataset))])
 
 
-def _check_out(out: str | None, model: Path) -> Path | None:
+def _check_out(out: str | None, model: Path | None) -> Path | None:
     if out is None:
         return None
     path = check_output("--out", out, ".safetensors")
-    if path.exists() and not path.samefile(model):
+    if path.exists() and not (model and path.samefile(model)):
         raise ValueError(
             f"--out {out!r} exists and is not the file of --model: take a new name, or name the "
             "model's file to change the preset in place"

@@ -12,16 +12,64 @@ The weights have the names of diffusers' `UVit2DModel`, so that its files fit as
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..arguments import MAX_LAYERS, MAX_WIDTH
 from ..layers import attend
-from .clip import ClipTransformer, Constants, as_map, check_divisible, check_sizes, modulated
+from ..structures import Conditioning
+from .clip import (
+    ClipContext,
+    ClipTransformer,
+    Constants,
+    as_map,
+    check_divisible,
+    check_sizes,
+    modulated,
+)
+
+
+@dataclass(frozen=True)
+class AmusedContext(ClipContext):
+    """The same of aMUSEd, with its values of the text's tokens (`transformer.Context`).
+
+    Attributes:
+        values: which of each part's constants are such; values that are attended to besides follow
+            its constants.
+        shared: whose queries and keys each row takes, if not its own.
+    """
+
+    values: Sequence[Sequence[int]] = ()
+
+    def branches(self, count: int) -> ClipContext:
+        made = super().branches(count)
+        rows = count * self.parts[0][0].shape[1]
+        return replace(made, shared=tuple(sees[:rows] for sees in self.shared))
+
+    @property
+    def text_values(self) -> list[Float[Tensor, "G B H L d"]]:
+        """Of all attentions to the text, in their order."""
+        pairs = zip(self.parts, self.values, strict=True)
+        return [part[place] for part, places in pairs for place in places]
+
+    def with_text_values(
+        self,
+        values: Sequence[Tensor],
+        sees: Int[Tensor, " R"] | None = None,
+        added: Sequence[Tensor] = (),
+    ) -> AmusedContext:
+        """The same with others in the place of `text_values`; see `transformer.Context`."""
+        new, more, parts = iter(values), iter(added), []
+        for part, places in zip(self.parts, self.values, strict=True):
+            changed = [next(new) if at in places else x for at, x in enumerate(part)]
+            parts.append((*changed, *islice(more, len(places))))
+        return replace(self, parts=parts, shared=() if sees is None else (sees,))
 
 
 class Norm(nn.Module):
@@ -54,15 +102,31 @@ class Attention(nn.Module):
         return self._split(self.to_k(states)), self._split(self.to_v(states))
 
     def forward(
-        self, x: Float[Tensor, "R N D"], keys_values: Constants | None = None
+        self,
+        x: Float[Tensor, "R N D"],
+        keys_values: Constants | None = None,
+        sees: Int[Tensor, " R"] | None = None,
+        added: Tensor | None = None,
     ) -> Float[Tensor, "R N D"]:
+        """Attention.
+
+        Args:
+            x: hidden states.
+            keys_values: of the text; None: of the image itself.
+            sees: whose queries and keys each row takes; its own by default.
+            added: values that are attended to besides, with maps of the row's own.
+        """
         k, v = self.constants(x) if keys_values is None else keys_values
-        out = attend(self._split(self.to_q(x)), k, v)
+        q = self._split(self.to_q(x))
+        out = attend(q, k, v) if sees is None else attend(q[sees], k[sees], v)
+        out = out if added is None else out + attend(q, k, added)
         return self.to_out[0](out.transpose(1, 2).flatten(2))
 
 
 class ConvBlock(nn.Module):
     """ConvNeXt V2's block (Woo et al. 2023), then scale and shift by the conditioning."""
+
+    values = ()  # among its constants
 
     def __init__(self, dim: int, cond_dim: int, bias: bool, affine: bool, eps: float):
         super().__init__()
@@ -101,6 +165,8 @@ class ResponseNorm(nn.Module):
 class TextBlock(nn.Module):
     """Two attentions to the text, around skips."""
 
+    values = (1, 3)
+
     def __init__(self, dim: int, heads: int, text_dim: int, bias: bool):
         super().__init__()
         self.kv_mapper = nn.Linear(text_dim, dim, bias=bias) if text_dim != dim else None
@@ -113,10 +179,15 @@ class TextBlock(nn.Module):
         return *self.attn1.constants(text), *self.attn2.constants(text)
 
     def forward(
-        self, x: Float[Tensor, "R N C"], grid: tuple[int, int], *keys_values: Tensor
+        self,
+        x: Float[Tensor, "R N C"],
+        grid: tuple[int, int],
+        *constants: Tensor,
+        sees: Tensor | None = None,
     ) -> Float[Tensor, "R N C"]:
-        x = x + self.attn1(self.norm1(x), keys_values[:2])
-        return x + self.attn2(self.norm2(x), keys_values[2:])
+        added = constants[4:]
+        x = x + self.attn1(self.norm1(x), constants[:2], sees, *added[:1])
+        return x + self.attn2(self.norm2(x), constants[2:4], sees, *added[1:])
 
 
 class GatedLinear(nn.Module):
@@ -133,6 +204,8 @@ class GatedLinear(nn.Module):
 
 class Layer(nn.Module):
     """Self-attention, attention to the text and MLP, around skips."""
+
+    values = (4,)
 
     def __init__(
         self, dim: int, heads: int, ff_dim: int, bias: bool, affine: bool, eps: float
@@ -151,11 +224,15 @@ class Layer(nn.Module):
         return *norms, *self.attn2.constants(text)
 
     def forward(
-        self, x: Float[Tensor, "R N D"], grid: tuple[int, int], *constants: Tensor
+        self,
+        x: Float[Tensor, "R N D"],
+        grid: tuple[int, int],
+        *constants: Tensor,
+        sees: Tensor | None = None,
     ) -> Float[Tensor, "R N D"]:
-        first, second, third, *keys_values = constants
+        first, second, third, keys, values, *added = constants
         x = x + self.attn1(self.norm1(x, first))
-        x = x + self.attn2(self.norm2(x, second), tuple(keys_values))
+        x = x + self.attn2(self.norm2(x, second), (keys, values), sees, *added)
         y = self.norm3(x, third)
         for half in self.ff["net"].children():
             y = half(y)
@@ -179,6 +256,7 @@ class AmusedTransformer(ClipTransformer):
     """
 
     block_types = (ConvBlock, TextBlock, Layer)
+    weighs_words = True
 
     def __init__(
         self,
@@ -238,9 +316,17 @@ class AmusedTransformer(ClipTransformer):
         self, text: Float[Tensor, "R L D"], cond: Float[Tensor, "R D"]
     ) -> list[Constants]:
         """What every block makes of them, in the order of the blocks."""
-        around = _pairs(self.down_block), _pairs(self.up_block)
-        blocks: list[Any] = [*around[0], *self.transformer_layers, *around[1]]
-        return [block.constants(text, cond) for block in blocks]
+        return [block.constants(text, cond) for block in self._blocks]
+
+    @property
+    def _blocks(self) -> list[Any]:
+        """All that have constants, in their order."""
+        return [*_pairs(self.down_block), *self.transformer_layers, *_pairs(self.up_block)]
+
+    def encode_context(self, *branches: Conditioning) -> AmusedContext:
+        """As of `ClipTransformer`."""
+        made = super().encode_context(*branches)
+        return AmusedContext(made.parts, made.grid, values=[each.values for each in self._blocks])
 
     def _between(
         self,
@@ -253,7 +339,8 @@ class AmusedTransformer(ClipTransformer):
 
         def run(blocks: Iterable[Any], x: Tensor) -> Tensor:
             for block in blocks:
-                x = block(x, grid, *next(constants))
+                sees = {"sees": shared[0]} if shared and block.values else {}
+                x = block(x, grid, *next(constants), **sees)
             return x
 
         x = run(_pairs(self.down_block), x)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..arguments import MAX_TOKENS, MAX_WIDTH, real, whole
 from ..layers import taken
 from ..structures import Conditioning, TextEmbeds
-from ..text import PooledTextEncoder, pooled_text_encoder
+from ..text import PooledTextEncoder, TextEncoder, pooled_text_encoder
 from ..transformer import MaskedTransformer
 
 MICRO_CONDITIONS = 5
@@ -252,6 +252,10 @@ class ClipTransformer(MaskedTransformer):
     def set_no_text(self, text: TextEmbeds) -> None:
         """Take the empty prompt's states, one row, for what stands where there is no text."""
         self.no_text.copy_(text.embeds[0])
+
+    def text_encoder_changed(self, encoder: TextEncoder) -> None:
+        """The empty prompt has other states now, too, as in diffusers' pipelines."""
+        self.set_no_text(encoder.encode(""))
 
     def encode_context(self, *branches: Conditioning) -> ClipContext:
         """First phase: what becomes of texts and micro-conditions.

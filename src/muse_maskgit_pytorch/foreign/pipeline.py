@@ -30,6 +30,9 @@ INDEX = "model_index.json"
 # 1x1 convolutions, which are linear layers here
 POINTWISE = ("embed.conv.weight", "mlm_layer.conv1.weight", "mlm_layer.conv2.weight")
 SIDE = 32  # positions of Meissonic's trained square, whose configuration does not say it
+# First names of the transformer's layers with weights that adapters may change (`lora`)
+LAYERS = ("cond_embed", "down_block", "embed", "encoder_proj", "mlm_layer", "project_from_hidden")
+LAYERS += ("project_to_hidden", "transformer_layers", "up_block")
 SCHEDULES = {"cosine": "cosine32", "linear": "linear32"}  # diffusers' names, and ours
 
 

@@ -297,7 +297,7 @@ def _padded(given: tuple[SamplePlan, Any, Any], batch: int) -> Any:
     plan, *contexts = given
     padded: list[Any] = [plan.lasting(rounded(plan.num_steps, LEAST))]
     for context in contexts:
-        if type(context) is Context:
+        if type(context) is Context and context.sees is None:
             length = context.mask.shape[-1]
             context = context.padded(rounded(length, LEAST)) if len(context.mask) else context
         elif context is not None:

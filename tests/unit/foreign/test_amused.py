@@ -13,13 +13,14 @@ from PIL import Image
 from torch import Tensor
 
 from muse_maskgit_pytorch import CheckpointError, Muse, TextEncoderError, open_model
+from muse_maskgit_pytorch.cli.main import main
 from muse_maskgit_pytorch.editing import free, outpaint, vary
+from muse_maskgit_pytorch.evaluation import tuning
 from muse_maskgit_pytorch.foreign import AmusedTransformer
 from muse_maskgit_pytorch.images import save_png, to_pil, to_tensor
 from muse_maskgit_pytorch.inference.precision import _copy
 from muse_maskgit_pytorch.sampling import SampleOptions, make_plan
 from muse_maskgit_pytorch.structures import Conditioning
-from muse_maskgit_pytorch.words import emphasise
 from tests import hub
 
 TEXTS = ["a cat", "two dogs"]
@@ -226,8 +227,6 @@ def test_edits_precisions_and_best_of(muse: Muse, tmp_path: Path):
         logits[precision] = denoiser.network.to_logits(hidden)
     muse.precision = "float32"
     torch.testing.assert_close(logits["float32"], logits["reference"], rtol=0, atol=1e-5)
-    with pytest.raises(ValueError, match="words are edited in this package's own transformers"):
-        emphasise(muse, "a cat", {"cat": 2.0})
 
 
 def test_one_file_holds_it_all(made: tuple[Path, Any], muse: Muse, tmp_path: Path):
@@ -247,6 +246,25 @@ def test_a_revision_of_the_hub(made: tuple[Path, Any], tmp_path: Path, monkeypat
     assert Muse.from_pretrained(model.save(tmp_path / "it.safetensors"))("a cat", timesteps=1)
     with pytest.raises(CheckpointError, match="me/amused"):
         Muse.from_pretrained("me/amused")
+
+
+def test_presets_are_searched_on_it(
+    made: tuple[Path, Any], resnet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """`muse tune` writes a file of the whole model, since its folder has no place for presets."""
+    for name, image in enumerate(pictures(*range(9))):
+        image.save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text(f"picture {name}")
+    for axis in ("TEMPERATURES", "NOISE_SCHEDULES", "CHOICE_TEMPERATURES", "TOP_P"):
+        monkeypatch.setattr(tuning, axis, getattr(tuning, axis)[:1])
+    monkeypatch.setattr(tuning, "GUIDANCE", ({"cond_scale": 2.0}, {"cond_scale": 4.0}))
+    command = ["tune", f"--model={made[0]}", f"--data={tmp_path}", "--preset=fast", "--timesteps=2"]
+    command += [f"--network={resnet}", "--score=fid", "--seeds=1", "--policies=[confidence]"]
+    assert main([*command, "--rounds=1", f"--out={tmp_path}/out.safetensors", "--device=cpu"]) == 0
+    tuned = Muse.from_pretrained(tmp_path / "out.safetensors")
+    assert tuned.base.preset("fast").timesteps == 2
+    assert tuned.base.preset("inpaint").noise_schedule == "linear32"
+    assert tuned("a cat", preset="fast", seeds=1)
 
 
 def test_half_precision_alone(tmp_path: Path):

@@ -198,7 +198,7 @@ def test_it_draws_and_is_saved_as_others_are(muse: Muse, tmp_path: Path):
 def test_what_it_cannot_do_is_said(muse: Muse, tmp_path: Path):
     with pytest.raises(ValueError, match="reads no low-resolution tokens"):
         muse.base.transformer.with_low_resolution(50, 16)
-    with pytest.raises(ValueError, match="words are edited in this package's own transformers"):
+    with pytest.raises(ValueError, match="a MeissonicTransformer does not"):
         emphasise(muse, "a cat", {"cat": 2.0})
     with pytest.raises(ValueError, match=r"text_embeds are .*this transformer reads"):
         muse(text_embeds=torch.rand(1, 12, 32), image_size=SIZE)
