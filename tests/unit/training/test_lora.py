@@ -393,13 +393,13 @@ def test_each_stage_of_a_cascade_reads_with_its_own(both, t5):
     model = Muse(stage(t5), superres).load_lora(both)
     read: dict[str, Any] = {}
     for name, each in model.stages.items():
-        original = each.sample
+        original = each.start
 
         def seeing(text: Any, *rest: Any, name=name, original=original, **more: Any) -> Any:
             read[name] = text.embeds
             return original(text, *rest, **more)
 
-        each.sample = seeing  # type: ignore[method-assign]
+        each.start = seeing  # type: ignore[method-assign]
     model(TEXTS, seeds=1)
     torch.testing.assert_close(read["base"], states(reader(t5, 1)), atol=1e-5, rtol=1e-5)
     assert torch.equal(read["superres"], states(get_text_encoder(t5, 256)))
