@@ -45,6 +45,7 @@ COMMANDS = {
     ("edit", "free"): ("edit", "free", "change a whole picture by a prompt, without a mask"),
     ("edit", "vary"): ("edit", "vary", "draw variations of a picture"),
     ("serve",): ("serve", "serve", "serve a model over HTTP, in the form of OpenAI's images API"),
+    ("bench-serve",): ("load", "bench_serve", "say how a running server does under load"),
     ("doctor",): ("doctor", "doctor", "say what this machine has, and what is broken"),
     ("inspect",): ("generate", "inspect", "show how the pictures of a PNG were drawn"),
     ("bundle",): ("generate", "bundle", "join trained stages into one model file"),

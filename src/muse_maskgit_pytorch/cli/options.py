@@ -844,6 +844,40 @@ def average_parser() -> Parser:
     return parser
 
 
+def bench_serve_parser() -> Parser:
+    parser = Parser(
+        "muse bench-serve",
+        "Ask a running server for pictures at random times, and say how it does.",
+    )
+    parser.add_argument("--url", type=str, default="http://127.0.0.1:8000", help="of the server")
+    parser.add_argument("--token", type=str | None, help="for a server that wants one")
+    parser.add_argument("--prompts", type=str | None, help="file with a prompt on each line")
+    parser.add_argument(
+        "--timesteps", nargs="*", type=int, default=[], help="one of them for each request"
+    )
+    parser.add_argument(
+        "--sizes", nargs="*", type=str, default=[], help="likewise, in pixels: 256x256"
+    )
+    parser.add_argument(
+        "--loads",
+        nargs="*",
+        type=float,
+        default=[0.5, 0.9, 1.5],
+        help="requests, as shares of the capacity",
+    )
+    parser.add_argument(
+        "--rate",
+        type=float | None,
+        help="requests per second in the place of the capacity, which is measured by default",
+    )
+    parser.add_argument("--clients", type=int, default=16, help="that measure the capacity")
+    parser.add_argument("--seconds", type=float, default=60.0, help="for which each load lasts")
+    parser.add_argument("--timeout", type=float, default=120.0, help="seconds for one answer")
+    parser.add_argument("--seed", type=int, default=0, help="of the times, kinds and pictures")
+    parser.add_argument("--out", type=str, default="runs/load", help="folder for JSON and page")
+    return parser
+
+
 def doctor_parser() -> Parser:
     parser = Parser(
         "muse doctor",
