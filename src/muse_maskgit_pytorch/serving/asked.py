@@ -22,14 +22,20 @@ from ..sampling import SampleOptions
 Kind = Literal["generations", "edits", "variations"]
 FORMATS = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 UPLOADS = ("PNG", "JPEG", "WEBP")
-MOST_PARTIAL = 3  # pictures of a stream, before the last
+MOST_PARTIAL = 50  # pictures of a stream before the last; OpenAI gives up to 3
 
 OPTIONS = [field.name for field in fields(SampleOptions) if field.name != "seeds"]
 # ours, by the names that they have in Python
 OWN = ["preset", "negative_texts", *(p + o for p in ("", "base_", "superres_") for o in OPTIONS)]
+# an edit is one of these, by the field "edit"; each is the function of that name in `editing`
+EDITS: dict[str, list[str]] = {
+    "inpaint": ["blend", "feather", "grow"],
+    "outpaint": ["left", "top", "right", "bottom", "aspect", "feather", "grow"],
+    "free": ["at", "share", "top_k", "cond_scale"],
+}
 OWN_OF: dict[str, list[str]] = {
     "generations": OWN,
-    "edits": [*OWN, "blend", "feather", "grow"],
+    "edits": [*OWN, "edit", *dict.fromkeys(name for names in EDITS.values() for name in names)],
     "variations": [*OWN, "strength"],
 }
 # theirs; what a model of ours cannot vary is taken for the one thing that it is
@@ -44,7 +50,7 @@ THEIRS = [
 ]
 # of a form, where everything is text, these stay texts
 TEXTS = {"prompt", "model", "size", "response_format", "output_format", "user", "preset", *ONLY}
-TEXTS |= {"negative_texts"}
+TEXTS |= {"negative_texts", "edit"}
 
 
 class Wrong(ValueError):
@@ -71,6 +77,8 @@ class Limits:
         pixels: of a picture that is sent.
         prompt: characters of a text.
         n: pictures.
+        area: of an outpainted picture, in pictures of the model's own size.
+        iterations: of a mask-free edit.
         upload: seconds until it must have arrived.
         timeout: seconds until it is drawn.
     """
@@ -79,6 +87,8 @@ class Limits:
     pixels: int = 2**24
     prompt: int = 4000
     n: int = 10
+    area: int = 16
+    iterations: int = 200
     upload: float = 30.0
     timeout: float = 120.0
 
@@ -88,6 +98,7 @@ class Asked:
     """A request's fields.
 
     Attributes:
+        edit: one of `EDITS`, where the kind is "edits".
         size: height and width; None for the model's own.
         compression: quality of JPEG and WebP, 0 to 100.
         partial: pictures of a stream before the last one.
@@ -95,6 +106,7 @@ class Asked:
     """
 
     kind: Kind
+    edit: str
     prompt: str
     n: int
     size: Size | None
@@ -152,7 +164,18 @@ class Asked:
         n = number("n", 1, limits.n, 1)
         if stream and n > 1:
             raise Wrong("a stream shows one picture: leave n out, or set it to 1", "n")
-        arguments = {name: given[name] for name in OWN_OF[kind] if name in given}
+        edit = one_of("edit", tuple(EDITS), "inpaint")
+        arguments = {name: given[name] for name in OWN_OF[kind] if name in given and name != "edit"}
+        if kind == "edits":
+            for name in arguments:
+                if name not in OWN and name not in EDITS[edit]:
+                    raise Wrong(f"{name} is of another edit than {edit}", name)
+        if edit == "free" and n > 1:
+            raise Wrong("a mask-free edit gives a picture for each of at: leave n out", "n")
+        if edit == "outpaint" and given.get("size", "auto") != "auto":
+            raise Wrong(
+                "an outpainted picture's size follows from left, top, right, bottom", "size"
+            )
         if "seed" in given:
             arguments["seeds"] = number("seed", -(2**63), 2**63, 0)
         prompt = _text("prompt", given.get("prompt", ""), limits)
@@ -162,6 +185,7 @@ class Asked:
             _text("negative_texts", arguments["negative_texts"], limits)
         return cls(
             kind=kind,
+            edit=edit,
             prompt=prompt,
             n=n,
             size=_size(given.get("size", "auto")),

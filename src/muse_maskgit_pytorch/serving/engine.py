@@ -172,6 +172,7 @@ class Engine:
         self.muse = muse.eval()
         self.joined = muse.device.type != "cpu" if joined is None else joined
         self.queue, self.watch = whole("queue", queue, 0), watch or Watch()
+        self.turns = threading.Lock()  # who holds it has the model to himself, between two turns
         budget = None if memory is None else real("memory", memory, 1)
         if rows is None:
             rows = most_rows(muse, budget, by_speed=self.joined)
@@ -308,7 +309,8 @@ class Engine:
                     if self._closing:
                         return
                     self._change.wait()
-            self.turn()
+            with self.turns:
+                self.turn()
 
     @torch.no_grad()
     def turn(self) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import copy
 import io
 import json
 import logging
@@ -17,6 +18,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import suppress
+from importlib import resources
 from typing import Any
 
 from fastapi import FastAPI, Response
@@ -26,13 +28,27 @@ from PIL import Image
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
 
-from ..editing import inpaint, vary
+from ..arguments import real, whole
+from ..editing import free, inpaint, outpaint, vary
 from ..film import Film
 from ..images import png_bytes
+from ..muse import Muse
 from ..request import Request
 from ..sampling import per_row
 from ..structures import SampleStep
-from .asked import FORMATS, Asked, Kind, Limits, Wrong, flat, read_form, read_mask, read_picture
+from .asked import (
+    EDITS,
+    FORMATS,
+    OWN,
+    Asked,
+    Kind,
+    Limits,
+    Wrong,
+    flat,
+    read_form,
+    read_mask,
+    read_picture,
+)
 from .engine import Closed, Engine, Full, Late
 from .metrics import Metrics
 from .tokens import Token, Tokens, TooMany
@@ -41,6 +57,14 @@ Check = Callable[[str, Sequence[Image.Image]], str | None]
 KEPT, KEPT_FOR = 64 * 2**20, 3600.0  # bytes and seconds of pictures that are kept for their address
 FILES = 17  # parts of a form at most
 GONE = 499  # status in the metrics where nobody waited for the answer
+PAGE = f"{__package__}.page"
+SAFE = {  # of the page: nothing from elsewhere, nowhere within another page
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; "
+    "connect-src 'self' data:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
 LOG = logging.getLogger(__name__)
 
 
@@ -116,6 +140,21 @@ def make_app(
             raise Wrong("there is no such picture, or it was drawn too long ago", None, 404)
         return Response(kept[0], media_type=kept[1])
 
+    pages = {path.name: path.read_bytes() for path in resources.files(PAGE).iterdir()}
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        return Response(pages["index.html"], media_type="text/html", headers=SAFE)
+
+    @app.get("/page/{file}", include_in_schema=False)
+    async def page_file(file: str) -> Response:
+        if file not in pages:
+            raise HTTPException(404)
+        kind = {"css": "text/css", "js": "text/javascript"}.get(
+            file.rpartition(".")[2], "text/html"
+        )
+        return Response(pages[file], media_type=kind, headers=SAFE)
+
     for kind in (Wrong, Full, Closed, Late, TooMany, HTTPException, _Gone):
         app.add_exception_handler(kind, _refused)
     return app
@@ -173,6 +212,8 @@ class _Server:
             "object": "model",
             "created": int(time.time()),
             "owned_by": "muse",
+            "image_size": engine.muse.image_size,
+            "presets": sorted(engine.muse.base.presets),
         }
         # a thread for each request that the engine may hold
         self.most = engine.queue + engine.rows + 1
@@ -386,12 +427,14 @@ class _Work:
         limits = server.limits
         sent = {name: read_picture(name, data, limits) for name, data in self.sent.items()}
         image, mask = sent.get("image"), None
-        if image is not None and asked.kind == "edits":
+        if image is not None and asked.kind == "edits" and asked.edit == "inpaint":
             mask = read_mask(image, sent.get("mask"))
+        elif "mask" in sent:
+            raise Wrong(f"edit={asked.edit} takes no mask", "mask")
         image = image and flat(image)
         self._checked([] if image is None else [image])
         texts = [asked.prompt] * asked.n
-        ours = ("blend", "feather", "grow", "strength")
+        ours = {"strength", *(name for names in EDITS.values() for name in names)} - set(OWN)
         drawing = {name: v for name, v in asked.arguments.items() if name not in ours}
         # complete and checked before it waits
         request = server.engine.muse.request(
@@ -411,16 +454,79 @@ class _Work:
             self._accepted, priority=self.token.priority, timeout=limits.timeout
         )
         callback = self._preview(request) if asked.stream and asked.partial else None
+        how: dict[str, Any] = dict(image_size=asked.size, callback=callback, **asked.arguments)
         if image is None:
             pictures = muse.pictures(muse.draw(request, callback))
+        elif asked.kind == "variations":
+            pictures = vary(muse, image, texts, **how)
+        elif mask is not None:
+            pictures = inpaint(muse, image, texts, mask, **how)
+        elif asked.edit == "outpaint":
+            self._check_area(image)
+            del how["image_size"]
+            pictures = outpaint(muse, image, texts, **how | {"callback": None})
+            self.size = pictures[0].height, pictures[0].width
         else:
-            how: dict[str, Any] = dict(image_size=asked.size, callback=callback, **asked.arguments)
-            if mask is not None:
-                pictures = inpaint(muse, image, texts, mask, **how)
-            else:
-                pictures = vary(muse, image, texts, **how)
+            pictures = self._free(muse, image, texts, how)
         self._checked(pictures)
         return pictures
+
+    def _check_area(self, image: Image.Image) -> None:
+        """Refuse an outpainted picture that would be drawn for minutes.
+
+        Raises:
+            Wrong: it would be larger than the limit.
+        """
+        side, most = self.server.engine.muse.image_size, self.server.limits.area
+        sides = {
+            name: self.asked.arguments.get(name, 0) for name in ("left", "right", "top", "bottom")
+        }
+        aspect = self.asked.arguments.get("aspect", 1)
+        try:
+            left, right, top, bottom = (whole(name, value, 0) for name, value in sides.items())
+            aspect = real("aspect", aspect, 1e-3)
+        except ValueError as error:
+            raise Wrong(str(error), self.asked.blame(str(error))) from None
+        scale = side / min(image.size)
+        width, height = (scale * each for each in image.size)
+        area = (width + left + right) * (height + top + bottom) * max(aspect, 1 / aspect)
+        if area > most * side**2:
+            raise Wrong(
+                f"the picture would be larger than {most} of {side} x {side} pixels: add less to it"
+            )
+
+    def _free(
+        self, muse: Muse, image: Image.Image, texts: list[str], how: dict[str, Any]
+    ) -> list[Image.Image]:
+        """A mask-free edit, whose iterations are the caller's own: between the engine's turns.
+
+        Raises:
+            Wrong: more iterations than the limit.
+        """
+        engine, most = self.server.engine, self.server.limits.iterations
+        at = how.get("at", (100,))
+        if isinstance(at, list) and any(isinstance(i, int) and i > most for i in at):
+            raise Wrong(f"this server does at most {most} iterations", "at")
+        draw = muse.draw
+
+        def aside(work: Callable[..., Any], *given: Any) -> Any:
+            engine.turns.release()
+            try:
+                return work(*given)
+            finally:
+                engine.turns.acquire()
+
+        def after(_: SampleStep) -> bool:
+            aside(time.sleep, 0.001)  # long enough for a turn to begin
+            return self._cancelled
+
+        patient: Any = copy.copy(muse)
+        patient.draw = lambda request, callback=None: aside(draw, request, callback)
+        with engine.turns:
+            stages = free(patient, image, texts, **how | {"callback": after})
+        if self._cancelled:
+            raise CancelledError
+        return [stage[0] for stage in stages]
 
     def _checked(self, pictures: Sequence[Image.Image]) -> None:
         check = self.server.check
