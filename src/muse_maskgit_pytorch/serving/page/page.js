@@ -403,7 +403,7 @@ try {
   state.running = null;
   $("model").textContent = model.id;
   state.side = model.image_size?.[0] ?? state.side;
-  for (const name of ["", ...(model.presets ?? [])]) $("preset").add(new Option(name || "the model's own", name));
+  for (const name of ["", ...(model.presets ?? []).filter((each) => each !== "default")]) $("preset").add(new Option(name || "the model's own", name));
 } catch (error) {
   state.running = null;
   say(error.message, true);
