@@ -5,7 +5,7 @@
     python benchmarks/scenes.py --vae examples/scenes/tokenizer.safetensors
 
 For each split of `examples/scenes` as many scenes are drawn from their captions, by the base alone
-(64 px) and by both stages (128 px), and judged fact by fact (`examples/scenes/judge.py`). Beside it
+(128 px) and by both stages (256 px), and judged fact by fact (`examples/scenes/judge.py`). Beside it
 stand the ceilings, what the judge says of the real scenes and of what the tokenizer makes of them,
 and the tokenizer's PSNR, the share of its codes in use and the entropy of the ids within the plain
 background of a picture. With ``--vae`` these alone. Intervals are 95 %, by the bootstrap over

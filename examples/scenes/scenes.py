@@ -303,7 +303,7 @@ class Scenes:
         kind = dice.one(self._kinds)
         for _ in range(TRIES):
             plan = self._plan(dice, kind)
-            if heldout(plan) != wanted or not self._stands_out(plan):
+            if heldout(plan) != wanted or not self.stands_out(plan):
                 continue
             caption = Writer(dice, of_forms).write(plan)
             if caption.is_heldout == of_forms and (things := self._places(dice, plan)):
@@ -379,7 +379,7 @@ class Scenes:
             return dice.one(BESIDE)
         return (dice.one(("small", "medium", "medium")),) * len(counts)
 
-    def _stands_out(self, plan: Plan) -> bool:
+    def stands_out(self, plan: Plan) -> bool:
         """Whether everything differs enough from what is behind it to be seen."""
         colours = [self._colours_of(plan.style, group) for group in plan.groups]
         if plan.relation == "in front of":

@@ -3,7 +3,8 @@
     muse train vae --data examples/scenes/splits.py:train ...
     muse eval base --data examples/scenes/splits.py:seen64 --judge examples/scenes/splits.py:judge
 
-Each split goes by its name, with pictures of 128 px, or of 64 or 256 with that behind it. The
+Each split goes by its name, with pictures of 128 px, or of 64 or 256 with that behind it, and then
+a number of scenes: ``train``, ``seen64``, ``train256of5000``, few enough to keep their tokens. The
 sprites are data/sprites.safetensors, or what the variable SPRITES names.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -27,13 +29,13 @@ SPRITES = os.environ.get("SPRITES", "data/sprites.safetensors")
 
 
 def __getattr__(name: str) -> Callable[[], Scenes]:
-    """The splits by name and size: ``train``, ``seen64``, ``form256``."""
-    split = name.rstrip("0123456789")
-    size = name.removeprefix(split) or "128"
-    if split not in SPLITS or size not in ("64", "128", "256"):
+    """The splits by name, size and number."""
+    found = re.fullmatch(rf"({'|'.join(SPLITS)})(64|128|256)?(?:of([1-9]\d{{0,8}}))?", name)
+    if found is None:
         raise AttributeError(name)
-    length = 1_000_000 if split == "train" else 1000
-    return partial(Scenes, SPRITES, split, size=int(size), length=length)
+    split, size, number = found.groups()
+    length = int(number or (1_000_000 if split == "train" else 1000))
+    return partial(Scenes, SPRITES, split, size=int(size or 128), length=length)
 
 
 class Tiles(Scenes):

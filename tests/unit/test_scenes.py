@@ -360,6 +360,9 @@ def test_splits_by_name(path: Path, monkeypatch: pytest.MonkeyPatch):
     assert (train.split, train.size, len(train)) == ("train", 256, 1_000_000)
     assert (form.split, form.size, len(form)) == ("form", 64, 1000)
     assert splits.seen().size == 128
+    assert [len(make()) for make in (splits.seen, splits.train, splits.train256of7)] == [
+        1000, 1_000_000, 7,
+    ]  # fmt: skip
     for name in ("train32", "seen640", "other"):
         with pytest.raises(AttributeError, match=name):
             getattr(splits, name)
