@@ -5,11 +5,11 @@
     python benchmarks/scenes.py --vae examples/scenes/tokenizer.safetensors
 
 For each split of `examples/scenes` as many scenes are drawn from their captions, by the base alone
-(128 px) and by both stages (256 px), and judged fact by fact (`examples/scenes/judge.py`). Beside it
-stand the ceilings, what the judge says of the real scenes and of what the tokenizer makes of them,
-and the tokenizer's PSNR, the share of its codes in use and the entropy of the ids within the plain
-background of a picture. With ``--vae`` these alone. Intervals are 95 %, by the bootstrap over
-scenes.
+(128 px) and by both stages (256 px), and judged fact by fact (`examples/scenes/judge.py`). Beside
+it stand the ceilings, what the judge says of the real scenes and of what the tokenizer makes of
+them, and the tokenizer's PSNR, the share of its codes in use and the entropy of the ids within the
+plain background of a picture. With ``--vae`` these alone. Intervals are 95 %, by the bootstrap
+over scenes.
 
 R@1: of single subjects on white, how often the nearest of all subjects of that style is the right
 one, by the mean squared error of what is not white, cut out and scaled to 32 pixels. No network
