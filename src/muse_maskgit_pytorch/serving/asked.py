@@ -207,6 +207,42 @@ class Asked:
         return None
 
 
+def schema(kind: Kind, limits: Limits) -> dict[str, Any]:
+    """The fields of a request, as the OpenAPI description has them."""
+
+    def integer(low: int, high: int) -> dict[str, Any]:
+        return {"type": "integer", "minimum": low, "maximum": high}
+
+    text = {"type": "string", "maxLength": limits.prompt}
+    typed: dict[str, Any] = {
+        "prompt": text,
+        "negative_texts": text,
+        "model": {"type": "string"},
+        "user": {"type": "string"},
+        "preset": {"type": "string"},
+        "n": integer(1, limits.n),
+        "size": {"type": "string", "pattern": r"^(auto|\d{1,5}x\d{1,5})$"},
+        "seed": integer(-(2**63), 2**63),
+        "response_format": {"enum": ["b64_json", "url"]},
+        "output_format": {"enum": list(FORMATS)},
+        "output_compression": integer(0, 100),
+        "stream": {"type": "boolean"},
+        "partial_images": integer(0, MOST_PARTIAL),
+        "edit": {"enum": list(EDITS)},
+        **{name: {"enum": list(choices)} for name, choices in ONLY.items()},
+    }
+    own = {name: typed.get(name, {}) for name in [*THEIRS, *OWN_OF[kind]]}
+    pictures = {"generations": (), "edits": ("image", "mask"), "variations": ("image",)}[kind]
+    own |= {name: {"type": "string", "format": "binary"} for name in pictures}
+    needed = {"generations": ["prompt"], "edits": ["image", "prompt"], "variations": ["image"]}
+    return {
+        "type": "object",
+        "properties": own,
+        "required": needed[kind],
+        "additionalProperties": False,
+    }
+
+
 def read_form(fields: Mapping[str, str]) -> dict[str, Any]:
     """Fields of a form with their types: numbers, true and false, and lists as in JSON."""
     return {name: text if name in TEXTS else _typed(text) for name, text in fields.items()}

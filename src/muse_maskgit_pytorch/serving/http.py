@@ -48,6 +48,7 @@ from .asked import (
     read_form,
     read_mask,
     read_picture,
+    schema,
 )
 from .engine import Closed, Engine, Full, Late
 from .metrics import Metrics
@@ -121,15 +122,15 @@ def make_app(
             raise Wrong("there is no such model", "model", 404, "model_not_found")
         return server.model
 
-    @app.post("/v1/images/generations", openapi_extra=_body("application/json"))
+    @app.post("/v1/images/generations", openapi_extra=_body("generations", server.limits))
     async def generations(http: HttpRequest) -> Response:
         return await server.serve(http, "generations")
 
-    @app.post("/v1/images/edits", openapi_extra=_body("multipart/form-data"))
+    @app.post("/v1/images/edits", openapi_extra=_body("edits", server.limits))
     async def edits(http: HttpRequest) -> Response:
         return await server.serve(http, "edits")
 
-    @app.post("/v1/images/variations", openapi_extra=_body("multipart/form-data"))
+    @app.post("/v1/images/variations", openapi_extra=_body("variations", server.limits))
     async def variations(http: HttpRequest) -> Response:
         return await server.serve(http, "variations")
 
@@ -609,9 +610,22 @@ async def _gone(http: HttpRequest) -> None:
         pass
 
 
-def _body(kind: str) -> dict[str, Any]:
-    """What the OpenAPI description says of a body."""
-    return {"requestBody": {"required": True, "content": {kind: {"schema": {"type": "object"}}}}}
+def _body(kind: Kind, limits: Limits) -> dict[str, Any]:
+    """What the OpenAPI description says of a body, and of what may be answered."""
+    form = "application/json" if kind == "generations" else "multipart/form-data"
+    return {
+        "requestBody": {"required": True, "content": {form: {"schema": schema(kind, limits)}}},
+        "responses": {
+            "200": {"description": "pictures; server-sent events of a stream"},
+            "400": {"description": "what is wrong, and in which field"},
+            "401": {"description": "no token that is known"},
+            "404": {"description": "no such model"},
+            "408": {"description": "it did not arrive in time"},
+            "413": {"description": "too large"},
+            "429": {"description": "no room: try again after Retry-After seconds"},
+            "503": {"description": "not drawn in time, or shutting down"},
+        },
+    }
 
 
 class _TooLarge(Exception):

@@ -391,3 +391,24 @@ def test_a_server_that_ends_says_so(muse):
             assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
 
     asyncio.run(run())
+
+
+def test_the_description_has_every_field(muse):
+    async def talk(http: httpx.AsyncClient) -> None:
+        paths = (await http.get("/openapi.json")).json()["paths"]
+        for kind in ("generations", "edits", "variations"):
+            described = paths[f"/v1/images/{kind}"]["post"]
+            [content] = described["requestBody"]["content"].values()
+            fields = content["schema"]["properties"]
+            assert {"prompt", "timesteps", "superres_policy", "seed"} <= fields.keys()
+            assert ("strength" in fields) == (kind == "variations")
+            assert ("edit" in fields) == (kind == "edits")
+            assert ("image" in fields) == (kind != "generations")
+            assert {"200", "400", "429", "503"} <= described["responses"].keys()
+        fields = paths["/v1/images/generations"]["post"]["requestBody"]["content"]
+        given = {"prompt": "red apple", "no_such": 1}
+        answer = await http.post("/v1/images/generations", json=given)
+        assert answer.json()["error"]["param"] == "no_such"
+        assert fields["application/json"]["schema"]["additionalProperties"] is False
+
+    serve(muse, talk)

@@ -1,5 +1,6 @@
 """The page: what it loads, the edits that it asks for, and a browser that uses it."""
 
+import asyncio
 import shutil
 import threading
 import time
@@ -60,6 +61,31 @@ def test_outpainting_and_mask_free_edits_are_those_of_python(muse: Muse):  # noq
         assert [p.tobytes() for p in drawn] == [p.tobytes() for [p] in stages]
 
     serve(muse, talk)
+
+
+def test_others_are_drawn_during_a_mask_free_edit(muse: Muse):  # noqa: F811
+    ended = []
+
+    async def timed(name: str, asked: Any) -> Any:
+        answer = await asked
+        ended.append(name)
+        return answer
+
+    async def talk(http: httpx.AsyncClient) -> None:
+        changed, drawn = await asyncio.gather(
+            timed("edit", edit(http, edit="free", at=[40])),
+            timed(
+                "picture",
+                http.post("/v1/images/generations", json=dict(prompt="red apple", seed=1, **FAST)),
+            ),
+        )
+        [[expected]] = editing.free(muse, PICTURE, "red apple", at=[40], seeds=3, **FAST)
+        assert opened(changed.json()["data"][0]["b64_json"]).tobytes() == expected.tobytes()
+        [picture] = muse("red apple", seeds=1, **FAST)
+        assert opened(drawn.json()["data"][0]["b64_json"]).tobytes() == picture.tobytes()
+
+    serve(muse, talk)
+    assert ended == ["picture", "edit"]
 
 
 @pytest.mark.parametrize(
