@@ -624,11 +624,13 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, photo: Image.Image, 
     path = save_png(photo, tmp_path / "a.png")
     before = path.read_bytes()
 
-    def broken(self, file, **_):
-        Path(file).write_bytes(b"half a pic")
+    write = Path.write_bytes
+
+    def broken(self: Path, data: bytes):
+        write(self, data[:10])
         raise OSError("disk full")
 
-    monkeypatch.setattr(Image.Image, "save", broken)
+    monkeypatch.setattr(Path, "write_bytes", broken)
     with pytest.raises(OSError, match="disk full"):
         save_png(photo, path)
     assert path.read_bytes() == before

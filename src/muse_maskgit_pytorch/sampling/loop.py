@@ -66,15 +66,15 @@ class SampleState:
             **{n: getattr(self, n).index_copy(0, rows, getattr(other, n)) for n in names},
         )
 
-    def cat(self, other: SampleState) -> SampleState:
-        """Another batch's rows after these."""
+    def cat(self, other: SampleState, branches: int = 1) -> SampleState:
+        """Another batch's rows after these, with hidden states of at least so many branches."""
         names = vars(self).keys() - {"hidden"}
         joined = {n: torch.cat([getattr(self, n), getattr(other, n)]) for n in names}
         hidden = [self.hidden, other.hidden]
         given = [h for h in hidden if h is not None]
         if not given:
             return replace(self, **joined)
-        most = max(map(len, given))
+        most = max(branches, *map(len, given))
         written = []  # None stands for zeros, and rows without guidance need no second branch
         for h, rows in zip(hidden, (len(self.ids), len(other.ids)), strict=True):
             if h is None:
@@ -385,13 +385,14 @@ class Sampling:
             pair = [F.pad(each, (0, length - each.shape[1])) for each in (one, two)]
             return torch.cat(pair)
 
+        guided = joined(self._guided, other._guided, steps)
         return Sampling(
-            self.state.cat(other.state),
+            self.state.cat(other.state, branches=2 if guided.any() else 1),
             plan,
             self.denoiser.cat(other.denoiser),
             self.step,
             joined(self._left, other._left, steps + 1),
-            joined(self._guided, other._guided, steps),
+            guided,
             self._policies + other._policies,
             torch.cat([self.done, other.done]),
         )

@@ -121,6 +121,22 @@ def test_self_conditioning_and_another_low_tokenizer():
     mixtures(exact(cascade(low_vae=False, self_cond=True)), joined=True, count=2, kinds=4)
 
 
+def test_guided_rows_join_unguided_ones_with_self_conditioning():
+    """The first have hidden states of one branch, and then of two."""
+    muse = exact(cascade(self_cond=True))
+    pair = [muse.request("kind 1", timesteps=6, cond_scale=scale, seeds=1) for scale in (1.0, 3.0)]
+    alone = [muse.draw(request) for request in pair]
+    engine, futures = Engine(muse, rows=4, joined=True), []
+    for request in pair:
+        futures.append(engine.submit(request))
+        engine.turn()
+        engine.turn()
+    while engine.turn():
+        pass
+    for future, expected in zip(futures, alone, strict=True):
+        assert torch.equal(future.result(timeout=0).images, expected.images)
+
+
 def test_rows_really_share_passes():
     """Four requests of unlike steps and policies take the passes of the longest."""
     muse, passes = cascade(), []
