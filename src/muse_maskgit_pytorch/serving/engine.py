@@ -89,6 +89,35 @@ class Watch:
         """A request ended: "done", "cancelled", "late" or "failed", seconds after it came."""
 
 
+class Turns:
+    """Who has the model to himself: the engine for a turn, and others between two turns.
+
+    A lock that is had in the order of asking. Of an ordinary one the engine, which asks again as
+    soon as it has let go, would leave nothing to others.
+    """
+
+    def __init__(self):
+        self._change, self._asked, self._served = threading.Condition(), 0, 0
+
+    def acquire(self) -> None:
+        """Wait until all who asked before have had their turn."""
+        with self._change:
+            number, self._asked = self._asked, self._asked + 1
+            self._change.wait_for(lambda: number == self._served)
+
+    def release(self) -> None:
+        """Let the next one have it."""
+        with self._change:
+            self._served += 1
+            self._change.notify_all()
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(self, *_: Any) -> None:
+        self.release()
+
+
 @dataclass(eq=False)
 class _Job:
     """A request on its way.
@@ -172,7 +201,7 @@ class Engine:
         self.muse = muse.eval()
         self.joined = muse.device.type != "cpu" if joined is None else joined
         self.queue, self.watch = whole("queue", queue, 0), watch or Watch()
-        self.turns = threading.Lock()  # who holds it has the model to himself, between two turns
+        self.turns = Turns()
         budget = None if memory is None else real("memory", memory, 1)
         if rows is None:
             rows = most_rows(muse, budget, by_speed=self.joined)

@@ -503,30 +503,37 @@ class _Work:
 
         Raises:
             Wrong: more iterations than the limit.
+            Late: they took longer than a request may.
         """
-        engine, most = self.server.engine, self.server.limits.iterations
+        turns, limits = self.server.engine.turns, self.server.limits
         at = how.get("at", (100,))
-        if isinstance(at, list) and any(isinstance(i, int) and i > most for i in at):
-            raise Wrong(f"this server does at most {most} iterations", "at")
-        draw = muse.draw
+        try:
+            at = [whole("at", each, 1, limits.iterations) for each in at]
+        except (TypeError, ValueError):
+            raise Wrong(
+                f"at must be a list of rising iterations, at most {limits.iterations}", "at"
+            ) from None
+        draw, until = muse.draw, time.monotonic() + limits.timeout
 
-        def aside(work: Callable[..., Any], *given: Any) -> Any:
-            engine.turns.release()
+        def between(work: Callable[..., Any], *given: Any) -> Any:
+            turns.release()
             try:
                 return work(*given)
             finally:
-                engine.turns.acquire()
+                turns.acquire()
 
         def after(_: SampleStep) -> bool:
-            aside(time.sleep, 0.001)  # long enough for a turn to begin
-            return self._cancelled
+            between(lambda: None)  # whoever waits has a turn
+            return self._cancelled or time.monotonic() > until
 
         patient: Any = copy.copy(muse)
-        patient.draw = lambda request, callback=None: aside(draw, request, callback)
-        with engine.turns:
-            stages = free(patient, image, texts, **how | {"callback": after})
+        patient.draw = lambda request, callback=None: between(draw, request, callback)
+        with turns:
+            stages = free(patient, image, texts, **how | {"at": at, "callback": after})
         if self._cancelled:
             raise CancelledError
+        if time.monotonic() > until:
+            raise Late(limits.timeout)
         return [stage[0] for stage in stages]
 
     def _checked(self, pictures: Sequence[Image.Image]) -> None:

@@ -23,10 +23,9 @@ from tqdm import tqdm
 
 from ..arguments import printable
 from ..files import replacing
-from ..watching.page import bars, write_page
+from ..watching.page import bars, binned, write_page
 
 PERCENTILES = (50, 95, 99)
-BINS = 12
 
 
 @dataclass(frozen=True)
@@ -311,19 +310,6 @@ def write(found: Mapping[str, Any], out: Path) -> list[Path]:
     for row in found["loads"]:
         done = [each["seconds"] for each in row["answers"] if each["status"] == 200]
         title = f"{row['load']:g} of capacity"
-        body.append(bars(title, "requests by seconds until the picture", _binned(done)))
+        if done:
+            body.append(bars(title, "requests by seconds until the picture", binned(done)))
     return [out / "load.json", write_page(out / "load.html", "Load", "".join([*body, "</div>"]))]
-
-
-def _binned(seconds: Sequence[float]) -> dict[tuple[float, str], int]:
-    if not seconds:
-        return {}
-    width = max(seconds) / BINS
-    counts = {
-        (number * width, f"{number * width:.2g} to {(number + 1) * width:.2g} s"): 0
-        for number in range(BINS)
-    }
-    places = list(counts)
-    for value in seconds:
-        counts[places[min(BINS - 1, int(value / width))]] += 1
-    return counts

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +11,11 @@ from PIL import Image
 
 from ..arguments import printable
 from ..images import image_grid
-from .page import bars, embedded, table, write_page
+from .page import bars, binned, embedded, table, write_page
 
 SHOWN, RANKED = 16, 8  # prompts of all kinds; the best, and the worst
 SHEET, CELL = 1120, 192  # width of a sheet and largest side of a picture on it, in pixels
 OF_A_PROMPT = 4  # pictures that are shown
-BINS = 12  # of a histogram
 MAX_BYTES = 1_500_000
 TILES = ("fid", "kid", "cmmd", "precision", "recall", "recall_at_1", "clip_score", "all_right")
 
@@ -134,24 +131,10 @@ def _spreads(prompts: Sequence[Mapping[str, Any]]) -> str:
     """How the scores of prompts are distributed."""
     names = [name for name in prompts[0] if name not in ("key", "text")]
     charts = "".join(
-        bars(printable(name, 120), "prompts by score", _binned([p[name] for p in prompts]))
+        bars(printable(name, 120), "prompts by score", binned([p[name] for p in prompts]))
         for name in names
     )
     return f"<h2>Distributions</h2><div class=charts>{charts}</div>" if charts else ""
-
-
-def _binned(values: Sequence[float]) -> Counter[tuple[float, str]]:
-    """How many values lie in each of some equal parts of their range."""
-    low, high = min(values), max(values)
-    width = (high - low) / BINS
-    if not width:
-        return Counter({(low, f"{low:.3g}"): len(values)})
-    edges = [low + number * width for number in range(BINS + 1)]
-    counts = Counter({(a, f"{a:.3g} to {b:.3g}"): 0 for a, b in pairwise(edges)})
-    parts = list(counts)
-    for value in values:
-        counts[parts[min(BINS - 1, int((value - low) / width))]] += 1
-    return counts
 
 
 def _between(interval: Sequence[float] | None) -> str:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -16,6 +18,8 @@ from PIL import Image
 from ..arguments import printable
 from ..files import replacing
 from .run_file import leaves
+
+BINS = 12  # of a histogram
 
 
 def write_page(path: Path, title: str, body: str) -> Path:
@@ -64,6 +68,20 @@ def bars(title: str, unit: str, counts: Mapping[tuple[float, str], int]) -> str:
     )
     head = f"<figcaption><h3>{title}</h3><small>{unit}</small></figcaption>"
     return f"<figure class=chart>{head}<table class=bars>{rows}</table></figure>"
+
+
+def binned(values: Sequence[float]) -> Counter[tuple[float, str]]:
+    """How many values lie in each of some equal parts of their range."""
+    low, high = min(values), max(values)
+    width = (high - low) / BINS
+    if not width:
+        return Counter({(low, f"{low:.3g}"): len(values)})
+    edges = [low + number * width for number in range(BINS + 1)]
+    counts = Counter({(a, f"{a:.3g} to {b:.3g}"): 0 for a, b in pairwise(edges)})
+    parts = list(counts)
+    for value in values:
+        counts[parts[min(BINS - 1, int((value - low) / width))]] += 1
+    return counts
 
 
 def embedded(image: Image.Image, max_width: int, max_bytes: int) -> str:

@@ -13,7 +13,7 @@ from muse_maskgit_pytorch import Muse
 from muse_maskgit_pytorch import testing as tiny
 from muse_maskgit_pytorch.editing import inpaint
 from muse_maskgit_pytorch.serving.capacity import most_rows, peak_memory
-from muse_maskgit_pytorch.serving.engine import Closed, Engine, Full, Late, Watch
+from muse_maskgit_pytorch.serving.engine import Closed, Engine, Full, Late, Turns, Watch
 
 NAMES = [f"kind {number}" for number in range(tiny.TEXT_DIM)]  # what can be drawn
 
@@ -152,6 +152,25 @@ def test_rows_really_share_passes():
         pass
     base = [rows for stage, rows in passes if stage == "base"]
     assert base == [4, 3, 2, 1]
+
+
+def test_whoever_waits_for_a_turn_has_it_before_the_one_who_asks_again():
+    turns, order, waiting = Turns(), [], threading.Event()
+
+    def other() -> None:
+        waiting.set()
+        with turns:
+            order.append("other")
+
+    with turns:
+        thread = threading.Thread(target=other)
+        thread.start()
+        waiting.wait()
+        time.sleep(0.05)
+    with turns:  # asked at once, as the engine does
+        order.append("again")
+    thread.join()
+    assert order == ["other", "again"]
 
 
 @pytest.fixture

@@ -88,12 +88,23 @@ def test_others_are_drawn_during_a_mask_free_edit(muse: Muse):  # noqa: F811
     assert ended == ["picture", "edit"]
 
 
+def test_a_mask_free_edit_that_takes_too_long(muse: Muse):  # noqa: F811
+    async def talk(http: httpx.AsyncClient) -> None:
+        answer = await edit(http, edit="free", at=[200])
+        assert answer.status_code == 503
+        assert "not drawn within" in answer.json()["error"]["message"]
+
+    serve(muse, talk, limits=Limits(timeout=0.02))
+
+
 @pytest.mark.parametrize(
     "fields, param, words",
     [
         ({"edit": "paint"}, "edit", "edit must be inpaint, outpaint or free"),
         ({"edit": "free", "left": 3}, "left", "left is of another edit than free"),
-        ({"edit": "free", "at": [900]}, "at", "at most 200 iterations"),
+        ({"edit": "free", "at": [900]}, "at", "rising iterations, at most 200"),
+        ({"edit": "free", "at": [900.0]}, "at", "rising iterations, at most 200"),
+        ({"edit": "free", "at": 7}, "at", "rising iterations, at most 200"),
         ({"edit": "free", "n": 2}, "n", "leave n out"),
         ({"edit": "outpaint"}, None, "nothing to add"),
         ({"edit": "outpaint", "left": -1}, "left", "left"),
