@@ -104,7 +104,7 @@ def train_all(results: str, t5: str, resnet: str) -> None:
     )
     stage = MaskGitTrainer(
         model, num_samples=5, results_folder=f"{results}/masked", aspect_ratios=["2:1", "1:1"],
-        trackers="tensorboard", **common,
+        trackers="tensorboard", optimizer="muon", **common,
     )  # fmt: skip
     stage.train()
     keep("masked", stage)

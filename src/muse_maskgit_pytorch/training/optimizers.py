@@ -8,10 +8,13 @@ from itertools import product
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ..checkpoint import plain_names, plain_state, unwrapped
 from ..devices import fast_precisions
+from ..distributed import world_size
 from ..layers import Block
 from ..weights import is_finite
 
@@ -142,12 +145,39 @@ def orthogonal(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     return wide.T if len(matrix) > matrix.shape[1] else wide
 
 
+def orthogonals(matrices: list[Tensor]) -> list[Tensor]:
+    """`orthogonal` of each, in the fastest precision.
+
+    Processes that all hold the same matrices compute a share each, and exchange what they have
+    computed.
+    """
+    if not matrices:
+        return []
+    device, world = matrices[0].device, world_size()
+    dtype = torch.bfloat16 if "bf16" in fast_precisions(device) else torch.float32
+    if world == 1 or isinstance(matrices[0], DTensor):
+        return [orthogonal(matrix, dtype) for matrix in matrices]
+    found = list(matrices)
+    by_size = sorted(range(len(matrices)), key=lambda index: -matrices[index].numel())
+    own = [orthogonal(matrices[index], dtype) for index in by_size[dist.get_rank() :: world]]
+    for rank in range(min(world, len(matrices))):
+        share = by_size[rank::world]
+        parts = own if rank == dist.get_rank() else [found[i].to(dtype) for i in share]
+        flat = torch.cat([part.flatten() for part in parts])
+        dist.broadcast(flat, rank)
+        sizes = [part.numel() for part in parts]
+        for index, part in zip(share, flat.split(sizes), strict=True):
+            found[index] = part.view_as(found[index])
+    return found
+
+
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024): momentum, made orthogonal.
 
     It does what torch's own does with ``adjust_lr_fn="match_rms_adamw"``, which gives its steps the
     size of AdamW's. But torch's computes in bfloat16 everywhere, which makes a training step three
     times as long on a processor that has it in software only: there this one computes in float32.
+    And processes that train together share the matrices, where each of torch's computes all.
 
     Args:
         params: matrices.
@@ -162,19 +192,21 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One step."""
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(parameter)
-                momentum = state["momentum_buffer"].lerp_(parameter.grad, 1 - MOMENTUM)
-                fast = "bf16" in fast_precisions(parameter.device)
-                dtype = torch.bfloat16 if fast else torch.float32
-                update = orthogonal(parameter.grad.lerp(momentum, MOMENTUM), dtype)
+            moved = [parameter for parameter in group["params"] if parameter.grad is not None]
+            updates = orthogonals([self._momentum(parameter) for parameter in moved])
+            for parameter, update in zip(moved, updates, strict=True):
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 size = 0.2 * max(parameter.shape) ** 0.5
                 parameter.add_(update, alpha=-group["lr"] * size)
+
+    def _momentum(self, parameter: Tensor) -> Tensor:
+        """Nesterov's, of the gradient."""
+        gradient, state = parameter.grad, self.state[parameter]
+        assert gradient is not None
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        momentum = state["momentum_buffer"].lerp_(gradient, 1 - MOMENTUM)
+        return gradient.lerp(momentum, MOMENTUM)
 
 
 class MuonAdamW(torch.optim.Optimizer):
