@@ -211,6 +211,12 @@ def serve_parser() -> Parser:
         "--most_connections", type=int, default=1000, help="clients connected at the same time"
     )
     parser.add_argument(
+        "--replicas",
+        type=int | str | None,
+        help="engines, each in a process of its own and with a GPU where there are: a number, or "
+        "the fewest and the most, as 1-4; on Ray Serve (the extra ray)",
+    )
+    parser.add_argument(
         "--check",
         type=str | None,
         help="safety checker, FILE.py:NAME: a class, or a function that gives one; called with a "

@@ -8,53 +8,27 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import copy
-import io
 import json
 import logging
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from contextlib import suppress
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from importlib import resources
 from typing import Any
 
 from fastapi import FastAPI, Response
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, StreamingResponse
-from PIL import Image
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
 
-from ..arguments import real, whole
-from ..editing import free, inpaint, outpaint, vary
-from ..film import Film
-from ..images import png_bytes
-from ..muse import Muse
-from ..request import Request
-from ..sampling import per_row
-from ..structures import SampleStep
-from .asked import (
-    EDITS,
-    FORMATS,
-    OWN,
-    Asked,
-    Kind,
-    Limits,
-    Wrong,
-    flat,
-    read_form,
-    read_mask,
-    read_picture,
-    schema,
-)
-from .engine import Closed, Engine, Full, Late
-from .metrics import Metrics
+from .asked import FORMATS, Asked, Kind, Limits, Wrong, read_form, schema
+from .metrics import HttpMetrics, text
+from .painter import Answer, Event, Painter, refusal
 from .tokens import Token, Tokens, TooMany
 
-Check = Callable[[str, Sequence[Image.Image]], str | None]
 KEPT, KEPT_FOR = 64 * 2**20, 3600.0  # bytes and seconds of pictures that are kept for their address
 FILES = 17  # parts of a form at most
 GONE = 499  # status in the metrics where nobody waited for the answer
@@ -69,28 +43,15 @@ SAFE = {  # of the page: nothing from elsewhere, nowhere within another page
 LOG = logging.getLogger(__name__)
 
 
-def make_app(
-    engine: Engine,
-    name: str,
-    *,
-    tokens: Tokens | None = None,
-    limits: Limits | None = None,
-    metrics: Metrics | None = None,
-    check: Check | None = None,
-) -> FastAPI:
-    """The application; whoever makes it starts and closes the engine.
+def make_app(painter: Painter, name: str, *, tokens: Tokens | None = None) -> FastAPI:
+    """The application.
 
     Args:
-        engine: what draws.
+        painter: who draws.
         name: of the model, for clients.
         tokens: who may ask; by default everybody.
-        limits: of one request.
-        metrics: the engine's ``watch``, to be shown.
-        check: a safety checker. It is asked with a request's text and the pictures that came with
-            it, and again with those that were drawn; what it returns is the reason to refuse, None
-            for no objection. It is called by several threads.
     """
-    server = _Server(engine, name, tokens or Tokens(), limits or Limits(), metrics, check)
+    server = _Server(painter, name, tokens or Tokens())
     app = FastAPI(title="muse", docs_url=None, redoc_url=None)
     app.add_middleware(_Edge, server=server)
 
@@ -100,15 +61,14 @@ def make_app(
 
     @app.get("/readyz")
     async def readyz() -> JSONResponse:
-        ready = engine.alive
+        ready = await painter.ready()
         return JSONResponse({"status": "ready" if ready else "not ready"}, 200 if ready else 503)
 
-    if metrics is not None:
-        metrics.follow(lambda: engine.load)
-
-        @app.get("/metrics")
-        async def show_metrics() -> Response:
-            return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    @app.get("/metrics")
+    async def show_metrics() -> Response:
+        families = [*server.metrics.registry.collect(), *await painter.metrics()]
+        kind = "text/plain; version=0.0.4; charset=utf-8"
+        return Response(text(families), media_type=kind)
 
     @app.get("/v1/models")
     async def models(http: HttpRequest) -> dict[str, Any]:
@@ -122,15 +82,15 @@ def make_app(
             raise Wrong("there is no such model", "model", 404, "model_not_found")
         return server.model
 
-    @app.post("/v1/images/generations", openapi_extra=_body("generations", server.limits))
+    @app.post("/v1/images/generations", openapi_extra=_body("generations", painter.limits))
     async def generations(http: HttpRequest) -> Response:
         return await server.serve(http, "generations")
 
-    @app.post("/v1/images/edits", openapi_extra=_body("edits", server.limits))
+    @app.post("/v1/images/edits", openapi_extra=_body("edits", painter.limits))
     async def edits(http: HttpRequest) -> Response:
         return await server.serve(http, "edits")
 
-    @app.post("/v1/images/variations", openapi_extra=_body("variations", server.limits))
+    @app.post("/v1/images/variations", openapi_extra=_body("variations", painter.limits))
     async def variations(http: HttpRequest) -> Response:
         return await server.serve(http, "variations")
 
@@ -156,7 +116,7 @@ def make_app(
         )
         return Response(pages[file], media_type=kind, headers=SAFE)
 
-    for kind in (Wrong, Full, Closed, Late, TooMany, HTTPException, _Gone):
+    for kind in (Wrong, TooMany, HTTPException, _Gone):
         app.add_exception_handler(kind, _refused)
     return app
 
@@ -197,29 +157,17 @@ class _Kept:
 class _Server:
     """What the routes share; its methods are called by the event loop."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        name: str,
-        tokens: Tokens,
-        limits: Limits,
-        metrics: Metrics | None,
-        check: Check | None,
-    ):
-        self.engine, self.name, self.tokens, self.limits = engine, name, tokens, limits
-        self.metrics, self.check, self.kept = metrics, check, _Kept()
+    def __init__(self, painter: Painter, name: str, tokens: Tokens):
+        self.painter, self.name, self.tokens = painter, name, tokens
+        self.limits, self.metrics, self.kept = painter.limits, HttpMetrics(), _Kept()
         self.model = {
             "id": name,
             "object": "model",
             "created": int(time.time()),
             "owned_by": "muse",
-            "image_size": engine.muse.image_size,
-            "presets": sorted(engine.muse.base.presets),
+            "image_size": painter.about.image_size,
+            "presets": painter.about.presets,
         }
-        # a thread for each request that the engine may hold
-        self.most = engine.queue + engine.rows + 1
-        self.threads = ThreadPoolExecutor(self.most, thread_name_prefix="request")
-        self.busy = 0
 
     def client(self, http: HttpRequest) -> Token:
         """Who asks.
@@ -243,78 +191,85 @@ class _Server:
         except TimeoutError:
             raise Wrong("the request did not arrive in time", None, 408) from None
         asked = Asked.read(kind, fields, self.name, self.limits)
-        if self.busy >= self.most:
-            raise Full(1.0)
-        token.take(asked.n)
-        self.busy += 1
-        work = _Work(self, asked, sent, token, began)
-
-        def over(done: asyncio.Future[Any]) -> None:
-            done.exception()  # where nobody waits any more, nobody else asks
-            self.busy -= 1
-            token.give_back(asked.n)
-
-        drawing = asyncio.get_running_loop().run_in_executor(self.threads, work.run)
-        drawing.add_done_callback(over)
+        events = self._events(asked, sent, token)
         if asked.stream:
             # errors before the first step are answers of their own
-            first = await work.events.get()
-            if isinstance(first, BaseException):
-                raise first
+            first = await anext(events)
+            if first.answer is not None:
+                return _answer(first.answer)
             return StreamingResponse(
-                self._stream(work, first),
+                self._stream(events, first, asked, began),
                 media_type="text/event-stream",
                 headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
             )
-        gone = asyncio.ensure_future(_gone(http))
+        drawing, gone = asyncio.ensure_future(_last(events)), asyncio.ensure_future(_gone(http))
         try:
             await asyncio.wait({drawing, gone}, return_when=asyncio.FIRST_COMPLETED)
             if not drawing.done():
                 raise _Gone
-            files = drawing.result()
+            last = drawing.result()
         finally:
             gone.cancel()
-            work.cancel()
+            drawing.cancel()
+        if last.answer is not None:
+            return _answer(last.answer)
         base = str(http.base_url).rstrip("/")
         return JSONResponse(
             {
                 "created": int(time.time()),
-                "data": [self._shown(file, asked, base) for file in files],
-                **work.facts(),
+                "data": [self._shown(file, asked, base) for file in last.files],
+                **_facts(last, asked),
             }
         )
+
+    async def _events(
+        self, asked: Asked, sent: dict[str, bytes], token: Token
+    ) -> AsyncGenerator[Event, None]:
+        """What happens to a request, while its pictures count as the token's.
+
+        Raises:
+            TooMany: beyond the token's limit.
+        """
+        token.take(asked.n)
+        try:
+            async with aclosing(self.painter.draw(asked, sent, token.priority)) as events:
+                async for event in events:
+                    yield event
+        finally:
+            token.give_back(asked.n)
 
     def _shown(self, file: bytes, asked: Asked, base: str) -> dict[str, str]:
         if asked.url:
             return {"url": f"{base}/v1/images/files/{self.kept.put(file, asked.format)}"}
         return {"b64_json": base64.b64encode(file).decode("ascii")}
 
-    async def _stream(self, work: _Work, event: Any) -> AsyncIterator[bytes]:
+    async def _stream(
+        self, events: AsyncGenerator[Event, None], event: Event, asked: Asked, began: float
+    ) -> AsyncIterator[bytes]:
         """Server-sent events: partial pictures, the picture, or what went wrong."""
-        name = "image_generation" if work.asked.kind == "generations" else "image_edit"
+        name = "image_generation" if asked.kind == "generations" else "image_edit"
         number = 0
-        try:
+        async with aclosing(events):
             while True:
-                if isinstance(event, BaseException):
-                    yield _event("error", {"type": "error", **_said(event)[1]})
+                if event.answer is not None:
+                    yield _sent("error", {"type": "error", **event.answer[1]})
                     return
-                what, file = event
-                if file is not None:
+                if event.files:
                     content: dict[str, Any] = {
-                        "type": f"{name}.{what}",
-                        "b64_json": base64.b64encode(file).decode("ascii"),
+                        "type": f"{name}.{event.name}",
+                        "b64_json": base64.b64encode(event.files[0]).decode("ascii"),
                         "created_at": int(time.time()),
-                        **work.facts(),
+                        **_facts(event, asked),
                     }
-                    if what == "partial_image":
+                    if event.name == "partial_image":
+                        if number == 0:
+                            self.metrics.first_preview.observe(time.monotonic() - began)
                         content["partial_image_index"] = number
                         number += 1
-                    yield _event(content["type"], content)
-                if what == "completed":
+                    yield _sent(content["type"], content)
+                if event.name == "completed":
                     return
-                event = await work.events.get()
-        finally:
-            work.cancel()
+                event = await anext(events)
 
     async def _read(self, http: HttpRequest, kind: Kind) -> tuple[dict[str, Any], dict[str, bytes]]:
         """The fields, and the pictures of a form.
@@ -354,261 +309,52 @@ class _Server:
         return read_form(fields), sent
 
 
-class _Work:
-    """One request's drawing, by a thread of its own.
-
-    Attributes:
-        events: of a stream: ("accepted", None), ("partial_image", file), ("completed", file), or
-            an error.
-    """
-
-    def __init__(
-        self, server: _Server, asked: Asked, sent: dict[str, bytes], token: Token, began: float
-    ):
-        self.server, self.asked, self.sent, self.token = server, asked, sent, token
-        self.events: asyncio.Queue[Any] = asyncio.Queue()
-        self._loop, self._began = asyncio.get_running_loop(), began
-        self._futures: list[Future[Any]] = []
-        self._cancelled = False
-        self.size: tuple[int, int] | None = None
-
-    def cancel(self) -> None:
-        """Nobody waits for it any more."""
-        self._cancelled = True
-        for future in self._futures:
-            future.cancel()
-
-    def facts(self) -> dict[str, Any]:
-        """What the API says beside a picture."""
-        assert self.size is not None
-        none = {"text_tokens": 0, "image_tokens": 0}  # they are what OpenAI bills
-        usage = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
-        return {
-            "size": f"{self.size[1]}x{self.size[0]}",
-            "output_format": self.asked.format,
-            "quality": "auto",
-            "background": "opaque",
-            "usage": {**usage, "input_tokens_details": none},
-        }
-
-    def run(self) -> list[bytes]:
-        """Draw; called by a thread."""
-        try:
-            pictures = self._draw()
-            files = [self._file(picture) for picture in pictures]
-        except (Wrong, Full, Closed, Late) as error:
-            self._tell(error)
-            raise
-        except CancelledError:
-            self._tell(_Gone())
-            raise _Gone from None
-        except ValueError as error:  # the package's own sentences
-            wrong = Wrong(str(error), self.asked.blame(str(error)))
-            self._tell(wrong)
-            raise wrong from error
-        except BaseException as error:
-            LOG.exception("a request could not be drawn")
-            self._tell(error)
-            raise
-        self._tell(("completed", files[0]))
-        return files
-
-    def _tell(self, event: Any) -> None:
-        with suppress(RuntimeError):  # the loop has ended
-            self._loop.call_soon_threadsafe(self.events.put_nowait, event)
-
-    def _accepted(self, future: Future[Any]) -> None:
-        self._futures.append(future)
-        if self._cancelled:
-            future.cancel()
-        self._tell(("accepted", None))
-
-    def _draw(self) -> list[Image.Image]:
-        asked, server = self.asked, self.server
-        limits = server.limits
-        sent = {name: read_picture(name, data, limits) for name, data in self.sent.items()}
-        image, mask = sent.get("image"), None
-        if image is not None and asked.kind == "edits" and asked.edit == "inpaint":
-            mask = read_mask(image, sent.get("mask"))
-        elif "mask" in sent:
-            raise Wrong(f"edit={asked.edit} takes no mask", "mask")
-        image = image and flat(image)
-        self._checked([] if image is None else [image])
-        texts = [asked.prompt] * asked.n
-        ours = {"strength", *(name for names in EDITS.values() for name in names)} - set(OWN)
-        drawing = {name: v for name, v in asked.arguments.items() if name not in ours}
-        # complete and checked before it waits
-        request = server.engine.muse.request(
-            texts,
-            image_size=asked.size,
-            canvases=None if asked.kind == "generations" else {},
-            **drawing,
-        )
-        try:
-            request.check_size("the request", server.engine.muse.image_size)
-        except ValueError as error:  # its remedy is not a client's
-            what, _, _ = str(error).partition(":")
-            param = "timesteps" if "steps" in what else "size"
-            raise Wrong(f"{what}: take fewer", param) from None
-        self.size = request.image_size
-        muse = server.engine.through(
-            self._accepted, priority=self.token.priority, timeout=limits.timeout
-        )
-        callback = self._preview(request) if asked.stream and asked.partial else None
-        how: dict[str, Any] = dict(image_size=asked.size, callback=callback, **asked.arguments)
-        if image is None:
-            pictures = muse.pictures(muse.draw(request, callback))
-        elif asked.kind == "variations":
-            pictures = vary(muse, image, texts, **how)
-        elif mask is not None:
-            pictures = inpaint(muse, image, texts, mask, **how)
-        elif asked.edit == "outpaint":
-            self._check_area(image)
-            del how["image_size"]
-            pictures = outpaint(muse, image, texts, **how | {"callback": None})
-            self.size = pictures[0].height, pictures[0].width
-        else:
-            pictures = self._free(muse, image, texts, how)
-        self._checked(pictures)
-        return pictures
-
-    def _check_area(self, image: Image.Image) -> None:
-        """Refuse an outpainted picture that would be drawn for minutes.
-
-        Raises:
-            Wrong: it would be larger than the limit.
-        """
-        side, most = self.server.engine.muse.image_size, self.server.limits.area
-        sides = {
-            name: self.asked.arguments.get(name, 0) for name in ("left", "right", "top", "bottom")
-        }
-        aspect = self.asked.arguments.get("aspect", 1)
-        try:
-            left, right, top, bottom = (whole(name, value, 0) for name, value in sides.items())
-            aspect = real("aspect", aspect, 1e-3)
-        except ValueError as error:
-            raise Wrong(str(error), self.asked.blame(str(error))) from None
-        scale = side / min(image.size)
-        width, height = (scale * each for each in image.size)
-        area = (width + left + right) * (height + top + bottom) * max(aspect, 1 / aspect)
-        if area > most * side**2:
-            raise Wrong(
-                f"the picture would be larger than {most} of {side} x {side} pixels: add less to it"
-            )
-
-    def _free(
-        self, muse: Muse, image: Image.Image, texts: list[str], how: dict[str, Any]
-    ) -> list[Image.Image]:
-        """A mask-free edit, whose iterations are the caller's own: between the engine's turns.
-
-        Raises:
-            Wrong: more iterations than the limit.
-            Late: they took longer than a request may.
-        """
-        turns, limits = self.server.engine.turns, self.server.limits
-        at = how.get("at", (100,))
-        try:
-            at = [whole("at", each, 1, limits.iterations) for each in at]
-        except (TypeError, ValueError):
-            raise Wrong(
-                f"at must be a list of rising iterations, at most {limits.iterations}", "at"
-            ) from None
-        draw, until = muse.draw, time.monotonic() + limits.timeout
-
-        def between(work: Callable[..., Any], *given: Any) -> Any:
-            turns.release()
-            try:
-                return work(*given)
-            finally:
-                turns.acquire()
-
-        def after(_: SampleStep) -> bool:
-            between(lambda: None)  # whoever waits has a turn
-            return self._cancelled or time.monotonic() > until
-
-        patient: Any = copy.copy(muse)
-        patient.draw = lambda request, callback=None: between(draw, request, callback)
-        with turns:
-            stages = free(patient, image, texts, **how | {"at": at, "callback": after})
-        if self._cancelled:
-            raise CancelledError
-        if time.monotonic() > until:
-            raise Late(limits.timeout)
-        return [stage[0] for stage in stages]
-
-    def _checked(self, pictures: Sequence[Image.Image]) -> None:
-        check = self.server.check
-        if check is not None and (reason := check(self.asked.prompt, pictures)) is not None:
-            raise Wrong(reason, "prompt", 400, "moderation_blocked")
-
-    def _preview(self, request: Request) -> Callable[[SampleStep], None]:
-        """A callback that decodes some of the steps, evenly spread."""
-        muse, partial = self.server.engine.muse, self.asked.partial
-        film = Film(muse, [0], request.image_size)
-        steps: list[int] = []
-        for name, size in muse.sizes(request.image_size).items():
-            height, width = muse.stages[name].geometry.grid(size)
-            asked = max(per_row(request.options[name].timesteps, len(request), "timesteps"))
-            steps.append(min(asked, height * width))
-        wanted = {(k + 1) * sum(steps) // (partial + 1) for k in range(partial)}
-        done = 0
-
-        def look(step: SampleStep) -> None:
-            nonlocal done
-            done += 1
-            # a stage's first step and its last are what the film needs of those that are not shown
-            if done in wanted or step.step == 1 or not step.mask.any():
-                film.add(step)
-            if done in wanted and done < sum(steps):
-                if self.server.metrics is not None and done == min(wanted):
-                    self.server.metrics.first_preview.observe(time.monotonic() - self._began)
-                self._tell(("partial_image", self._file(film.frames.pop()[0])))
-            film.frames.clear()
-
-        return look
-
-    def _file(self, picture: Image.Image) -> bytes:
-        if self.asked.format == "png":
-            return png_bytes(picture)
-        file = io.BytesIO()
-        picture.save(file, self.asked.format.upper(), quality=self.asked.compression)
-        return file.getvalue()
-
-
 # Answers -----------------------------------------------------------------------------------------
 
 
-def _said(error: BaseException) -> tuple[int, dict[str, Any], dict[str, str]]:
-    """Status, body and headers for what went wrong."""
-    status, kind, param, code, headers = 500, "server_error", None, None, {}
-    message = "something went wrong in the server: try again later"
-    if isinstance(error, Wrong):
-        status, kind, param, code = error.status, "invalid_request_error", error.param, error.code
-        message = str(error)
-    elif isinstance(error, (Full, TooMany)):
-        status, kind, code, message = 429, "rate_limit_error", "rate_limit_exceeded", str(error)
-        headers = {"Retry-After": str(round(error.retry_after + 0.5))}
-    elif isinstance(error, (Closed, Late)):
-        status, message, headers = 503, str(error), {"Retry-After": "5"}
-    elif isinstance(error, HTTPException):
-        status, kind = error.status_code, "invalid_request_error"
-        message = {
-            404: "there is nothing at this address",
-            405: "this address takes other methods",
-        }.get(status, "the request cannot be understood")
-    elif isinstance(error, _Gone):
-        status, message = GONE, "nobody waits for this answer"
-    body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
-    return status, body, headers
+def _facts(event: Event, asked: Asked) -> dict[str, Any]:
+    """What the API says beside a picture."""
+    assert event.size is not None
+    none = {"text_tokens": 0, "image_tokens": 0}  # they are what OpenAI bills
+    usage = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
+    return {
+        "size": f"{event.size[1]}x{event.size[0]}",
+        "output_format": asked.format,
+        "quality": "auto",
+        "background": "opaque",
+        "usage": {**usage, "input_tokens_details": none},
+    }
 
 
-async def _refused(_: HttpRequest, error: Exception) -> JSONResponse:
-    status, body, headers = _said(error)
+def _answer(answer: Answer) -> JSONResponse:
+    status, body, headers = answer
     return JSONResponse(body, status, headers)
 
 
-def _event(name: str, content: dict[str, Any]) -> bytes:
+async def _refused(_: HttpRequest | None, error: Exception) -> JSONResponse:
+    if isinstance(error, HTTPException):
+        message = {
+            404: "there is nothing at this address",
+            405: "this address takes other methods",
+        }.get(error.status_code, "the request cannot be understood")
+        error = Wrong(message, None, error.status_code)
+    elif isinstance(error, _Gone):
+        error = Wrong("nobody waits for this answer", None, GONE)
+    return _answer(refusal(error))
+
+
+def _sent(name: str, content: dict[str, Any]) -> bytes:
+    """An event of a stream."""
     return f"event: {name}\ndata: {json.dumps(content)}\n\n".encode()
+
+
+async def _last(events: AsyncGenerator[Event, None]) -> Event:
+    """The last of them."""
+    async with aclosing(events):
+        async for event in events:
+            if event.name in ("completed", "refused"):
+                return event
+    raise AssertionError("a request ended without an answer")
 
 
 async def _gone(http: HttpRequest) -> None:
@@ -674,15 +420,14 @@ class _Edge:
                 f"the body is larger than the {most} bytes that this server reads", None, 413
             )
             if not status:
-                await (await _refused(None, too))(scope, receive, watched)  # type: ignore[arg-type]
+                await (await _refused(None, too))(scope, receive, watched)
         except Exception as error:
             if not status:
                 LOG.exception("an answer failed")
-                await (await _refused(None, error))(scope, receive, watched)  # type: ignore[arg-type]
+                await (await _refused(None, error))(scope, receive, watched)
         finally:
-            if self.server.metrics is not None:
-                route = scope.get("route")
-                path = getattr(route, "path", "other")  # of few values, whatever is asked for
-                self.server.metrics.answers.labels(path, status).inc()
-                if path.startswith("/v1/images"):
-                    self.server.metrics.last_byte.labels(path).observe(time.monotonic() - began)
+            route = scope.get("route")
+            path = getattr(route, "path", "other")  # of few values, whatever is asked for
+            self.server.metrics.answers.labels(path, status).inc()
+            if path.startswith("/v1/images"):
+                self.server.metrics.last_byte.labels(path).observe(time.monotonic() - began)

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Metric,
+    generate_latest,
+)
 
 from .engine import Watch
 
@@ -12,30 +20,60 @@ SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
-class Metrics(Watch):
-    """Of one engine and the HTTP in front of it."""
+def text(families: Iterable[Metric]) -> bytes:
+    """Metrics as Prometheus reads them."""
+    collected: Any = _Collected(families)
+    return generate_latest(collected)
+
+
+def of_replicas(collected: Mapping[str, Iterable[Metric]]) -> list[Metric]:
+    """The metrics of many, by name, as one of each kind: with the label "replica"."""
+    families: dict[str, Metric] = {}
+    for replica, theirs in collected.items():
+        for each in theirs:
+            family = Metric(each.name, each.documentation, each.type)
+            family = families.setdefault(each.name, family)
+            family.samples += [
+                sample._replace(labels={**sample.labels, "replica": replica})
+                for sample in each.samples
+            ]
+    return list(families.values())
+
+
+class HttpMetrics:
+    """Of the HTTP in front of an engine."""
 
     def __init__(self):
         self.registry = CollectorRegistry()
-
-        def histogram(name: str, text: str, labels: tuple[str, ...] = (), buckets=SECONDS):
-            return Histogram(f"muse_{name}", text, labels, registry=self.registry, buckets=buckets)
-
         self.answers = Counter(
             "muse_http_requests", "Answers, by path and status", ("path", "status"),
             registry=self.registry,
         )  # fmt: skip
+        self.first_preview = _seconds(self.registry, "first_preview", "Until a partial picture")
+        self.last_byte = _seconds(self.registry, "last_byte", "Until an answer was sent", ("path",))
+
+
+class Metrics(Watch):
+    """Of one engine."""
+
+    def __init__(self):
+        self.registry = CollectorRegistry()
         self.requests = Counter(
             "muse_drawing_requests", "Requests to draw, by how they ended", ("end",),
             registry=self.registry,
         )  # fmt: skip
-        self.took = histogram("drawing_seconds", "From a request's coming to its end", ("end",))
-        self.waited = histogram("queue_seconds", "From a request's coming to its first step")
-        self.step_seconds = histogram("step_seconds", "Of one pass", ("stage",))
-        self.batch = histogram("batch_rows", "Pictures of one pass", ("stage",), ROWS)
-        self.decode_seconds = histogram("decode_seconds", "Of a stage's end", ("stage",))
-        self.first_preview = histogram("first_preview_seconds", "Until the first partial picture")
-        self.last_byte = histogram("last_byte_seconds", "Until an answer was sent", ("path",))
+
+        def seconds(name: str, text: str, labels: Sequence[str] = ()) -> Histogram:
+            return _seconds(self.registry, name, text, labels)
+
+        self.took = seconds("drawing", "From a request's coming to its end", ("end",))
+        self.waited = seconds("queue", "From a request's coming to its first step")
+        self.step_seconds = seconds("step", "Of one pass", ("stage",))
+        self.batch = Histogram(
+            "muse_batch_rows", "Pictures of one pass", ("stage",), registry=self.registry,
+            buckets=ROWS,
+        )  # fmt: skip
+        self.decode_seconds = seconds("decode", "Of a stage's end", ("stage",))
 
     def follow(self, load: Callable[[], Mapping[str, int]]) -> None:
         """Show an engine's load, read when somebody asks."""
@@ -46,10 +84,6 @@ class Metrics(Watch):
         ):
             gauge = Gauge(f"muse_pictures_{name}", text, registry=self.registry)
             gauge.set_function(lambda name=name: load()[name])
-
-    def text(self) -> bytes:
-        """All of it."""
-        return generate_latest(self.registry)
 
     # What the engine tells ----------------------------------------------------------------------
 
@@ -66,3 +100,19 @@ class Metrics(Watch):
     def ended(self, how: str, seconds: float) -> None:
         self.requests.labels(how).inc()
         self.took.labels(how).observe(seconds)
+
+
+def _seconds(
+    registry: CollectorRegistry, name: str, text: str, labels: Sequence[str] = ()
+) -> Histogram:
+    return Histogram(f"muse_{name}_seconds", text, labels, registry=registry, buckets=SECONDS)
+
+
+class _Collected:
+    """Metrics in the place of a registry."""
+
+    def __init__(self, families: Iterable[Metric]):
+        self._families = families
+
+    def collect(self) -> Iterable[Metric]:
+        return self._families

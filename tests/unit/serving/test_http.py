@@ -22,6 +22,7 @@ from muse_maskgit_pytorch.serving.asked import Limits
 from muse_maskgit_pytorch.serving.engine import Engine
 from muse_maskgit_pytorch.serving.http import make_app
 from muse_maskgit_pytorch.serving.metrics import Metrics
+from muse_maskgit_pytorch.serving.painter import EnginePainter
 from muse_maskgit_pytorch.serving.tokens import Token, Tokens
 
 NAMES = ["red apple", "green pear"]
@@ -40,14 +41,15 @@ def muse() -> Muse:
 
 def serve(
     muse: Muse, talk: Callable[[httpx.AsyncClient], Awaitable[Any]], rows: int = 4, queue: int = 8,
-    **how: Any,
+    tokens: Tokens | None = None, **how: Any,
 ) -> Any:  # fmt: skip
     """What somebody gets who talks to a server."""
 
     async def run() -> Any:
         metrics = Metrics()
         with Engine(muse, rows=rows, queue=queue, watch=metrics) as engine:
-            transport = httpx.ASGITransport(make_app(engine, "tiny", metrics=metrics, **how))
+            painter = EnginePainter(engine, metrics=metrics, **how)
+            transport = httpx.ASGITransport(make_app(painter, "tiny", tokens=tokens))
             async with httpx.AsyncClient(transport=transport, base_url="http://muse") as client:
                 return await asyncio.wait_for(talk(client), 120)
 
@@ -383,7 +385,7 @@ def test_muse_serve(muse, tmp_path, monkeypatch, capsys):
 def test_a_server_that_ends_says_so(muse):
     async def run() -> None:
         engine = Engine(muse, rows=1).start()
-        transport = httpx.ASGITransport(make_app(engine, "tiny"))
+        transport = httpx.ASGITransport(make_app(EnginePainter(engine), "tiny"))
         async with httpx.AsyncClient(transport=transport, base_url="http://muse") as http:
             engine.close()
             assert (await http.get("/readyz")).status_code == 503

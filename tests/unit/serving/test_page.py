@@ -17,6 +17,7 @@ from muse_maskgit_pytorch import Muse, editing
 from muse_maskgit_pytorch.serving.asked import Limits
 from muse_maskgit_pytorch.serving.engine import Engine
 from muse_maskgit_pytorch.serving.http import make_app
+from muse_maskgit_pytorch.serving.painter import EnginePainter
 from tests.unit.serving.test_http import FAST, muse, opened, png, serve  # noqa: F401
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -131,7 +132,7 @@ def test_edits_that_are_refused(muse: Muse, fields: dict, param: str, words: str
 def address(muse: Muse) -> Iterator[str]:  # noqa: F811
     uvicorn = pytest.importorskip("uvicorn")
     with Engine(muse, rows=4, queue=8) as engine:
-        config = uvicorn.Config(make_app(engine, "tiny"), port=0, log_level="error")
+        config = uvicorn.Config(make_app(EnginePainter(engine), "tiny"), port=0, log_level="error")
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, daemon=True)
         thread.start()
