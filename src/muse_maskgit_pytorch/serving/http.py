@@ -25,7 +25,7 @@ from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
 
 from .asked import FORMATS, Asked, Kind, Limits, Wrong, read_form, schema
-from .metrics import HttpMetrics, text
+from .metrics import HttpMetrics, exposition
 from .painter import Answer, Event, Painter, refusal
 from .tokens import Token, Tokens, TooMany
 
@@ -68,7 +68,7 @@ def make_app(painter: Painter, name: str, *, tokens: Tokens | None = None) -> Fa
     async def show_metrics() -> Response:
         families = [*server.metrics.registry.collect(), *await painter.metrics()]
         kind = "text/plain; version=0.0.4; charset=utf-8"
-        return Response(text(families), media_type=kind)
+        return Response(exposition(families), media_type=kind)
 
     @app.get("/v1/models")
     async def models(http: HttpRequest) -> dict[str, Any]:

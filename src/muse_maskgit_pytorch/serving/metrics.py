@@ -20,7 +20,7 @@ SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
-def text(families: Iterable[Metric]) -> bytes:
+def exposition(families: Iterable[Metric]) -> bytes:
     """Metrics as Prometheus reads them."""
     collected: Any = _Collected(families)
     return generate_latest(collected)

@@ -30,7 +30,7 @@ from ..request import Request
 from ..sampling import per_row
 from ..structures import SampleStep
 from .asked import EDITS, OWN, Asked, Limits, Wrong, flat, read_mask, read_picture
-from .engine import Closed, Engine, Full, Late
+from .engine import Closed, Engine, Full, Late, Refused
 from .metrics import Metrics
 from .tokens import TooMany
 
@@ -113,7 +113,7 @@ def refusal(error: BaseException) -> Answer:
     elif isinstance(error, (Full, TooMany)):
         status, kind, code, message = 429, "rate_limit_error", "rate_limit_exceeded", str(error)
         headers = {"Retry-After": str(round(error.retry_after + 0.5))}
-    elif isinstance(error, (Closed, Late)):
+    elif isinstance(error, Refused):
         status, message, headers = 503, str(error), {"Retry-After": "5"}
     body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
     return status, body, headers
@@ -220,7 +220,7 @@ class _Work:
             return Wrong(str(error), self.asked.blame(str(error)))  # the package's own sentences
         if isinstance(error, CancelledError):  # by the client, or by the engine's end
             return Closed()
-        if not isinstance(error, (Wrong, Full, Closed, Late)):
+        if not isinstance(error, (Wrong, Refused)):
             LOG.error("a request could not be drawn", exc_info=error)
         return error
 

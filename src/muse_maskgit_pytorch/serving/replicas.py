@@ -13,6 +13,7 @@ address, without its dashboard and usage statistics, and ends with it.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import re
 import secrets
@@ -33,6 +34,16 @@ from .engine import Refused
 from .metrics import of_replicas
 from .painter import About, EnginePainter, Event, refusal
 
+# What Ray reads as it is imported.
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",  # not behind all else on the machine
+    # whoever talks to its ports needs this; without one it writes one to the home folder
+    "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_TOKEN": secrets.token_hex(32),
+}
+for _name, _value in ENVIRONMENT.items():
+    os.environ.setdefault(_name, _value)
 ray: Any = import_module("ray")  # untyped for whoever has no Ray to check our types with
 serve: Any = import_module("ray.serve")
 FAILURES = (ray.exceptions.RayError, serve.exceptions.RayServeException)
@@ -224,10 +235,7 @@ def replicas(
         ValueError: they do not start; the message has the reason.
     """
     least, most = count
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # for Ray's own ports; without one it writes one to the home folder
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     quiet = {"log_level": "WARNING", "enable_access_log": False}
     scale: dict[str, Any] = {"num_replicas": least}
     if least < most:
@@ -246,7 +254,7 @@ def replicas(
         **scale,
     )
     threads = int(os.environ.get("OMP_NUM_THREADS") or 1)
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(signal.SIGTERM)  # Ray puts its own
     try:
         ray.init(
             address="local",
@@ -255,6 +263,9 @@ def replicas(
             logging_level="WARNING",
             _node_ip_address="127.0.0.1",
         )
+    except Exception as error:
+        raise OSError(f"Ray did not start, its logs are in /tmp/ray: {error}") from error
+    try:
         serve.start(proxy_location="Disabled", logging_config=quiet)
         try:
             handle = serve.run(deployment.bind(build, threads), name=NAME, route_prefix=None)
@@ -265,8 +276,9 @@ def replicas(
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         yield Replicas(handle, limits, about)
     finally:
-        with suppress(*FAILURES):
-            serve.shutdown()
+        if ray.is_initialized():  # else it would start anew
+            with suppress(*FAILURES):
+                serve.shutdown()
         ray.shutdown()
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)

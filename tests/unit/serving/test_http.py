@@ -5,7 +5,8 @@ import base64
 import io
 import json
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 from typing import Any
 
 import httpx2 as httpx  # what the openai package speaks
@@ -19,10 +20,10 @@ from muse_maskgit_pytorch import testing as tiny
 from muse_maskgit_pytorch.cli.main import main
 from muse_maskgit_pytorch.images import record_of, to_pil
 from muse_maskgit_pytorch.serving.asked import Limits
-from muse_maskgit_pytorch.serving.engine import Engine
+from muse_maskgit_pytorch.serving.engine import Engine, Late
 from muse_maskgit_pytorch.serving.http import make_app
-from muse_maskgit_pytorch.serving.metrics import Metrics
-from muse_maskgit_pytorch.serving.painter import EnginePainter
+from muse_maskgit_pytorch.serving.metrics import Metrics, exposition, of_replicas
+from muse_maskgit_pytorch.serving.painter import EnginePainter, Event, refusal
 from muse_maskgit_pytorch.serving.tokens import Token, Tokens
 
 NAMES = ["red apple", "green pear"]
@@ -380,6 +381,55 @@ def test_muse_serve(muse, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert main(where) == 2
     assert "muse-maskgit-pytorch[serve]" in capsys.readouterr().err
+
+
+class Losing(EnginePainter):
+    """Loses the request after a partial picture, as when a replica dies."""
+
+    async def draw(self, *arguments: Any) -> AsyncGenerator[Event, None]:
+        async with aclosing(super().draw(*arguments)) as events:
+            async for event in events:
+                if event.name == "completed":
+                    yield Event("refused", answer=refusal(Late(1.0)))
+                    return
+                yield event
+
+
+def test_what_is_lost_on_the_way_is_said(muse):
+    token = Token("a", at_once=1)
+
+    async def run() -> None:
+        with Engine(muse, rows=1) as engine:
+            app = make_app(Losing(engine), "tiny", tokens=Tokens({"k" * 20: token}))
+            transport = httpx.ASGITransport(app)
+            how = dict(base_url="http://muse", headers={"Authorization": f"Bearer {'k' * 20}"})
+            async with httpx.AsyncClient(transport=transport, **how) as http:
+                asked = dict(prompt="red apple", timesteps=4, superres_timesteps=2)
+                answer = await http.post("/v1/images/generations", json=asked)
+                assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+                asked |= dict(stream=True, partial_images=1)
+                stream = await http.post("/v1/images/generations", json=asked)
+                partial, error, rest = stream.text.split("\n\n")
+                assert partial.startswith("event: image_generation.partial_image")
+                name, data = error.split("\ndata: ")
+                assert (name, rest) == ("event: error", "")
+                assert "try again" in json.loads(data)["error"]["message"]
+                token.take(1)  # its place is free again
+
+    asyncio.run(run())
+
+
+def test_metrics_of_replicas_are_told_apart():
+    engines = {name: Metrics() for name in ("a", "b")}
+    for count, metrics in enumerate(engines.values(), 1):
+        metrics.advanced("base", count, 0.1)
+        metrics.ended("done", 1.0)
+    families = of_replicas({name: list(m.registry.collect()) for name, m in engines.items()})
+    lines = exposition(families).decode().splitlines()
+    assert lines.count("# TYPE muse_batch_rows histogram") == 1
+    for count, name in enumerate("ab", 1):
+        assert f'muse_batch_rows_sum{{replica="{name}",stage="base"}} {count}.0' in lines
+        assert f'muse_drawing_requests_total{{end="done",replica="{name}"}} 1.0' in lines
 
 
 def test_a_server_that_ends_says_so(muse):
