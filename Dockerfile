@@ -5,7 +5,6 @@ FROM python:${PYTHON}-slim
 # An index of packages with the wanted build of PyTorch; without one, pip's own, which gives the
 # CUDA build on x86-64 and the CPU build on ARM.
 ARG TORCH_INDEX=
-ARG TORCH=torch==2.13.0
 # Of the package: the server, replicas, and the shipped models' text encoder.
 ARG EXTRAS=serve,ray,demo
 
@@ -20,7 +19,7 @@ RUN useradd --uid 10001 --create-home muse \
 # PyTorch first: it is the largest layer, and changes least.
 WORKDIR /src
 COPY constraints.txt ./
-RUN pip install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "$TORCH"
+RUN pip install --constraint constraints.txt ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} torch
 COPY pyproject.toml README.md LICENSE ./
 COPY src ./src
 RUN pip install --constraint constraints.txt ".[$EXTRAS]"

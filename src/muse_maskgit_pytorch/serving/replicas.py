@@ -34,13 +34,16 @@ from .engine import Refused
 from .metrics import of_replicas
 from .painter import About, EnginePainter, Event, refusal
 
-# What Ray reads as it is imported.
+# What Ray reads as it is imported, and its processes as they start.
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",  # not behind all else on the machine
+    # no cluster, but this machine alone: it listens at the loopback address, on Linux too
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     # whoever talks to its ports needs this; without one it writes one to the home folder
     "RAY_AUTH_MODE": "token",
     "RAY_AUTH_TOKEN": secrets.token_hex(32),
+    "OMP_NUM_THREADS": "1",  # of each replica, if nobody says otherwise
 }
 for _name, _value in ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)
@@ -104,11 +107,9 @@ class Replica:
 
     Args:
         build: makes the painter.
-        threads: of the CPU.
     """
 
-    def __init__(self, build: Callable[[], EnginePainter], threads: int):
-        torch.set_num_threads(threads)
+    def __init__(self, build: Callable[[], EnginePainter]):
         self.painter = build()
         self.painter.engine.start()
         self.name = serve.get_replica_context().replica_tag
@@ -164,22 +165,22 @@ class Replicas:
         A request whose replica dies is drawn once more, unless a part of it was shown: without a
         seed, the picture would be another.
         """
-        accepted = shown = False
+        accepted = seen = False
         for last in (False, True):
             events = self._drawing.remote(asked, sent, priority)
+            # a replica must have it first: where none is there, one is being started
+            wait: float | None = self.limits.timeout + ANSWERS
             try:
-                # first a replica must have it, which may take its time where none is there
-                wait: float | None = None if accepted else self.limits.timeout + ANSWERS
                 while True:
                     event = await asyncio.wait_for(anext(events), wait)
                     wait = None
                     if event.name != "accepted" or not accepted:
                         yield event
-                    accepted, shown = True, shown or event.name == "partial_image"
+                    accepted, seen = True, seen or event.name == "partial_image"
                     if event.name in ("completed", "refused"):
                         return
             except (*FAILURES, StopAsyncIteration, TimeoutError):
-                if last or shown:
+                if last or seen:
                     yield Event("refused", answer=refusal(Lost()))
                     return
             finally:
@@ -187,23 +188,21 @@ class Replicas:
 
     async def ready(self) -> bool:
         """Whether one of them takes requests."""
-        try:
-            return await asyncio.wait_for(self._ask("ready"), ANSWERS)
-        except (*FAILURES, TimeoutError):
-            return False
+        return any(await self._each("ready"))
 
     async def metrics(self) -> list[Metric]:
         """Of all that answer."""
+        return of_replicas(dict(await self._each("metrics")))
+
+    async def _each(self, method: str) -> list[Any]:
+        """What the replicas say that answer."""
         try:
-            answers = await self._handle.broadcast("metrics").results_async(
+            answers = await self._handle.broadcast(method).results_async(
                 timeout_s=ANSWERS, return_exceptions=True
             )
         except (*FAILURES, TimeoutError):
             return []
-        return of_replicas(dict(each for each in answers if isinstance(each, tuple)))
-
-    async def _ask(self, method: str) -> Any:
-        return await getattr(self._handle, method).remote()
+        return [answer for answer in answers if not isinstance(answer, BaseException)]
 
 
 @contextmanager
@@ -253,7 +252,6 @@ def replicas(
         logging_config=quiet,
         **scale,
     )
-    threads = int(os.environ.get("OMP_NUM_THREADS") or 1)
     before = signal.getsignal(signal.SIGTERM)  # Ray puts its own
     try:
         ray.init(
@@ -261,14 +259,13 @@ def replicas(
             include_dashboard=False,
             object_store_memory=STORE,
             logging_level="WARNING",
-            _node_ip_address="127.0.0.1",
         )
     except Exception as error:
         raise OSError(f"Ray did not start, its logs are in /tmp/ray: {error}") from error
     try:
         serve.start(proxy_location="Disabled", logging_config=quiet)
         try:
-            handle = serve.run(deployment.bind(build, threads), name=NAME, route_prefix=None)
+            handle = serve.run(deployment.bind(build), name=NAME, route_prefix=None)
             about = handle.about.remote().result(timeout_s=limits.timeout)
         except RuntimeError as error:
             raise ValueError(f"the replicas did not start: {_why(error)}") from None
