@@ -19,7 +19,7 @@ from muse_maskgit_pytorch import Muse
 from muse_maskgit_pytorch import testing as tiny
 from muse_maskgit_pytorch.cli.main import main
 from muse_maskgit_pytorch.images import record_of, to_pil
-from muse_maskgit_pytorch.serving.asked import Limits
+from muse_maskgit_pytorch.serving.asked import Asked, Limits
 from muse_maskgit_pytorch.serving.engine import Engine, Late
 from muse_maskgit_pytorch.serving.http import make_app
 from muse_maskgit_pytorch.serving.metrics import Metrics, exposition, of_replicas
@@ -386,8 +386,10 @@ def test_muse_serve(muse, tmp_path, monkeypatch, capsys):
 class Losing(EnginePainter):
     """Loses the request after a partial picture, as when a replica dies."""
 
-    async def draw(self, *arguments: Any) -> AsyncGenerator[Event, None]:
-        async with aclosing(super().draw(*arguments)) as events:
+    async def draw(
+        self, asked: Asked, sent: dict[str, bytes], priority: float = 0.0
+    ) -> AsyncGenerator[Event, None]:
+        async with aclosing(super().draw(asked, sent, priority)) as events:
             async for event in events:
                 if event.name == "completed":
                     yield Event("refused", answer=refusal(Late(1.0)))
