@@ -217,6 +217,13 @@ def serve_parser() -> Parser:
         "the fewest and the most, as 1-4; on Ray Serve (the extra ray)",
     )
     parser.add_argument(
+        "--c2pa",
+        nargs=2,
+        type=str,
+        help="sign pictures with Content Credentials: PEM files of a certificate, with those up to "
+        "its root, and of its key (the extra c2pa)",
+    )
+    parser.add_argument(
         "--check",
         type=str | None,
         help="safety checker, FILE.py:NAME: a class, or a function that gives one; called with a "

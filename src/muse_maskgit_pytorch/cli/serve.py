@@ -20,7 +20,7 @@ from .parser import Parser
 
 if TYPE_CHECKING:
     from ..serving.asked import Limits
-    from ..serving.painter import EnginePainter, Painter
+    from ..serving.painter import EnginePainter, Painter, Sign
 
 
 def serve(parser: Parser, argv: list[str]) -> None:
@@ -70,7 +70,7 @@ def _painter(config: Any, limits: Limits) -> Iterator[Painter]:
         raise ImportError(
             f"--replicas needs {error.name}: pip install 'muse-maskgit-pytorch[ray]'"
         ) from error
-    _check(config)  # here, where it can be told at once
+    _check(config), _sign(config)  # here, where mistakes can be told at once
     least, most = read_count(config.replicas)
     gpus = gpus_of(config.device, most)
     if config.memory_gb is None and not gpus:  # they share the machine's
@@ -90,7 +90,7 @@ def _engine_painter(config: Any, limits: Limits) -> EnginePainter:
     from ..serving.metrics import Metrics
     from ..serving.painter import EnginePainter
 
-    check = _check(config)
+    check, sign = _check(config), _sign(config)
     model = open_model(config.model, config.device)
     load_loras(model, config.lora)
     model.precision = config.precision
@@ -98,7 +98,7 @@ def _engine_painter(config: Any, limits: Limits) -> EnginePainter:
     metrics = Metrics()
     memory = None if config.memory_gb is None else config.memory_gb * 2**30
     engine = Engine(model, rows=config.rows, memory=memory, queue=config.queue, watch=metrics)
-    return EnginePainter(engine, limits, metrics=metrics, check=check)
+    return EnginePainter(engine, limits, metrics=metrics, check=check, sign=sign)
 
 
 def _check(config: Any) -> Any:
@@ -107,3 +107,16 @@ def _check(config: Any) -> Any:
     if check is not None and not callable(check):
         raise ValueError(f"--check {config.check} must be a function of a text and pictures")
     return check
+
+
+def _sign(config: Any) -> Sign | None:
+    """What gives pictures credentials, if that was asked for."""
+    if config.c2pa is None:
+        return None
+    try:
+        from ..serving.credentials import Credentials
+    except ImportError as error:
+        raise ImportError(
+            f"--c2pa needs {error.name}: pip install 'muse-maskgit-pytorch[c2pa]'"
+        ) from error
+    return Credentials(*config.c2pa).signed

@@ -35,6 +35,7 @@ from .metrics import Metrics
 from .tokens import TooMany
 
 Check = Callable[[str, Sequence[Image.Image]], str | None]
+Sign = Callable[[bytes, str, bytes | None], bytes]
 Answer = tuple[int, dict[str, Any], dict[str, str]]  # status, body, headers
 LOG = logging.getLogger(__name__)
 
@@ -129,6 +130,7 @@ class EnginePainter:
         check: a safety checker. It is asked with a request's text and the pictures that came with
             it, and again with those that were drawn; what it returns is the reason to refuse, None
             for no objection. It is called by several threads.
+        sign: gives each picture's file credentials, as `Credentials.signed` does.
     """
 
     def __init__(
@@ -138,8 +140,10 @@ class EnginePainter:
         *,
         metrics: Metrics | None = None,
         check: Check | None = None,
+        sign: Sign | None = None,
     ):
         self.engine, self.limits, self.check = engine, limits or Limits(), check
+        self.sign = sign
         self.watch = metrics
         if metrics is not None:
             metrics.follow(lambda: engine.load)
@@ -375,8 +379,11 @@ class _Work:
         return look
 
     def _file(self, picture: Image.Image) -> bytes:
-        if self.asked.format == "png":
-            return png_bytes(picture)
-        file = io.BytesIO()
-        picture.save(file, self.asked.format.upper(), quality=self.asked.compression)
-        return file.getvalue()
+        asked, sign, file = self.asked, self.painter.sign, io.BytesIO()
+        if asked.format == "png":
+            file.write(png_bytes(picture))
+        else:
+            picture.save(file, asked.format.upper(), quality=asked.compression)
+        if sign is None:
+            return file.getvalue()
+        return sign(file.getvalue(), asked.format, self.sent.get("image"))
