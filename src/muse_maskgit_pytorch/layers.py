@@ -57,14 +57,41 @@ def taken(x: Float[Tensor, "R N D"], at: Int[Tensor, "R K"]) -> Float[Tensor, "R
     return x.gather(1, at.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
+def turns(grid: tuple[int, int], dim_head: int, device: torch.device) -> Float[Tensor, "N half"]:
+    """Angles, in radian, by which `turned` marks the places of a grid's tokens, row by row.
+
+    Half of a head's pairs of channels turn with the row and half with the column, by 1 to 1/100
+    radian a token: rotary embedding (Su et al. 2021) along two axes (Heo et al. 2024, "Rotary
+    Position Embedding for Vision Transformer").
+    """
+    pairs = dim_head // 4
+    speeds = 100 ** -(torch.arange(pairs, device=device) / pairs)
+    row, column = (torch.arange(side, device=device)[:, None] * speeds for side in grid)
+    places = row[:, None].expand(-1, grid[1], -1), column.expand(grid[0], -1, -1)
+    return torch.cat(places, dim=-1).flatten(0, 1)
+
+
+def turned(x: Float[Tensor, "... d"], angles: Float[Tensor, "... half"]) -> Float[Tensor, "... d"]:
+    """Queries or keys turned by angles, so that their products know how far apart they are."""
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
 def _split_heads(x: Tensor, dim_head: int) -> Tensor:
     return x.unflatten(-1, (-1, dim_head)).transpose(1, 2)  # b n (h d) -> b h n d
 
 
 class SelfAttention(nn.Module):
-    def __init__(self, dim: int, heads: int, dim_head: int):
+    """Attention of an image's tokens to each other.
+
+    Args:
+        rotary: whether queries and keys are `turned` by their places.
+    """
+
+    def __init__(self, dim: int, heads: int, dim_head: int, rotary: bool = False):
         super().__init__()
-        self.dim_head = dim_head
+        self.dim_head, self.rotary = dim_head, rotary
         self.norm = norm(dim)
         self.to_qkv = nn.Linear(dim, 3 * heads * dim_head, bias=False)
         self.q_norm, self.k_norm = norm(dim_head), norm(dim_head)
@@ -81,13 +108,23 @@ class SelfAttention(nn.Module):
         Args:
             x: hidden states.
             at: positions whose outputs are computed; all by default.
-            grid: height and width in tokens, where they matter (`MultiAxisAttention`).
+            grid: height and width in tokens, a square by default.
         """
         q, k, v = self.to_qkv(self.norm(x)).chunk(3, -1)
         q = q if at is None else taken(q, at)
         q, k, v = (_split_heads(t, self.dim_head) for t in (q, k, v))
-        out = attend(self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if self.rotary:
+            angles = turns(grid or _square(x), self.dim_head, x.device)
+            q = turned(q, angles if at is None else angles[at].unsqueeze(1))
+            k = turned(k, angles)
+        out = attend(q.to(v.dtype), k.to(v.dtype), v)
         return self.to_out(out.transpose(1, 2).flatten(2))
+
+
+def _square(x: Float[Tensor, "B N D"]) -> tuple[int, int]:
+    side = math.isqrt(x.shape[1])
+    return side, side
 
 
 @dataclass(frozen=True)
@@ -147,8 +184,8 @@ class MultiAxisAttention(SelfAttention):
         size: of the windows; at most so many tokens a side, see `Windows`.
     """
 
-    def __init__(self, dim: int, heads: int, dim_head: int, size: int):
-        super().__init__(dim, heads, dim_head)
+    def __init__(self, dim: int, heads: int, dim_head: int, size: int, rotary: bool = False):
+        super().__init__(dim, heads, dim_head, rotary)
         self.size = size
 
     def forward(
@@ -158,10 +195,13 @@ class MultiAxisAttention(SelfAttention):
         grid: tuple[int, int] | None = None,
     ) -> Float[Tensor, "B K D"]:
         """All attend in their windows of the grid, a square by default, whichever are wanted."""
-        windows = Windows(grid or (math.isqrt(x.shape[1]),) * 2, self.size)
-        qkv = self.to_qkv(self.norm(x)).unflatten(-1, (3, -1, self.dim_head))
-        q, k, v = map(windows.cut, qkv.unbind(2))
-        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        windows = Windows(grid or _square(x), self.size)
+        q, k, v = self.to_qkv(self.norm(x)).unflatten(-1, (3, -1, self.dim_head)).unbind(2)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if self.rotary:
+            angles = turns(windows.grid, self.dim_head, x.device).unsqueeze(1)
+            q, k = turned(q, angles), turned(k, angles)
+        q, k, v = map(windows.cut, (q.to(v.dtype), k.to(v.dtype), v))
         out = windows.join(attend(q, k, v, windows.seen(x)))
         return self.to_out(out if at is None else taken(out, at))
 
@@ -222,7 +262,8 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Self-attention, cross-attention (unless ``cross`` is off) and MLP, each around a skip.
 
-    With ``multi_axis``, the self-attention is `MultiAxisAttention` of this size.
+    With ``multi_axis``, the self-attention is `MultiAxisAttention` of this size. ``rotary``: see
+    `SelfAttention`.
 
     Attributes:
         recomputed: keep only the input for the way back, and compute the rest again there.
@@ -232,13 +273,13 @@ class Block(nn.Module):
 
     def __init__(
         self, dim: int, heads: int, dim_head: int, ff_dim: int, cross: bool = True,
-        multi_axis: int | None = None,
+        multi_axis: int | None = None, rotary: bool = False,
     ):  # fmt: skip
         super().__init__()
         self.attn = (
-            SelfAttention(dim, heads, dim_head)
+            SelfAttention(dim, heads, dim_head, rotary)
             if multi_axis is None
-            else MultiAxisAttention(dim, heads, dim_head, multi_axis)
+            else MultiAxisAttention(dim, heads, dim_head, multi_axis, rotary)
         )
         self.cross = CrossAttention(dim, heads, dim_head) if cross else None
         self.ff = FeedForward(dim, ff_dim)
@@ -254,6 +295,7 @@ class Block(nn.Module):
         context: Any = None,
         layer: int = 0,
         at: Int[Tensor, "B K"] | None = None,
+        grid: tuple[int, int] | None = None,
     ) -> Float[Tensor, "R K D"]:
         """One layer.
 
@@ -262,14 +304,17 @@ class Block(nn.Module):
             context: the `transformer.Context`, if there is cross-attention.
             layer: the number of this layer in it.
             at: positions whose outputs are wanted; all by default.
+            grid: height and width in tokens, where no context says so.
         """
+        grid = grid if context is None else context.grid
         if self.recomputed and torch.is_grad_enabled():
-            made: Any = checkpoint(self._run, x, context, layer, at, use_reentrant=False)
+            made: Any = checkpoint(self._run, x, context, layer, at, grid, use_reentrant=False)
             return made
-        return self._run(x, context, layer, at)
+        return self._run(x, context, layer, at, grid)
 
-    def _run(self, x: Tensor, context: Any, layer: int, at: Tensor | None) -> Tensor:
-        grid = None if context is None else context.grid
+    def _run(
+        self, x: Tensor, context: Any, layer: int, at: Tensor | None, grid: tuple[int, int] | None
+    ) -> Tensor:
         x = (x if at is None else taken(x, at)) + self.attn(x, at, grid)
         if self.cross is not None:
             x = context.branched(x)

@@ -263,12 +263,14 @@ class LowResEncoder(nn.Module):
 
     def __init__(
         self, num_tokens: int, seq_len: int, dim: int, depth: int, heads: int, dim_head: int,
-        ff_dim: int,
+        ff_dim: int, rotary: bool = False,
     ):  # fmt: skip
         super().__init__()
         self.num_tokens, self.seq_len = num_tokens, seq_len
         self.embed = TokenEmbedding(num_tokens, seq_len, dim)
-        blocks = [Block(dim, heads, dim_head, ff_dim, cross=False) for _ in range(depth)]
+        blocks = [
+            Block(dim, heads, dim_head, ff_dim, cross=False, rotary=rotary) for _ in range(depth)
+        ]
         self.blocks = nn.ModuleList(blocks)
 
     def forward(
@@ -276,7 +278,7 @@ class LowResEncoder(nn.Module):
     ) -> Float[Tensor, "B M D"]:
         x = self.embed(ids, grid)
         for block in self.blocks:
-            x = block(x)
+            x = block(x, grid=grid)
         return x
 
 
@@ -394,6 +396,8 @@ class MaskGitTransformer(MaskedTransformer):
         patch_size: folds squares of this many tokens a side into one position for all blocks:
             2 computes a quarter of the positions (`Patches`). Sides in tokens are then multiples of
             it.
+        rotary: turns queries and keys of self-attention by their places (`layers.turns`), beside
+            the learned positions: what a model knows of a thing in one place, it knows in all.
         cond_depth: layers of the low-resolution encoder, used by super-resolution only; half of
             ``depth`` by default, the paper's 16 to 32 (table 6).
         cond_num_tokens: codebook size of the low-resolution tokenizer. `MaskGit` fills in this
@@ -429,6 +433,7 @@ class MaskGitTransformer(MaskedTransformer):
         self_cond: bool = False,
         multi_axis: int | None = None,
         patch_size: int = 1,
+        rotary: bool = False,
         cond_depth: int | None = None,
         cond_num_tokens: int | None = None,
         cond_seq_len: int | None = None,
@@ -460,6 +465,10 @@ class MaskGitTransformer(MaskedTransformer):
                 f"a side of {math.isqrt(seq_len)} tokens (seq_len {seq_len}) is not a multiple of "
                 f"patch_size {patch_size}"
             )
+        if not rotary:
+            self._init_args.pop("rotary", None)  # likewise
+        elif dim_head % 4:
+            raise ValueError(f"rotary needs a dim_head that is a multiple of 4, not {dim_head}")
         if (cond_num_tokens is None) != (cond_seq_len is None):
             raise ValueError("cond_num_tokens and cond_seq_len belong together: give both")
         self.num_tokens, self.seq_len, self.dim = num_tokens, seq_len, dim
@@ -478,7 +487,7 @@ class MaskGitTransformer(MaskedTransformer):
         self._init_args["text_embed_dim"] = self.text_embed_dim  # rebuilt without the encoder
         self.self_cond = self_cond
         width = ff_dim or math.ceil(int(dim * ff_mult * 2 / 3) / 8) * 8
-        self._block_args = (heads, dim_head, width)
+        self._block_args, self.rotary = (heads, dim_head, width), rotary
         self.cond_depth = math.ceil(depth / 2) if cond_depth is None else cond_depth
 
         self.embed = TokenEmbedding(num_tokens + 1, seq_len, dim)
@@ -486,7 +495,10 @@ class MaskGitTransformer(MaskedTransformer):
         self.text_proj = nn.Linear(self.text_embed_dim, dim, bias=False)
         self.text_norm = norm(dim)
         self.self_cond_proj = nn.Linear(dim, dim, bias=False) if self_cond else None
-        blocks = [Block(dim, *self._block_args, multi_axis=multi_axis) for _ in range(depth)]
+        blocks = [
+            Block(dim, *self._block_args, multi_axis=multi_axis, rotary=rotary)
+            for _ in range(depth)
+        ]
         self.blocks: Any = nn.ModuleList(blocks)
         self.norm = norm(dim)
         self.to_logits = self.make_head()
@@ -506,7 +518,9 @@ class MaskGitTransformer(MaskedTransformer):
 
     def _add_low_resolution(self, num_tokens: int, seq_len: int) -> None:
         depth = self.cond_depth
-        self.cond_encoder = LowResEncoder(num_tokens, seq_len, self.dim, depth, *self._block_args)
+        self.cond_encoder = LowResEncoder(
+            num_tokens, seq_len, self.dim, depth, *self._block_args, rotary=self.rotary
+        )
         self.cond_norm = norm(self.dim)
 
     def with_low_resolution(self, num_tokens: int, seq_len: int) -> Self:

@@ -210,7 +210,7 @@ def test_copies_in_other_precisions(kind: Any, most: float, monkeypatch):
     assert (fast(ids, context) - exact).norm() / exact.norm() < most
 
 
-@pytest.mark.parametrize("changes", [{"multi_axis": 4}, {"patch_size": 2}])
+@pytest.mark.parametrize("changes", [{"multi_axis": 4}, {"patch_size": 2}, {"rotary": True}])
 def test_learns(changes: dict):
     network = MaskGitTransformer(
         num_tokens=30, seq_len=64, dim=32, depth=2, dim_head=8, heads=4, text_embed_dim=12,
