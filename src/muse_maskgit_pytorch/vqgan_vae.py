@@ -57,17 +57,12 @@ class ChannelNorm(nn.LayerNorm):
 
 
 class LocalBlock(nn.Module):
-    """A convolution and one of 1x1 around a skip; nothing is shared over the picture.
+    """Two 1x1 convolutions around a skip: every place is for itself."""
 
-    Args:
-        channels: of what comes in.
-        kernel: side of the first one's; with 1, every place is for itself.
-    """
-
-    def __init__(self, channels: int, kernel: int):
+    def __init__(self, channels: int):
         super().__init__()
         self.norm = ChannelNorm(channels)
-        self.conv1 = nn.Conv2d(channels, 2 * channels, kernel, padding=kernel // 2)
+        self.conv1 = nn.Conv2d(channels, 2 * channels, 1)
         self.conv2 = nn.Conv2d(2 * channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -247,11 +242,11 @@ class VQGanVAE(ImageTokenizer):
         decoder_dim: channels of the decoder's finest resolution, ``dim`` unless given.
         decoder_res_blocks: residual blocks per resolution of the decoder, ``num_res_blocks``
             unless given. Both are what `with_decoder` sets.
-        local_encoder: lets an id depend on its own patch and a narrow rim alone: the encoder's
-            norms are over channels, and one kernel of each residual block is 1x1, both where the
-            places are tokens. Equal surroundings then get equal ids wherever they lie, which a
-            transformer learns faster. By default, norms are over the picture, and plain surfaces
-            say something of all that is in it, which makes reconstructions better.
+        local_encoder: lets an id depend on its own patch alone: the encoder's norms are over
+            channels, and its kernels stay within the patch. Equal patches then get equal ids
+            wherever they lie and whatever surrounds them, which a transformer learns faster. By
+            default an id says something of its surroundings too, which makes reconstructions
+            better.
         quantizer: "vq", "simvq", "lfq", "bsq" or "fsq", see `Quantizer`.
         codebook_dim: width of a code ("vq", "simvq"), see `Quantizer`.
         l2_norm: codes and features on the unit sphere ("vq").
@@ -324,15 +319,14 @@ class VQGanVAE(ImageTokenizer):
         widths = [dim * mult for mult in mults]
         pixels = 3 * patch_size**2
 
-        encoder: list[nn.Module] = [nn.Conv2d(pixels, widths[0], 3, padding=1)]
+        kernel = 1 if local_encoder else 3
+        encoder: list[nn.Module] = [nn.Conv2d(pixels, widths[0], kernel, padding=kernel // 2)]
         for i, width in enumerate(widths):
-            kernel = 3 if i < layers else 1
-            encoder += [
-                LocalBlock(width, kernel) if local_encoder else ResBlock(width)
-                for _ in range(num_res_blocks)
-            ]
+            kind = LocalBlock if local_encoder else ResBlock
+            encoder += [kind(width) for _ in range(num_res_blocks)]
             if i < layers:
-                encoder += [nn.Conv2d(width, widths[i + 1], 3, stride=2, padding=1)]
+                halve = dict(kernel_size=2) if local_encoder else dict(kernel_size=3, padding=1)
+                encoder += [nn.Conv2d(width, widths[i + 1], stride=2, **halve)]
         encoder += [(ChannelNorm if local_encoder else _norm)(widths[-1]), nn.SiLU()]
         self.encoder = nn.Sequential(*encoder)
 

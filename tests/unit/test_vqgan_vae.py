@@ -394,15 +394,15 @@ def local(**changes: Any) -> VQGanVAE:
     return VQGanVAE(**{**arguments, **changes}).eval()
 
 
-def test_a_local_encoder_sees_a_narrow_rim_of_each_patch():
+def test_a_local_encoder_sees_its_own_patch_alone():
     vae = local().double()
     image = torch.rand(1, 3, 64, 64, dtype=torch.float64, requires_grad=True)
     x = F.pixel_unshuffle(image * 2 - 1, vae.patch_size)
     vae.encoder(x)[0, :, 3, 4].square().sum().backward()
     assert image.grad is not None
     seen = torch.nonzero(image.grad[0].abs().sum(0))
-    assert seen.min(0).values.tolist() == [3 * 8 - 16, 4 * 8 - 16]  # four patches of 4 before
-    assert seen.max(0).values.tolist() == [3 * 8 + 19, 4 * 8 + 19]  # its own, and three after
+    assert len(seen) == 8 * 8
+    assert seen.min(0).values.tolist() == [3 * 8, 4 * 8]
 
 
 @torch.no_grad()
@@ -412,8 +412,10 @@ def test_plain_surfaces_get_equal_ids_wherever_they_are():
     thing[..., 20:40, 20:40] = torch.rand(3, 20, 20)
     vae = local()
     plain, beside = vae.encode_to_ids(image), vae.encode_to_ids(thing)
-    assert len(plain[0, 2:-2, 2:-2].unique()) == 1
-    assert torch.equal(beside[0, 1:-1, 7], plain[0, 1:-1, 7])
+    assert len(plain.unique()) == 1
+    untouched = torch.ones(8, 8, dtype=torch.bool)
+    untouched[2:5, 2:5] = False
+    assert torch.equal(beside[0][untouched], plain[0][untouched])
     # with norms over the picture, even its other end knows of the thing
     first = local(local_encoder=False).encoder[:2]
     far = [first(F.pixel_unshuffle(x, 4))[..., -1, -1] for x in (image, thing)]
