@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from .layers import CodeHead
+
 TINY = 1e-12  # instead of no weight at all
 ROWS = 512  # at a time on a CPU; the gradient of the weight is gone through once for each chunk
 
@@ -29,8 +31,8 @@ def cross_entropy(
     """``F.cross_entropy(head(hidden), labels)``, the mean over rows with a label, in float32.
 
     Args:
-        head: in chunks if it is an ``nn.Linear`` without bias; anything else (an adapter, say)
-            gives all its logits.
+        head: in chunks if it is an ``nn.Linear`` without bias, or a `CodeHead`; anything else (an
+            adapter, say) gives all its logits.
         hidden: states of the rows.
         labels: codes in [0, V); negative where a row does not count.
         label_smoothing: share of the target that is spread over all codes.
@@ -39,7 +41,8 @@ def cross_entropy(
         weights: of the rows in that mean, at least 0; all count alike by default. Where none
             counts the loss is 0.
     """
-    if type(head) is not nn.Linear or head.bias is not None or not len(labels):
+    weight = head.whole if isinstance(head, CodeHead) else getattr(head, "weight", None)
+    if type(head) not in (nn.Linear, CodeHead) or head.bias is not None or not len(labels):
         logits = head(hidden).float()
         if weights is not None:
             each = F.cross_entropy(
@@ -52,7 +55,7 @@ def cross_entropy(
         loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
         return loss + z_loss * logits.logsumexp(-1)[labels >= 0].square().mean() if z_loss else loss
     weights = (labels >= 0).float() if weights is None else weights * (labels >= 0)
-    return _Chunked.apply(hidden, head.weight, labels, weights, label_smoothing, z_loss)  # type: ignore[return-value]
+    return _Chunked.apply(hidden, weight, labels, weights, label_smoothing, z_loss)  # type: ignore[return-value]
 
 
 class _Chunked(torch.autograd.Function):

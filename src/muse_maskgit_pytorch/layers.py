@@ -9,6 +9,7 @@ paper, which names only self-attention, cross-attention and MLP, 2.3).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -243,6 +244,40 @@ class CrossAttention(nn.Module):
         k, v = keys_values
         q = self.q_norm(_split_heads(self.to_q(self.norm(x)), self.dim_head))
         return self.to_out(attend(q.to(v.dtype), k, v, mask).transpose(1, 2).flatten(2))
+
+
+class CodeHead(nn.Linear):
+    """Logits of codes whose numbers have digits, as those of FSQ do.
+
+    Codes with a digit in common share what it adds to their rows of the weight, so what is learnt
+    of one helps with all that are near it.
+
+    Args:
+        dim: of the hidden states.
+        levels: how many values each digit has, the one that counts least first.
+    """
+
+    def __init__(self, dim: int, levels: Sequence[int]):
+        super().__init__(dim, math.prod(levels), bias=False)
+        self.levels = tuple(levels)
+        self.digits = nn.Parameter(torch.zeros(sum(levels), dim))
+
+    @property
+    def whole(self) -> Float[Tensor, "V D"]:
+        """The weight with what the digits add."""
+        table = self.weight.unflatten(0, self.levels[::-1])
+        for place, part in enumerate(self.digits.split(self.levels)):
+            table = table + part.unflatten(0, (-1, *[1] * place))
+        return table.flatten(0, -2)
+
+    def plain(self) -> nn.Linear:
+        """The same head as one layer."""
+        made = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        made.weight = nn.Parameter(self.whole.detach(), requires_grad=False)
+        return made
+
+    def forward(self, input: Float[Tensor, "*s D"]) -> Float[Tensor, "*s V"]:
+        return F.linear(input, self.whole)
 
 
 class FeedForward(nn.Module):

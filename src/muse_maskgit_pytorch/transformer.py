@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .arguments import MAX_LAYERS, MAX_TOKENS, MAX_WIDTH, real, shown, whole
 from .checkpoint import Saveable
-from .layers import Block, CrossAttention, KeysValues, norm, taken
+from .layers import Block, CodeHead, CrossAttention, KeysValues, norm, taken
 from .structures import Conditioning
 from .text import (
     DEFAULT_TEXT_ENCODER,
@@ -184,10 +184,18 @@ class TokenEmbedding(nn.Module):
     """Token embedding plus learned 2-D positions (2.3), one table for rows and one for columns.
 
     For a grid of another height or width, the tables are interpolated.
+
+    Args:
+        num_tokens: ids, the mask's among them.
+        seq_len: of the trained square.
+        dim: width.
+        levels: of the digits of codes (`CodeHead`), which then add to the embeddings.
     """
 
-    def __init__(self, num_tokens: int, seq_len: int, dim: int):
+    def __init__(self, num_tokens: int, seq_len: int, dim: int, levels: Sequence[int] = ()):
         super().__init__()
+        self.levels = tuple(levels)
+        self.digits = nn.Parameter(torch.zeros(sum(levels), dim)) if levels else None
         side = math.isqrt(seq_len)
         if side * side != seq_len:
             raise ValueError(
@@ -210,7 +218,14 @@ class TokenEmbedding(nn.Module):
         positions = (row + column).flatten(0, 1)
         if ids.shape[1] != len(positions):
             raise ValueError(f"{ids.shape[1]} tokens given to a model of seq_len {len(positions)}")
-        return self.token(ids) + positions
+        x = self.token(ids) + positions
+        if self.digits is None:
+            return x
+        start, rest, known = 0, ids, (ids < math.prod(self.levels)).unsqueeze(-1)
+        for level in self.levels:
+            x = x + F.embedding(rest % level + start, self.digits) * known
+            start, rest = start + level, rest // level
+        return x
 
 
 def _stretched(table: Float[Tensor, "n D"], size: int) -> Float[Tensor, "m D"]:
@@ -398,6 +413,10 @@ class MaskGitTransformer(MaskedTransformer):
             it.
         rotary: turns queries and keys of self-attention by their places (`layers.turns`), beside
             the learned positions: what a model knows of a thing in one place, it knows in all.
+        code_levels: of FSQ the levels of its dimensions ([8, 8, 8, 8] of 4,096 codes), of LFQ and
+            BSQ a 2 for each bit: codes that are equal in a dimension then share a part of their
+            embedding, and of their row of the head (`CodeHead`), as MaskBit's bits do (Weber et
+            al. 2024). By default every code is learnt by itself.
         cond_depth: layers of the low-resolution encoder, used by super-resolution only; half of
             ``depth`` by default, the paper's 16 to 32 (table 6).
         cond_num_tokens: codebook size of the low-resolution tokenizer. `MaskGit` fills in this
@@ -434,6 +453,7 @@ class MaskGitTransformer(MaskedTransformer):
         multi_axis: int | None = None,
         patch_size: int = 1,
         rotary: bool = False,
+        code_levels: Sequence[int] | None = None,
         cond_depth: int | None = None,
         cond_num_tokens: int | None = None,
         cond_seq_len: int | None = None,
@@ -469,6 +489,14 @@ class MaskGitTransformer(MaskedTransformer):
             self._init_args.pop("rotary", None)  # likewise
         elif dim_head % 4:
             raise ValueError(f"rotary needs a dim_head that is a multiple of 4, not {dim_head}")
+        if code_levels is None:
+            self._init_args.pop("code_levels", None)  # likewise
+        elif math.prod(code_levels) != num_tokens:
+            raise ValueError(
+                f"code_levels {shown(list(code_levels))} make {math.prod(code_levels)} codes, and "
+                f"num_tokens is {num_tokens}"
+            )
+        self.code_levels = tuple(code_levels or ())
         if (cond_num_tokens is None) != (cond_seq_len is None):
             raise ValueError("cond_num_tokens and cond_seq_len belong together: give both")
         self.num_tokens, self.seq_len, self.dim = num_tokens, seq_len, dim
@@ -490,7 +518,7 @@ class MaskGitTransformer(MaskedTransformer):
         self._block_args, self.rotary = (heads, dim_head, width), rotary
         self.cond_depth = math.ceil(depth / 2) if cond_depth is None else cond_depth
 
-        self.embed = TokenEmbedding(num_tokens + 1, seq_len, dim)
+        self.embed = TokenEmbedding(num_tokens + 1, seq_len, dim, self.code_levels)
         self.patches = Patches(dim, patch_size) if patch_size > 1 else None
         self.text_proj = nn.Linear(self.text_embed_dim, dim, bias=False)
         self.text_norm = norm(dim)
@@ -514,6 +542,8 @@ class MaskGitTransformer(MaskedTransformer):
 
     def make_head(self) -> nn.Linear:
         """No bias: so guidance commutes with the head and may be applied before it."""
+        if self.code_levels:
+            return CodeHead(self.dim, self.code_levels)
         return nn.Linear(self.dim, self.num_tokens, bias=False)
 
     def _add_low_resolution(self, num_tokens: int, seq_len: int) -> None:

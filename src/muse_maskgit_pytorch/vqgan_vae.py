@@ -325,8 +325,8 @@ class VQGanVAE(ImageTokenizer):
             kind = LocalBlock if local_encoder else ResBlock
             encoder += [kind(width) for _ in range(num_res_blocks)]
             if i < layers:
-                halve = dict(kernel_size=2) if local_encoder else dict(kernel_size=3, padding=1)
-                encoder += [nn.Conv2d(width, widths[i + 1], stride=2, **halve)]
+                side, rim = (2, 0) if local_encoder else (3, 1)
+                encoder += [nn.Conv2d(width, widths[i + 1], side, stride=2, padding=rim)]
         encoder += [(ChannelNorm if local_encoder else _norm)(widths[-1]), nn.SiLU()]
         self.encoder = nn.Sequential(*encoder)
 

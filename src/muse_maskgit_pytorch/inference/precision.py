@@ -41,7 +41,7 @@ from ..arguments import one_of
 from ..checkpoint import SPREADING, weights_key
 from ..devices import exact, fast_precisions
 from ..files import cache_folder, replacing
-from ..layers import CrossAttention, SelfAttention
+from ..layers import CodeHead, CrossAttention, SelfAttention
 from ..linears import (
     QUANTISED,
     Bfloat16Linear,
@@ -170,8 +170,10 @@ def _copy(network: MaskedTransformer, kind: str) -> MaskedTransformer:
 
     with torch.no_grad():
         made = of(network, inside=False)
-        if type(network.to_logits) is nn.Linear:
-            made._modules["to_logits"] = head(network.to_logits)
+        to_logits = network.to_logits
+        to_logits = to_logits.plain() if isinstance(to_logits, CodeHead) else to_logits
+        if type(to_logits) is nn.Linear:
+            made._modules["to_logits"] = head(to_logits)
     assert isinstance(made, MaskedTransformer)
     return made
 

@@ -21,7 +21,7 @@ from ..weights import is_finite
 OptimizerName = Literal["adamw", "adafactor", "muon", "adamw8bit"]
 MOMENTUM = 0.95  # of Muon
 BLOCK = 256  # numbers of 8 bits that share a scale
-TABLES = ("row", "column", "null_kv")  # learned positions and null keys
+TABLES = ("row", "column", "digits", "null_kv")  # of positions and codes, and null keys
 
 
 def trained(module: nn.Module) -> dict[str, nn.Parameter]:
