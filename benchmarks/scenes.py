@@ -7,8 +7,9 @@
 For each split of `examples/scenes` as many scenes are drawn from their captions, by the base alone
 (128 px) and by both stages (256 px), and judged fact by fact (`examples/scenes/judge.py`). Beside
 it stand the ceilings, what the judge says of the real scenes and of what the tokenizer makes of
-them, and the tokenizer's PSNR, the share of its codes in use and the entropy of the ids within the
-plain background of a picture. With ``--vae`` these alone. Intervals are 95 %, by the bootstrap
+them, and the tokenizer's PSNR, the share of its codes in use, the entropy of the ids within the
+plain background of a picture, and how many ids of patches that a thing covers stay when the
+background is another one. With ``--vae`` these alone. Intervals are 95 %, by the bootstrap
 over scenes.
 
 R@1: of single subjects on white, how often the nearest of all subjects of that style is the right
@@ -22,6 +23,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -160,6 +162,29 @@ def entropy_of_plain(ids: Tensor, images: Tensor) -> list[float]:
 
 
 @torch.no_grad()
+def kept_ids(vae: ImageTokenizer, data: Scenes, scenes: Sequence[Scene]) -> float:
+    """Of patches that are the same on white and on yellow, the share whose ids are, too."""
+    kept = equal = 0
+    for at in range(0, len(scenes), 32):
+        first, second = (
+            torch.stack(
+                [
+                    to_tensor(data.draw(replace(scene, background=colour)), None)
+                    for scene in scenes[at : at + 32]
+                ]
+            )
+            for colour in (WHITE, "yellow")
+        )
+        side = vae.factor
+        same = (first == second).all(1).unfold(1, side, side).unfold(2, side, side)
+        covered = same.flatten(3).all(-1)
+        ids = [vae.encode_to_ids(images.to(vae.device)).cpu() for images in (first, second)]
+        kept += int((ids[0] == ids[1])[covered].sum())
+        equal += int(covered.sum())
+    return kept / max(1, equal)
+
+
+@torch.no_grad()
 def ceilings(vae: ImageTokenizer, judge: Judge, sprites: Sprites, size: int, count: int) -> Figure:
     """What the judge says of real scenes and of their reconstructions, and its own figures."""
     data = Scenes(sprites, "seen", size=size)
@@ -179,10 +204,12 @@ def ceilings(vae: ImageTokenizer, judge: Judge, sprites: Sprites, size: int, cou
     rows = {"real": judged(judge, real, scenes), "rebuilt": judged(judge, made, scenes)}
     found = {"psnr": sum(psnr) / count, "codes_used": float(used.float().mean())}
     found["nats_of_plain"] = sum(nats) / max(1, len(nats))
+    found["kept_ids"] = kept_ids(vae, data, scenes)
     print(
         f"\n{size} px, {count} scenes: the tokenizer has {found['psnr']:.2f} dB, uses "
         f"{found['codes_used']:.1%} of its codes, has {found['nats_of_plain']:.2f} nats within a "
-        f"plain background\n{table(rows)}"
+        f"plain background, and keeps {found['kept_ids']:.1%} of the ids of covered patches on "
+        f"another background\n{table(rows)}"
     )
     return {**rows, **found}
 
