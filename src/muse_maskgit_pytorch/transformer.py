@@ -491,11 +491,19 @@ class MaskGitTransformer(MaskedTransformer):
             raise ValueError(f"rotary needs a dim_head that is a multiple of 4, not {dim_head}")
         if code_levels is None:
             self._init_args.pop("code_levels", None)  # likewise
-        elif math.prod(code_levels) != num_tokens:
-            raise ValueError(
-                f"code_levels {shown(list(code_levels))} make {math.prod(code_levels)} codes, and "
-                f"num_tokens is {num_tokens}"
-            )
+        else:
+            if isinstance(code_levels, str) or not isinstance(code_levels, Sequence):
+                raise ValueError(f"code_levels must be a list, not {shown(code_levels)}")
+            code_levels = [
+                whole(f"code_levels[{i}]", level, 1, MAX_TOKENS)
+                for i, level in enumerate(code_levels)
+            ]
+            self._init_args["code_levels"] = code_levels
+            if math.prod(code_levels) != num_tokens:
+                raise ValueError(
+                    f"code_levels {code_levels} make {math.prod(code_levels)} codes, and "
+                    f"num_tokens is {num_tokens}"
+                )
         self.code_levels = tuple(code_levels or ())
         if (cond_num_tokens is None) != (cond_seq_len is None):
             raise ValueError("cond_num_tokens and cond_seq_len belong together: give both")

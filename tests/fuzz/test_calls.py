@@ -255,7 +255,8 @@ def test_constructors():
         depth=[1, *numbers(2)], dim_head=[8, *numbers(4)], heads=[2, *numbers(1)],
         text_embed_dim=[12, *numbers(3)], classes=[None, 3, ["a", "b"], ["a", "a"], -1, "ab", 2.0],
         max_text_len=numbers(8), self_cond=[True, "x"], ff_mult=numbers(2), ff_dim=numbers(8),
-        multi_axis=numbers(2),
+        multi_axis=numbers(2), rotary=[True, "x"],
+        code_levels=[[5, 4, 3], [60], "60", [5, "4"], 60],
     )  # fmt: skip
     maskgit = dict(
         image_size=[16, *numbers(32), "16", (16, 16)], cond_image_size=[None, 8, *numbers(4)],

@@ -96,9 +96,16 @@ def test_a_wide_models_fast_copy_has_one_layer():
     assert type(tiny.transformer().to_logits) is nn.Linear
 
 
-@pytest.mark.parametrize("levels", [[5, 4], [60, 1, 2], []])
-def test_levels_that_make_other_codes(levels: list[int]):
-    with pytest.raises(
-        ValueError, match=r"code_levels \[.*\] make \d+ codes, and num_tokens is 60"
-    ):
+@pytest.mark.parametrize(
+    "levels, message",
+    [
+        ([5, 4], r"code_levels \[5, 4\] make 20 codes, and num_tokens is 60"),
+        ([], r"code_levels \[\] make 1 codes, and num_tokens is 60"),
+        ([60, 0], r"code_levels\[1\] must be at least 1, not 0"),
+        (60, "code_levels must be a list, not 60"),
+        ("60", "code_levels must be a list, not '60'"),
+    ],
+)
+def test_levels_that_are_none(levels: Any, message: str):
+    with pytest.raises(ValueError, match=message):
         tiny.transformer(code_levels=levels)
