@@ -5,8 +5,8 @@
 
 writes data/sprites.safetensors. "3D" is Fluent Emoji in 3D, "flat" is Noto Color Emoji. Which
 emoji take part, and what they are called, is in subjects.csv; the characters, and the variants with
-skin tones, come from the package `emoji`. Those that the table calls common are the language
-that a model learns; ``--all`` takes the others too, flags and signs among them: what the judge knows.
+skin tones, come from the package `emoji`. Those that the table calls common are the language that a
+model learns; ``--all`` takes the others too, flags and signs among them: what the judge knows.
 """
 
 from __future__ import annotations
