@@ -14,8 +14,6 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from .layers import CodeHead
-
 TINY = 1e-12  # instead of no weight at all
 ROWS = 512  # at a time on a CPU; the gradient of the weight is gone through once for each chunk
 
@@ -31,8 +29,8 @@ def cross_entropy(
     """``F.cross_entropy(head(hidden), labels)``, the mean over rows with a label, in float32.
 
     Args:
-        head: in chunks if it is an ``nn.Linear`` without bias, or a `CodeHead`; anything else (an
-            adapter, say) gives all its logits.
+        head: in chunks if it is an ``nn.Linear`` without bias, or has a property ``whole``, the
+            weight that it multiplies with; anything else (an adapter, say) gives all its logits.
         hidden: states of the rows.
         labels: codes in [0, V); negative where a row does not count.
         label_smoothing: share of the target that is spread over all codes.
@@ -41,8 +39,10 @@ def cross_entropy(
         weights: of the rows in that mean, at least 0; all count alike by default. Where none
             counts the loss is 0.
     """
-    weight = head.whole if isinstance(head, CodeHead) else getattr(head, "weight", None)
-    if type(head) not in (nn.Linear, CodeHead) or head.bias is not None or not len(labels):
+    weight: Any = getattr(head, "whole", None)
+    if weight is None and type(head) is nn.Linear and head.bias is None:
+        weight = head.weight
+    if weight is None or not len(labels):
         logits = head(hidden).float()
         if weights is not None:
             each = F.cross_entropy(
