@@ -3,10 +3,11 @@
     OMP_NUM_THREADS=1 python benchmarks/serving.py --model FILE
 
 **Order of work.** The same requests, of 4 to 24 steps, at the same times of a Poisson process, in
-one process and by one model in four ways: one at a time; in static batches (whoever waits, up to
-``--rows``, until the last of them is done, each row with its own steps); by the engine; by the
-engine with joined passes. Once all at once, for the throughput, and once at 0.9 of what one at a
-time manages, for the latencies; the ways take turns, and the medians of the rounds are printed.
+one process and by one model in five ways: one at a time; in static batches (whoever waits, up to
+``--rows``, until the last of them is done, each row with its own steps); by the engine with one
+row, and with ``--rows``; by the engine with joined passes. Once all at once, for the throughput,
+and once at 0.9 of what one at a time manages, for the latencies; the ways take turns, and the
+medians of the rounds are printed.
 
 **A server.** `muse serve` as a process of its own: seconds from its start to the first picture; a
 lone request over HTTP and a bare ``muse(...)`` call in turns; the memory of the server over
@@ -132,6 +133,7 @@ def orders(muse: Muse, most: int, count: int, rounds: int) -> dict[str, Any]:
     ways: dict[str, Callable[[Sequence[Asked], list[float]], None]] = {
         "one at a time": lambda rows, watch: by_batches(muse, 1, rows, watch),
         "static batches": lambda rows, watch: by_batches(muse, most, rows, watch),
+        "engine, one row": lambda rows, watch: by_engine(muse, 1, False, rows, watch),
         "engine": lambda rows, watch: by_engine(muse, most, False, rows, watch),
         "engine, joined": lambda rows, watch: by_engine(muse, most, True, rows, watch),
     }
