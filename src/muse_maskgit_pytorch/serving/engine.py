@@ -1,18 +1,18 @@
 """The engine: requests of many clients, drawn by one model a step at a time.
 
 A request joins what is being drawn between two steps, and leaves when it is done. The base, the
-super-resolution and decoding are stages of a pipeline, each with rows of its own; a turn of the
-engine advances every stage once.
+super-resolution and decoding are stages of a pipeline, each with rows of its own.
 
 What a request gives is what `Muse.draw` gives for it alone:
 
 - Not *joined* (the default on a CPU), every request is computed in passes of its own, in the shapes
   of a lone call: ids and pixels are the same bit for bit. A CPU is busy with one row already, so
-  this costs next to nothing.
+  this costs next to nothing; and since several at once would only make all of them wait, each turn
+  goes to the request that has the least left to do, if no other has waited for long.
 - *Joined* (the default on a GPU), the rows of all requests of a stage and size share one pass,
-  whatever their step counts, guidance, policies and canvases. The arithmetic is that of a larger
-  batch: every row has the same noise and plan, and sums are rounded in another order, as they are
-  between two lone calls on a GPU.
+  whatever their step counts, guidance, policies and canvases, and each turn advances every stage.
+  The arithmetic is that of a larger batch: every row has the same noise and plan, and sums are
+  rounded in another order, as they are between two lone calls on a GPU.
 
 Decoding is done request by request, since the rounding of a decoder depends on its batch, and the
 record in a PNG promises the pixels of a lone call.
@@ -37,10 +37,13 @@ from torch import Tensor
 from ..arguments import real, whole
 from ..muse import Drawing, Muse
 from ..request import Drawn, Request
-from ..sampling import Callback, Sampling
+from ..sampling import Callback, Sampling, per_row
 from .capacity import MOST, most_rows
 
 PATIENCE = 10.0  # seconds of waiting that count as much as one level of priority
+WORTH = (
+    20.0  # passes of a row that are worth waiting for where they are of one level of urgency less
+)
 
 
 class Refused(Exception):
@@ -124,6 +127,7 @@ class _Job:
 
     Attributes:
         size: rows of the trained size that take about as much memory.
+        work: passes that its rows have before them, of all stages.
         stopped: whether its callback ended a stage early.
     """
 
@@ -133,6 +137,7 @@ class _Job:
     timeout: float | None
     arrived: float
     size: int
+    work: int
     future: Future[Drawn] = field(default_factory=Future)
     drawing: Drawing | None = None
     stopped: bool = False
@@ -253,7 +258,9 @@ class Engine:
             )
         priority = real("priority", priority)
         timeout = None if timeout is None else real("timeout", timeout, 0)
-        job = _Job(request, callback, priority, timeout, time.monotonic(), size)
+        stages = request.options.values()
+        work = sum(sum(per_row(each.timesteps, len(request), "timesteps")) for each in stages)
+        job = _Job(request, callback, priority, timeout, time.monotonic(), size, work)
         with self._change:
             if self._closing:
                 raise Closed
@@ -343,12 +350,12 @@ class Engine:
 
     @torch.no_grad()
     def turn(self) -> bool:
-        """Admit, advance every stage by a step, decode a request; False if nothing is left."""
+        """Admit, advance by a step, decode a request; False if nothing is left."""
         began = time.monotonic()
         self._let_go()
         while (job := self._next()) is not None:
             self._guarded([job], self._begin, job)
-        for batch in list(self._batches):
+        for batch in list(self._batches) if self.joined else self._nearest():
             self._guarded(batch.jobs, self._advance, batch)
         if self._decoding:
             job, ids = self._decoding.popleft()
@@ -391,6 +398,19 @@ class Engine:
         self.watch.joined(now - job.arrived)
         return job
 
+    def _nearest(self) -> list[_Batch]:
+        """Of requests with passes of their own, the one that ends first if it is not disturbed.
+
+        In the mean nobody waits less (Schrage 1968); those who have waited for long come before.
+        """
+        now = time.monotonic()
+
+        def left(batch: _Batch) -> float:
+            [job] = batch.jobs
+            return job.work - WORTH * job.urgency(now)
+
+        return sorted(self._batches, key=left)[:1]
+
     def _begin(self, job: _Job) -> None:
         job.drawing = Drawing(self.muse, job.request)
         self._go_on(job)
@@ -418,6 +438,7 @@ class Engine:
         self.watch.advanced(batch.stage, int((~before).sum()), time.monotonic() - began)
         ended = set()
         for job, rows in batch.places():
+            job.work -= int((~before[rows]).sum())
             stop = False
             if job.callback is not None and not before[rows].all():
                 try:

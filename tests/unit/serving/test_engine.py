@@ -198,6 +198,37 @@ def test_urgent_and_old_requests_go_first(muse, monkeypatch):
     assert order == ["urgent", "first", "later", "too late to be urgent"]
 
 
+def test_on_a_cpu_the_one_that_is_nearest_to_its_end_goes_first(muse, monkeypatch):
+    """But a long one that has waited for long is not disturbed any more."""
+    now = [0.0]
+    monkeypatch.setattr("muse_maskgit_pytorch.serving.engine.time.monotonic", lambda: now[0])
+
+    def order(joined: bool) -> list[str]:
+        engine, ended = Engine(muse, rows=8, joined=joined), []
+
+        def submit(name: str, steps: int, **how: Any) -> None:
+            request = muse.request("kind 1", timesteps=steps, superres_timesteps=1)
+            future = engine.submit(request, **how)
+            future.add_done_callback(lambda _: ended.append(name))
+
+        submit("long", 12)
+        for _ in range(3):
+            engine.turn()
+        submit("middle", 7)
+        submit("short", 2)
+        submit("urgent", 8, priority=1)
+        while len(ended) < 2:
+            engine.turn()
+        now[0] += 5  # worth ten passes
+        submit("latest", 2)
+        while engine.turn():
+            pass
+        return ended
+
+    assert order(joined=False) == ["urgent", "short", "middle", "long", "latest"]
+    assert order(joined=True)[0] == "short"  # all of them move
+
+
 def test_a_full_queue_says_when_to_come_again(muse):
     engine = Engine(muse, rows=2, queue=3)
     request = muse.request(["kind 1"] * 2, timesteps=1)
