@@ -219,7 +219,7 @@ def test_on_a_cpu_the_one_that_is_nearest_to_its_end_goes_first(muse, monkeypatc
         submit("urgent", 8, priority=1)
         while len(ended) < 2:
             engine.turn()
-        now[0] += 5  # worth ten passes
+        now[0] += 5  # worth thirty passes
         submit("latest", 2)
         while engine.turn():
             pass
