@@ -41,9 +41,7 @@ from ..sampling import Callback, Sampling, per_row
 from .capacity import MOST, most_rows
 
 PATIENCE = 10.0  # seconds of waiting that count as much as one level of priority
-WORTH = (
-    20.0  # passes of a row that are worth waiting for where they are of one level of urgency less
-)
+WORTH = 60.0  # passes of a row that weigh as much as one level of priority
 
 
 class Refused(Exception):
