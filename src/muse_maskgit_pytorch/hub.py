@@ -7,7 +7,7 @@ model's file, can say which state of it is meant.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from os import PathLike
@@ -67,6 +67,20 @@ def asked(name: str) -> tuple[str, dict[str, Any]]:
     repository, _, revision = (name, "", "") if as_path(name).exists() else name.partition("@")
     given = {"revision": revision, "token": _TOKEN.get()}
     return repository, {argument: value for argument, value in given.items() if value}
+
+
+def cached_first(load: Callable[..., Any], name: str, *arguments: Any, **settings: Any) -> Any:
+    """Call ``load``, of transformers, with a path or a name, which may have a revision.
+
+    What lies in the hub's cache is taken from there, without a question to the hub.
+    """
+    place, which = asked(name)
+    try:
+        return load(place, *arguments, local_files_only=True, **which, **settings)
+    except OSError:
+        if without_hub(place):
+            raise
+        return load(place, *arguments, **which, **settings)
 
 
 @contextmanager

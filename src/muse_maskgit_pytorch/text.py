@@ -34,8 +34,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .arguments import one_of, printable, shown, whole
 from .devices import arithmetic, pick_device
-from .files import digest_file, without_hub
-from .hub import asked
+from .files import digest_file
+from .hub import cached_first
 from .linears import check_available, lower
 from .structures import TextEmbeds
 
@@ -132,13 +132,7 @@ def _from_hub(load: Callable[..., Any], name: str) -> Any:
     standard input.
     """
     with _having(name):
-        place, which = asked(name)
-        try:
-            return load(place, trust_remote_code=False, local_files_only=True, **which)
-        except OSError:
-            if without_hub(name):
-                raise
-            return load(place, trust_remote_code=False, **which)
+        return cached_first(load, name, trust_remote_code=False)
 
 
 def _at_hand(name: str) -> str:
