@@ -144,14 +144,18 @@ def address(muse: Muse) -> Iterator[str]:  # noqa: F811
         thread.join()
 
 
+LAPTOP = {"viewport": {"width": 1200, "height": 850}, "color_scheme": "light"}
+PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
+
+
 @pytest.fixture
-def page(address: str) -> Iterator[Any]:
+def page(request: pytest.FixtureRequest, address: str) -> Iterator[Any]:
     sync_api = pytest.importorskip("playwright.sync_api")
     if CHROMIUM is None:
         pytest.skip("there is no Chromium")
     with sync_api.sync_playwright() as browsers:
         browser = browsers.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1200, "height": 850}, color_scheme="light")
+        page = browser.new_page(**getattr(request, "param", LAPTOP))
         errors: list[str] = []
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
@@ -280,3 +284,56 @@ def test_errors_the_keyboard_and_the_dark(page: Any):
     assert page.get_attribute("body", "data-tool") == "extend"
     page.click("#theme")
     assert page.evaluate("document.documentElement.dataset.theme") == "dark"
+
+
+def swipe(page: Any, *places: tuple[float, float]) -> None:
+    """One finger from the first place over the others, as the screen itself would say it."""
+    screen = page.context.new_cdp_session(page)
+    for number, (x, y) in enumerate(places):
+        kind = "touchMove" if number else "touchStart"
+        points = [{"x": x, "y": y}]
+        screen.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+    screen.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [PHONE], indirect=True)
+def test_a_finger_paints_and_drags_and_scrolls(page: Any):
+    draw(page)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390  # nothing sticks out
+    page.evaluate("scrollTo(0, 0)")
+    box = page.locator("#picture").bounding_box()
+    left, middle, y = box["x"] + 20, box["x"] + box["width"] / 2, box["y"] + 300
+    steps = [(middle, y - 40 * step) for step in range(6)]
+    swipe(page, *steps)
+    until(page, "scrollY > 50")  # the picture is no trap while there is nothing to paint
+
+    page.tap("[data-tool=repaint]")
+    page.locator("#mask").scroll_into_view_if_needed()
+    page.wait_for_timeout(300)  # the scrolling has ended
+    scrolled = page.evaluate("scrollY")
+    box = page.locator("#mask").bounding_box()
+    left, y = box["x"] + 20, box["y"] + box["height"] / 4
+    swipe(page, *[(left + 40 * step, y + 5 * step) for step in range(6)])
+    assert page.evaluate("scrollY") == scrolled
+    painted = page.evaluate(
+        """() => { const m = document.getElementById('mask');
+        const d = m.getContext('2d').getImageData(0, 0, m.width, m.height).data;
+        let n = 0; for (let i = 3; i < d.length; i += 4) n += d[i] > 127;
+        return n / (d.length / 4); }"""
+    )
+    assert 0.05 < painted < 0.5
+    page.fill("#prompt", "green pear")
+    before = shown(page)
+    page.tap("#go")
+    done(page)
+    assert not np.array_equal(shown(page), before)
+
+    page.tap("[data-tool=extend]")
+    page.locator("i[data-edge=right]").scroll_into_view_if_needed()
+    page.wait_for_timeout(300)
+    edge = page.locator("i[data-edge=right]").bounding_box()
+    x, y = edge["x"] + edge["width"] + 6, edge["y"] + edge["height"] / 2  # beside the handle
+    width = page.locator("#picture").bounding_box()["width"]
+    swipe(page, *[(x + width / 2 * step / 4, y) for step in range(5)])
+    assert page.input_value("[data-side=right]") == "16"

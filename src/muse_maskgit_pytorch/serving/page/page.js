@@ -367,13 +367,13 @@ for (const input of document.querySelectorAll("[data-side]")) {
 }
 for (const edge of document.querySelectorAll("#frame i")) edge.onpointerdown = (event) => drag(edge, event);
 $("mask").onpointerdown = (event) => {
-  if (!state.shown || state.running) return;
+  if (!state.shown || state.running || !event.isPrimary) return;  // one finger paints
   $("mask").setPointerCapture(event.pointerId);
   last = null;
   stroke(event);
 };
-$("mask").onpointermove = (event) => { if (event.buttons) stroke(event); };
-$("mask").onpointerup = () => { last = null; };
+$("mask").onpointermove = (event) => { if ($("mask").hasPointerCapture(event.pointerId)) stroke(event); };
+$("mask").onpointerup = $("mask").onpointercancel = () => { last = null; };
 $("mask").oncontextmenu = (event) => event.preventDefault();
 window.onresize = placeHandles;
 document.ondragover = (event) => event.preventDefault();
