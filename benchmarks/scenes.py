@@ -64,14 +64,21 @@ def draw(muse: Muse, texts: Sequence[str], batch: int, **changes: Any) -> dict[s
     return {stage: pictures for stage, pictures in stages.items() if pictures}
 
 
-def judged(judge: Judge, pictures: Pictures, scenes: Sequence[Scene]) -> dict[str, Figure]:
-    """Share of right facts by kind, and of pictures in which "all" are right."""
-    right: dict[str, list[float]] = {}
+def judged(judge: Judge, pictures: Pictures, scenes: Sequence[Scene]) -> list[dict[str, bool]]:
+    """Which kinds of facts are right in each picture."""
+    found = []
     for at in range(0, len(scenes), 64):
         rows = slice(at, at + 64)
-        for kinds in judge.facts(pictures[rows], [scene.facts() for scene in scenes[rows]]):
-            for kind, value in {**kinds, "all": all(kinds.values())}.items():
-                right.setdefault(kind, []).append(value)
+        found += judge.facts(pictures[rows], [scene.facts() for scene in scenes[rows]])
+    return found
+
+
+def shares(verdicts: Sequence[dict[str, bool]]) -> dict[str, Figure]:
+    """Share of right facts by kind, and of pictures in which "all" are right."""
+    right: dict[str, list[float]] = {}
+    for kinds in verdicts:
+        for kind, value in {**kinds, "all": all(kinds.values())}.items():
+            right.setdefault(kind, []).append(value)
     return {kind: figure(values) for kind, values in right.items()}
 
 
@@ -201,7 +208,10 @@ def ceilings(vae: ImageTokenizer, judge: Judge, sprites: Sprites, size: int, cou
         psnr += (-10 * (out - images).square().mean((1, 2, 3)).log10()).tolist()
         nats += entropy_of_plain(ids.cpu(), images)
         made += to_pil(out)
-    rows = {"real": judged(judge, real, scenes), "rebuilt": judged(judge, made, scenes)}
+    rows = {
+        name: shares(judged(judge, pictures, scenes))
+        for name, pictures in {"real": real, "rebuilt": made}.items()
+    }
     found = {"psnr": sum(psnr) / count, "codes_used": float(used.float().mean())}
     found["nats_of_plain"] = sum(nats) / max(1, len(nats))
     found["kept_ids"] = kept_ids(vae, data, scenes)
@@ -214,11 +224,22 @@ def ceilings(vae: ImageTokenizer, judge: Judge, sprites: Sprites, size: int, cou
     return {**rows, **found}
 
 
-def sheet(scenes: Sequence[Scene], real: Pictures, made: Pictures, count: int = 24) -> Image.Image:
-    """Truth beside generation."""
+def sheet(
+    scenes: Sequence[Scene],
+    real: Pictures,
+    made: Pictures,
+    verdicts: Sequence[dict[str, bool]],
+    count: int,
+) -> Image.Image:
+    """Truth beside generation, and what the judge says of that."""
     shown = range(0, len(scenes), max(1, len(scenes) // count))[:count]
     pairs = [to_tensor(picture, None) for row in shown for picture in (real[row], made[row])]
-    labels = [label for row in shown for label in (scenes[row].caption.text, "drawn")]
+    wrong = [", ".join(k for k, right in kinds.items() if not right) for kinds in verdicts]
+    labels = [
+        label
+        for row in shown
+        for label in (scenes[row].caption.text, f"wrong: {wrong[row]}" if wrong[row] else "right")
+    ]
     return image_grid(torch.stack(pairs), columns=8, labels=labels)
 
 
@@ -254,6 +275,7 @@ def main() -> None:
     parser.add_argument("--preset", help="of the model; its defaults unless given")
     parser.add_argument("--batch-size", type=int, default=50)
     parser.add_argument("--precision", default="float32", help="see inference/precision.py")
+    parser.add_argument("--shown", type=int, default=24, help="pictures on each sheet")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark-scenes"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -281,9 +303,11 @@ def main() -> None:
         scenes = [data.scene(number) for number in range(args.scenes)]
         texts = [scene.caption.text for scene in scenes]
         for stage, made in draw(muse, texts, args.batch_size, preset=args.preset).items():
-            by_stage[stage][split] = judged(judge, made, scenes)
+            verdicts = judged(judge, made, scenes)
+            by_stage[stage][split] = shares(verdicts)
             real = [data.draw(scene, sizes[stage]) for scene in scenes]
-            sheet(scenes, real, made).save(args.out / f"{split}-{stage}.png")
+            drawn = sheet(scenes, real, made, verdicts, args.shown)
+            drawn.save(args.out / f"{split}-{stage}.png")
     for stage, rows in by_stage.items():
         if rows:
             report[stage] = rows
@@ -297,7 +321,7 @@ def main() -> None:
     report["recall_at_1"] = singles
     print(f"\nR@1 of single subjects on white\n{table(singles)}")
     (args.out / "figures.json").write_text(json.dumps(report, indent=2) + "\n")
-    print(f"\ntruth beside generation: {args.out}/*.png")
+    print(f"\ntruth beside generation, and the judge's verdicts: {args.out}/*.png")
 
 
 if __name__ == "__main__":
