@@ -57,6 +57,16 @@ def ours(muse: Muse) -> Tensor:
     return model.to_logits(model(IDS, model.encode_context(*branches)))
 
 
+def assert_equal(found: Tensor, expected: Tensor) -> None:
+    """To 1e-5 of the largest logit.
+
+    An adapter is a product beside its layer there, and a part of the weight in some cases here; how
+    far the roundings of the two lie apart depends on the processor's kernels.
+    """
+    most = float(expected.abs().max())
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * most)
+
+
 def train(pipeline: Any, folder: Path, text: bool = False, **config: Any) -> Path:
     """The file that diffusers' examples/amused/train_amused.py writes, of random adapters."""
     from diffusers.loaders.lora_pipeline import AmusedLoraLoaderMixin
@@ -88,7 +98,7 @@ def test_what_diffusers_trained_is_drawn_with_here(
     assert ((expected - plain).abs().amax((1, 2, 3)) > 0.05).all()  # without a text, too
     for place in (file, file.parent):
         muse.load_lora(place)
-        torch.testing.assert_close(ours(muse), expected, rtol=0, atol=1e-5)
+        assert_equal(ours(muse), expected)
         assert muse.loras[0].startswith("cats (base) x 1")
         assert muse.fingerprint != fingerprint
         muse.unload_lora()
@@ -120,10 +130,10 @@ def test_what_was_trained_here_is_read_by_peft_and_by_diffusers(
     )
     expected = ours(muse)
     assert (expected - theirs(made[1])).abs().max() > 0.1
-    torch.testing.assert_close(theirs(pipeline), expected, rtol=0, atol=1e-5)
+    assert_equal(theirs(pipeline), expected)
     for place in (folder, tmp_path / "out"):  # and here
         again = Muse.from_pretrained(made[0]).load_lora(place)
-        torch.testing.assert_close(ours(again), expected, rtol=0, atol=1e-5)
+        assert_equal(ours(again), expected)
 
 
 def test_peft_reads_our_folder(made: tuple[Path, Any], pipeline: Any, tmp_path: Path):
@@ -136,7 +146,7 @@ def test_peft_reads_our_folder(made: tuple[Path, Any], pipeline: Any, tmp_path: 
     folder = save_lora(model, tmp_path / "cats", "base")
     muse = Muse.from_pretrained(made[0]).load_lora(folder)
     pipeline.transformer = peft.PeftModel.from_pretrained(pipeline.transformer, str(folder))
-    torch.testing.assert_close(theirs(pipeline), ours(muse), rtol=0, atol=1e-5)
+    assert_equal(theirs(pipeline), ours(muse))
 
 
 def test_older_names_and_alpha(made: tuple[Path, Any], pipeline: Any, tmp_path: Path):
@@ -149,11 +159,9 @@ def test_older_names_and_alpha(made: tuple[Path, Any], pipeline: Any, tmp_path: 
         older[f"{layer}.lora.{'down' if matrix[0] == 'A' else 'up'}.weight"] = value
         older[f"{layer}.alpha"] = torch.tensor(8.0)
     save_file(older, tmp_path / "old.safetensors")
-    torch.testing.assert_close(
-        ours(muse.load_lora(tmp_path / "old.safetensors")), theirs(pipeline), rtol=0, atol=1e-5
-    )
+    assert_equal(ours(muse.load_lora(tmp_path / "old.safetensors")), theirs(pipeline))
     muse.unload_lora().load_lora(tmp_path, 2.0)  # the file says none: 8 / 4
-    torch.testing.assert_close(ours(muse), theirs(pipeline), rtol=0, atol=1e-5)
+    assert_equal(ours(muse), theirs(pipeline))
 
 
 Q = "transformer.transformer_layers.0.attn1.to_q"
@@ -212,5 +220,5 @@ def test_one_is_trained_here(made: tuple[Path, Any], tmp_path: Path):
     )  # fmt: skip
     trainer.train()
     drawn = Muse.from_pretrained(made[0]).load_lora(tmp_path / "base-lora")
-    torch.testing.assert_close(ours(drawn), ours(Muse(muse.base)), rtol=0, atol=1e-5)
+    assert_equal(ours(drawn), ours(Muse(muse.base)))
     assert not torch.equal(ours(drawn), ours(Muse.from_pretrained(made[0])))
