@@ -236,6 +236,7 @@ async function opened(file) {
 
 // The mask --------------------------------------------------------------------------------------
 
+let painter = null;  // the pointer that paints: one finger, not two
 let last = null;
 
 function place(event) {
@@ -367,13 +368,15 @@ for (const input of document.querySelectorAll("[data-side]")) {
 }
 for (const edge of document.querySelectorAll("#frame i")) edge.onpointerdown = (event) => drag(edge, event);
 $("mask").onpointerdown = (event) => {
-  if (!state.shown || state.running || !event.isPrimary) return;  // one finger paints
-  $("mask").setPointerCapture(event.pointerId);
-  last = null;
+  if (!state.shown || state.running || painter !== null) return;
+  painter = event.pointerId;
+  $("mask").setPointerCapture(painter);
   stroke(event);
 };
-$("mask").onpointermove = (event) => { if ($("mask").hasPointerCapture(event.pointerId)) stroke(event); };
-$("mask").onpointerup = $("mask").onpointercancel = () => { last = null; };
+$("mask").onpointermove = (event) => { if (event.pointerId === painter) stroke(event); };
+$("mask").onpointerup = $("mask").onpointercancel = (event) => {
+  if (event.pointerId === painter) painter = last = null;
+};
 $("mask").oncontextmenu = (event) => event.preventDefault();
 window.onresize = placeHandles;
 document.ondragover = (event) => event.preventDefault();
