@@ -157,7 +157,8 @@ class ResponseNorm(nn.Module):
         self.gamma, self.beta = (nn.Parameter(torch.zeros(1, 1, 1, dim)) for _ in range(2))
 
     def forward(self, x: Float[Tensor, "R N C"]) -> Float[Tensor, "R N C"]:
-        norms = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32)
+        at_least = torch.promote_types(x.dtype, torch.float32)
+        norms = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=at_least)
         share = (norms / (norms.mean(dim=-1, keepdim=True) + 1e-6)).to(x.dtype)
         return self.gamma[0] * (x * share) + self.beta[0] + x
 
