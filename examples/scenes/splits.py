@@ -4,8 +4,9 @@
     muse eval base --data examples/scenes/splits.py:seen64 --judge examples/scenes/splits.py:judge
 
 Each split goes by its name, with pictures of 128 px, or of 64 or 256 with that behind it, and then
-a number of scenes: ``train``, ``seen64``, ``train256of5000``, few enough to keep their tokens. The
-sprites are data/sprites.safetensors, or what the variable SPRITES names.
+a number of scenes, few enough to keep their tokens, and a seed, for others: ``train``, ``seen64``,
+``train256of5000``, ``train128of40000seed1``. The sprites are data/sprites.safetensors, or what the
+variable SPRITES names.
 """
 
 from __future__ import annotations
@@ -30,12 +31,13 @@ SPRITES = os.environ.get("SPRITES", "data/sprites.safetensors")
 
 def __getattr__(name: str) -> Callable[[], Scenes]:
     """The splits by name, size and number."""
-    found = re.fullmatch(rf"({'|'.join(SPLITS)})(64|128|256)?(?:of([1-9]\d{{0,8}}))?", name)
+    parts = rf"({'|'.join(SPLITS)})(64|128|256)?(?:of([1-9]\d{{0,8}}))?(?:seed(\d{{1,9}}))?"
+    found = re.fullmatch(parts, name)
     if found is None:
         raise AttributeError(name)
-    split, size, number = found.groups()
+    split, size, number, seed = found.groups()
     length = int(number or (1_000_000 if split == "train" else 1000))
-    return partial(Scenes, SPRITES, split, size=int(size or 128), length=length)
+    return partial(Scenes, SPRITES, split, int(seed or 0), size=int(size or 128), length=length)
 
 
 class Tiles(Scenes):

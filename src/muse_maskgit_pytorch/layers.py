@@ -84,7 +84,7 @@ def _split_heads(x: Tensor, dim_head: int) -> Tensor:
 
 
 class SelfAttention(nn.Module):
-    """Attention of an image's tokens to each other.
+    """Attention of an image's or a text's tokens to each other.
 
     Args:
         rotary: whether queries and keys are `turned` by their places.
@@ -103,6 +103,7 @@ class SelfAttention(nn.Module):
         x: Float[Tensor, "B N D"],
         at: Int[Tensor, "B K"] | None = None,
         grid: tuple[int, int] | None = None,
+        mask: Bool[Tensor, "B N"] | None = None,
     ) -> Float[Tensor, "B K D"]:
         """All attend to all, whatever the ``grid``.
 
@@ -110,6 +111,7 @@ class SelfAttention(nn.Module):
             x: hidden states.
             at: positions whose outputs are computed; all by default.
             grid: height and width in tokens, a square by default.
+            mask: which may be seen, at least one of each row; all by default.
         """
         q, k, v = self.to_qkv(self.norm(x)).chunk(3, -1)
         q = q if at is None else taken(q, at)
@@ -119,7 +121,7 @@ class SelfAttention(nn.Module):
             angles = turns(grid or _square(x), self.dim_head, x.device)
             q = turned(q, angles if at is None else angles[at].unsqueeze(1))
             k = turned(k, angles)
-        out = attend(q.to(v.dtype), k.to(v.dtype), v)
+        out = attend(q.to(v.dtype), k.to(v.dtype), v, mask)
         return self.to_out(out.transpose(1, 2).flatten(2))
 
 
@@ -194,8 +196,10 @@ class MultiAxisAttention(SelfAttention):
         x: Float[Tensor, "B N D"],
         at: Int[Tensor, "B K"] | None = None,
         grid: tuple[int, int] | None = None,
+        mask: Bool[Tensor, "B N"] | None = None,
     ) -> Float[Tensor, "B K D"]:
         """All attend in their windows of the grid, a square by default, whichever are wanted."""
+        assert mask is None  # texts have masks, and no windows
         windows = Windows(grid or _square(x), self.size)
         q, k, v = self.to_qkv(self.norm(x)).unflatten(-1, (3, -1, self.dim_head)).unbind(2)
         q, k = self.q_norm(q), self.k_norm(k)
@@ -331,6 +335,7 @@ class Block(nn.Module):
         layer: int = 0,
         at: Int[Tensor, "B K"] | None = None,
         grid: tuple[int, int] | None = None,
+        mask: Bool[Tensor, "B N"] | None = None,
     ) -> Float[Tensor, "R K D"]:
         """One layer.
 
@@ -340,17 +345,21 @@ class Block(nn.Module):
             layer: the number of this layer in it.
             at: positions whose outputs are wanted; all by default.
             grid: height and width in tokens, where no context says so.
+            mask: which tokens the self-attention may see; all by default.
         """
         grid = grid if context is None else context.grid
         if self.recomputed and torch.is_grad_enabled():
-            made: Any = checkpoint(self._run, x, context, layer, at, grid, use_reentrant=False)
+            made: Any = checkpoint(
+                self._run, x, context, layer, at, grid, mask, use_reentrant=False
+            )
             return made
-        return self._run(x, context, layer, at, grid)
+        return self._run(x, context, layer, at, grid, mask)
 
     def _run(
-        self, x: Tensor, context: Any, layer: int, at: Tensor | None, grid: tuple[int, int] | None
-    ) -> Tensor:
-        x = (x if at is None else taken(x, at)) + self.attn(x, at, grid)
+        self, x: Tensor, context: Any, layer: int, at: Tensor | None, grid: tuple[int, int] | None,
+        mask: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        x = (x if at is None else taken(x, at)) + self.attn(x, at, grid, mask)
         if self.cross is not None:
             x = context.branched(x)
             x = x + context.attend(layer, self.cross, x)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .arguments import MAX_LAYERS, MAX_TOKENS, MAX_WIDTH, real, shown, whole
 from .checkpoint import Saveable
 from .layers import Block, CodeHead, CrossAttention, KeysValues, norm, taken
-from .structures import Conditioning
+from .structures import Conditioning, TextEmbeds
 from .text import (
     DEFAULT_TEXT_ENCODER,
     ClassLabels,
@@ -403,6 +403,10 @@ class MaskGitTransformer(MaskedTransformer):
             how many there are, their names then being "0", "1" and so on. Names, or indices, take
             the place of captions everywhere. 0: unconditional.
         max_text_len: captions are cut off after this many text tokens.
+        text_depth: layers of self-attention and MLP that texts go through first, with rotary
+            places. A frozen encoder that was trained to compare sentences, as MiniLM, hardly says
+            in the states of a word what the word is in its sentence, the subject or the object, or
+            which number goes with it; these layers learn to.
         self_cond: feed the previous pass's hidden states back in (Analog Bits, Chen et al. 2022).
         multi_axis: lets half of the heads of the image tokens' self-attention see blocks of up to
             this many tokens a side, and the other half as many spread over the image (2.4; the
@@ -449,6 +453,7 @@ class MaskGitTransformer(MaskedTransformer):
         text_embed_dim: int | None = None,
         classes: int | Sequence[str] | None = None,
         max_text_len: int = 256,
+        text_depth: int = 0,
         self_cond: bool = False,
         multi_axis: int | None = None,
         patch_size: int = 1,
@@ -487,8 +492,13 @@ class MaskGitTransformer(MaskedTransformer):
             )
         if not rotary:
             self._init_args.pop("rotary", None)  # likewise
-        elif dim_head % 4:
-            raise ValueError(f"rotary needs a dim_head that is a multiple of 4, not {dim_head}")
+        if not whole("text_depth", text_depth, 0, MAX_LAYERS):
+            self._init_args.pop("text_depth", None)  # likewise
+        if dim_head % 4 and (rotary or text_depth):
+            raise ValueError(
+                f"{'rotary' if rotary else 'text_depth'} needs a dim_head that is a multiple of 4, "
+                f"not {dim_head}"
+            )
         if code_levels is None:
             self._init_args.pop("code_levels", None)  # likewise
         else:
@@ -529,6 +539,9 @@ class MaskGitTransformer(MaskedTransformer):
         self.embed = TokenEmbedding(num_tokens + 1, seq_len, dim, self.code_levels)
         self.patches = Patches(dim, patch_size) if patch_size > 1 else None
         self.text_proj = nn.Linear(self.text_embed_dim, dim, bias=False)
+        self.text_blocks: Any = nn.ModuleList(
+            Block(dim, *self._block_args, cross=False, rotary=True) for _ in range(text_depth)
+        )
         self.text_norm = norm(dim)
         self.self_cond_proj = nn.Linear(dim, dim, bias=False) if self_cond else None
         blocks = [
@@ -635,7 +648,7 @@ class MaskGitTransformer(MaskedTransformer):
                     f"text_embeds have width {text.embeds.shape[-1]}, the transformer reads "
                     f"{self.text_embed_dim} (from {shown(self.text_encoder)} or text_embed_dim)"
                 )
-            context = self.text_norm(self.text_proj(text.embeds.to(self.dtype)))
+            context = self.text_norm(self._read(text))
             mask = text.mask & keep[:, None]
         text_start = 1
         if cond is not None:
@@ -651,6 +664,16 @@ class MaskGitTransformer(MaskedTransformer):
             return replace(made._map(lambda x: x[:0]), blank=1, whole=True)
         # asked once per call, and not in training, where a GPU would wait for the answer
         return replace(made, whole=not torch.is_grad_enabled() and bool(mask.all()))
+
+    def _read(self, text: TextEmbeds) -> Float[Tensor, "B L D"]:
+        """The text's states as the blocks' cross-attention is to see them."""
+        x = self.text_proj(text.embeds.to(self.dtype))
+        if not self.text_blocks:
+            return x
+        seen = text.mask | ~text.mask.any(1, keepdim=True)  # softmax needs one to see
+        for block in self.text_blocks:
+            x = block(x, grid=(1, x.shape[1]), mask=seen)
+        return x
 
     def forward(
         self,

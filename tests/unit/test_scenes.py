@@ -363,7 +363,10 @@ def test_splits_by_name(path: Path, monkeypatch: pytest.MonkeyPatch):
     assert [len(make()) for make in (splits.seen, splits.train, splits.train256of7)] == [
         1000, 1_000_000, 7,
     ]  # fmt: skip
-    for name in ("train32", "seen640", "other"):
+    other = splits.train64of7seed2()
+    assert (other.size, len(other), other.seed) == (64, 7, 2)
+    assert other.scene(0) == Scenes(path, seed=2).scene(0) != splits.train().scene(0)
+    for name in ("train32", "seen640", "seenseed", "other"):
         with pytest.raises(AttributeError, match=name):
             getattr(splits, name)
 
