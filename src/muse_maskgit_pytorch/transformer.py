@@ -403,10 +403,10 @@ class MaskGitTransformer(MaskedTransformer):
             how many there are, their names then being "0", "1" and so on. Names, or indices, take
             the place of captions everywhere. 0: unconditional.
         max_text_len: captions are cut off after this many text tokens.
-        text_depth: layers of self-attention and MLP that texts go through first, with rotary
-            places. A frozen encoder that was trained to compare sentences, as MiniLM, hardly says
-            in the states of a word what the word is in its sentence, the subject or the object, or
-            which number goes with it; these layers learn to.
+        text_depth: layers of self-attention and MLP, with rotary places, that texts go through
+            before the cross-attention, which knows no order. In the states of MiniLM, which was
+            trained to compare sentences, a word says which thing it is, and hardly which part it
+            has in the sentence (`benchmarks/text_roles.py`).
         self_cond: feed the previous pass's hidden states back in (Analog Bits, Chen et al. 2022).
         multi_axis: lets half of the heads of the image tokens' self-attention see blocks of up to
             this many tokens a side, and the other half as many spread over the image (2.4; the
