@@ -99,9 +99,7 @@ def main() -> None:
                 labels["left or above"].append(place)
                 labels["one or two"].append(group.count - 1)
     counted: dict[str, Any] = {name: torch.tensor(each) for name, each in labels.items()}
-    print(
-        f"{len(scenes)} sentences, {len(states[0])} names; shares of the last fifth that is right"
-    )
+    print(f"{len(scenes)} sentences, {len(states[0])} names; what is right of the last fifth")
     often = {name: float(each.bincount().max()) / len(each) for name, each in counted.items()}
     print("most often:", *(f"{name} {share:.3f}" for name, share in often.items()))
     for layer, own in enumerate(states, start=1):

@@ -406,7 +406,8 @@ class MaskGitTransformer(MaskedTransformer):
         text_depth: layers of self-attention and MLP, with rotary places, that texts go through
             before the cross-attention, which knows no order. In the states of MiniLM, which was
             trained to compare sentences, a word says which thing it is, and hardly which part it
-            has in the sentence (`benchmarks/text_roles.py`).
+            has in the sentence (`benchmarks/text_roles.py`). Prompts read in windows are longer
+            than the texts that these layers know.
         self_cond: feed the previous pass's hidden states back in (Analog Bits, Chen et al. 2022).
         multi_axis: lets half of the heads of the image tokens' self-attention see blocks of up to
             this many tokens a side, and the other half as many spread over the image (2.4; the
