@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from ..arguments import as_path, real, shown, whole
@@ -137,7 +138,8 @@ def _tokenizer(name: str, recipe: Path, given: str | None) -> ImageTokenizer:
     That recipe stands beside, and writes its results where the file is to be.
     """
     if Path(name).is_file() or (given is None and not Path(name).suffix):
-        saved = load_tokenizer(name)
+        with torch.device("cpu"):  # values can be read there
+            saved = load_tokenizer(name)
         return type(saved)(**saved.config)
     others = [Path(given)] if given else sorted(recipe.parent.glob("*vae*.yaml"))
     for other in others:
