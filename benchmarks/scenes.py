@@ -82,6 +82,26 @@ def shares(verdicts: Sequence[dict[str, bool]]) -> dict[str, Figure]:
     return {kind: figure(values) for kind, values in right.items()}
 
 
+def kind_of(scene: Scene) -> str:
+    """What a scene has: one thing, several of a kind, a list, or a relation."""
+    count = len(scene.groups)
+    if scene.relation:
+        return scene.relation
+    if count > 1:
+        return f"{count} kinds"
+    if scene.groups[0].count > 1:
+        return f"{scene.groups[0].count} of a kind"
+    return "alone" if scene.is_full else "one thing"
+
+
+def by_kind(scenes: Sequence[Scene], verdicts: Sequence[dict[str, bool]]) -> dict[str, Figure]:
+    """Share of the pictures in which all facts are right, by kind of scene."""
+    right: dict[str, list[float]] = {}
+    for scene, facts in zip(scenes, verdicts, strict=True):
+        right.setdefault(kind_of(scene), []).append(all(facts.values()))
+    return {kind: figure(values) for kind, values in right.items()}
+
+
 def figure(values: Sequence[float]) -> Figure:
     """A mean with its interval and count."""
     mean, interval = bootstrap_mean(torch.tensor(values, dtype=torch.float64))
@@ -298,6 +318,7 @@ def main() -> None:
         )
 
     by_stage: dict[str, dict[str, dict[str, Figure]]] = {stage: {} for stage in sizes}
+    of_kinds: dict[str, dict[str, dict[str, Figure]]] = {stage: {} for stage in sizes}
     for split in args.splits:
         data = Scenes(sprites, split)
         scenes = [data.scene(number) for number in range(args.scenes)]
@@ -305,13 +326,15 @@ def main() -> None:
         for stage, made in draw(muse, texts, args.batch_size, preset=args.preset).items():
             verdicts = judged(judge, made, scenes)
             by_stage[stage][split] = shares(verdicts)
+            of_kinds[stage][split] = by_kind(scenes, verdicts)
             real = [data.draw(scene, sizes[stage]) for scene in scenes]
             drawn = sheet(scenes, real, made, verdicts, args.shown)
             drawn.save(args.out / f"{split}-{stage}.png")
     for stage, rows in by_stage.items():
         if rows:
-            report[stage] = rows
+            report |= {stage: rows, f"{stage}_by_kind": of_kinds[stage]}
             print(f"\n{stage}, {sizes[stage]} px\n{table(rows)}")
+            print(f"\nall facts right, by kind of scene\n{table(of_kinds[stage])}")
 
     nearest, singles = Nearest(sprites, muse.base.image_size), {}
     for split in ("seen", "style"):

@@ -649,7 +649,7 @@ class MaskGitTransformer(MaskedTransformer):
                     f"text_embeds have width {text.embeds.shape[-1]}, the transformer reads "
                     f"{self.text_embed_dim} (from {shown(self.text_encoder)} or text_embed_dim)"
                 )
-            context = self.text_norm(self._read(text))
+            context = self.read(text)
             mask = text.mask & keep[:, None]
         text_start = 1
         if cond is not None:
@@ -666,15 +666,14 @@ class MaskGitTransformer(MaskedTransformer):
         # asked once per call, and not in training, where a GPU would wait for the answer
         return replace(made, whole=not torch.is_grad_enabled() and bool(mask.all()))
 
-    def _read(self, text: TextEmbeds) -> Float[Tensor, "B L D"]:
-        """The text's states as the blocks' cross-attention is to see them."""
+    def read(self, text: TextEmbeds) -> Float[Tensor, "B L D"]:
+        """The text's states as the blocks' cross-attention sees them."""
         x = self.text_proj(text.embeds.to(self.dtype))
-        if not self.text_blocks:
-            return x
-        seen = text.mask | ~text.mask.any(1, keepdim=True)  # softmax needs one to see
-        for block in self.text_blocks:
-            x = block(x, grid=(1, x.shape[1]), mask=seen)
-        return x
+        if self.text_blocks:
+            seen = text.mask | ~text.mask.any(1, keepdim=True)  # softmax needs one to see
+            for block in self.text_blocks:
+                x = block(x, grid=(1, x.shape[1]), mask=seen)
+        return self.text_norm(x)
 
     def forward(
         self,
