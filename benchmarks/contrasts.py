@@ -58,7 +58,8 @@ def false(fact: str, scene: Scene, data: Scenes, dice: Dice) -> Scene | None:
         others = [colour for colour in COLOURS if colour != scene.background]
         return replace(scene, background=dice.one(others))
     if fact == "subject" and not first.tone:
-        others = [s for s in data.subjects if s.plural and s is not first.subject]
+        shown = {group.name for group in scene.groups}
+        others = [s for s in data.subjects if s.plural and s.name not in shown]
         return changed(subject=dice.one(others))
     return None
 
@@ -93,7 +94,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="name or file of a Muse, or a base")
     parser.add_argument("--sprites", type=Path, default=Path("data/sprites.safetensors"))
-    parser.add_argument("--split", default="seen", help="of examples/scenes")
     parser.add_argument("--scenes", type=int, default=200, help="of each kind of fact")
     parser.add_argument("--facts", nargs="+", choices=FACTS, default=FACTS)
     parser.add_argument("--masked", type=float, nargs="+", default=[1.0, 0.95, 0.8, 0.5])
@@ -101,7 +101,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     base = open_model(args.model).base.eval()
-    data = Scenes(args.sprites, args.split, size=base.image_size)
+    data = Scenes(args.sprites, "seen", size=base.image_size)
     print(f"{args.scenes} scenes each: the own caption is the likelier one (0.5 is chance)")
     print(f"{'masked':12}" + "".join(f"{share:>20}" for share in args.masked), flush=True)
     for fact in args.facts:

@@ -22,7 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -75,11 +75,9 @@ def judged(judge: Judge, pictures: Pictures, scenes: Sequence[Scene]) -> list[di
 
 def shares(verdicts: Sequence[dict[str, bool]]) -> dict[str, Figure]:
     """Share of right facts by kind, and of pictures in which "all" are right."""
-    right: dict[str, list[float]] = {}
-    for kinds in verdicts:
-        for kind, value in {**kinds, "all": all(kinds.values())}.items():
-            right.setdefault(kind, []).append(value)
-    return {kind: figure(values) for kind, values in right.items()}
+    return figures(
+        fact for kinds in verdicts for fact in {**kinds, "all": all(kinds.values())}.items()
+    )
 
 
 def kind_of(scene: Scene) -> str:
@@ -96,10 +94,16 @@ def kind_of(scene: Scene) -> str:
 
 def by_kind(scenes: Sequence[Scene], verdicts: Sequence[dict[str, bool]]) -> dict[str, Figure]:
     """Share of the pictures in which all facts are right, by kind of scene."""
-    right: dict[str, list[float]] = {}
-    for scene, facts in zip(scenes, verdicts, strict=True):
-        right.setdefault(kind_of(scene), []).append(all(facts.values()))
-    return {kind: figure(values) for kind, values in right.items()}
+    pairs = zip(scenes, verdicts, strict=True)
+    return figures((kind_of(scene), all(facts.values())) for scene, facts in pairs)
+
+
+def figures(found: Iterable[tuple[str, float]]) -> dict[str, Figure]:
+    """Of the values that go by the same name, one each."""
+    values: dict[str, list[float]] = {}
+    for name, value in found:
+        values.setdefault(name, []).append(value)
+    return {name: figure(each) for name, each in values.items()}
 
 
 def figure(values: Sequence[float]) -> Figure:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +25,10 @@ from tqdm import tqdm
 from muse_maskgit_pytorch.text import TextEncoder
 
 sys.path[0] = str(Path(__file__).parents[1] / "examples" / "scenes")
+from reading import names_of, spans  # noqa: E402
 from scenes import Scenes  # noqa: E402
 
 BATCH, LEARNT, STEPS = 50, 0.8, 300
-
-
-def found(words: Sequence[int], names: Sequence[Sequence[int]]) -> int | None:
-    """Where the last token of one of the names is."""
-    for name in names:
-        for start in range(len(words) - len(name) + 1):
-            if list(words[start : start + len(name)]) == list(name):
-                return start + len(name) - 1
-    return None
 
 
 def right(states: Tensor, labels: Tensor) -> float:
@@ -75,10 +66,7 @@ def main() -> None:
         layer.register_forward_hook(
             lambda _, __, out: kept.append(out[0] if isinstance(out, tuple) else out)
         )
-    names = {
-        subject.name: encoder.tokenizer([subject.name, subject.plural])["input_ids"]
-        for subject in data.subjects
-    }
+    names = names_of(data.subjects, encoder)
     order = list(names)
     states: list[list[Tensor]] = [[] for _ in layers]
     labels: dict[str, list[int]] = {"which thing": [], "left or above": [], "one or two": []}
@@ -89,12 +77,11 @@ def main() -> None:
         encoder.encode(texts)
         for row, words in enumerate(encoder.tokenizer(texts)["input_ids"]):
             for place, group in enumerate(rows[row].groups):
-                # without the special tokens at both ends
-                where = found(words, [ids[1:-1] for ids in names[group.name]])
-                if where is None:
+                where = spans(words, names[group.name])
+                if not where:
                     continue  # by another word
                 for own, layer_states in zip(states, kept, strict=True):
-                    own.append(layer_states[row, where])
+                    own.append(layer_states[row, where[-1]])
                 labels["which thing"].append(order.index(group.name))
                 labels["left or above"].append(place)
                 labels["one or two"].append(group.count - 1)

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from scenes import RELATIONS, Scene, Scenes
+from sprites import Subject
 from torch import Tensor
 from tqdm import tqdm
 
@@ -36,6 +37,18 @@ SIZES = {"small": 1, "big": 2}
 STRENGTH = 2.0  # of a direction: so little need a state move along it to give the answer
 KEPT = 1.0  # weight of what the states said before, in the loss
 WARMUP = 20  # steps
+
+
+def names_of(subjects: Sequence[Subject], encoder: TextEncoder) -> dict[str, list[list[int]]]:
+    """The tokens of each subject's plural and singular, by its name."""
+    return {
+        subject.name: [
+            encoder.tokenizer([name])["input_ids"][0][1:-1]  # without the special tokens
+            for name in (subject.plural, subject.name)
+            if name
+        ]
+        for subject in subjects
+    }
 
 
 def spans(words: Sequence[int], names: Sequence[Sequence[int]]) -> list[int]:
@@ -84,14 +97,7 @@ def teach(
     """
     encoder, former = network.text_reader(), copy.deepcopy(network)
     assert isinstance(encoder, TextEncoder)
-    names = {
-        subject.name: [
-            encoder.tokenizer([name])["input_ids"][0][1:-1]  # without the special tokens
-            for name in (subject.plural, subject.name)
-            if name
-        ]
-        for subject in data.subjects
-    }
+    names = names_of(data.subjects, encoder)
     answered = STRENGTH * directions(network.dim)
     optimizer = torch.optim.AdamW(network.text_blocks.parameters(), lr=lr)
     for step in range(steps):

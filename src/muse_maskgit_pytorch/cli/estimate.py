@@ -138,7 +138,7 @@ def _tokenizer(name: str, recipe: Path, given: str | None) -> ImageTokenizer:
     That recipe stands beside, and writes its results where the file is to be.
     """
     if Path(name).is_file() or (given is None and not Path(name).suffix):
-        with torch.device("cpu"):  # values can be read there
+        with torch.device("cpu"):  # a file has values, which a sketch would lose
             saved = load_tokenizer(name)
         return type(saved)(**saved.config)
     others = [Path(given)] if given else sorted(recipe.parent.glob("*vae*.yaml"))
