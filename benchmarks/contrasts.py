@@ -9,6 +9,9 @@ size, style, background or subject), both in the same words. Printed is the shar
 tokens are likelier under their own caption, at several shares of masked tokens: 0.5 is chance. At
 1 nothing is known but the caption, as in the first step of sampling, where it is decided what
 stands where; below it, what is not masked helps. No sampler and no judge take part.
+
+Then: which tokens it knows, with its own caption, by what lies in their patches: a thing alone, the
+edge of a thing, or background alone; on white, on another colour, or on a gradient.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ from muse_maskgit_pytorch.maskgit import MaskGit
 
 sys.path[0] = str(Path(__file__).parents[1] / "examples" / "scenes")
 from captions import STYLES, Writer  # noqa: E402
-from scenes import COLOURS, Dice, Group, Scene, Scenes  # noqa: E402
+from scenes import COLOURS, WHITE, Dice, Group, Scene, Scenes  # noqa: E402
 
 FACTS = ("relation", "count", "size", "style", "background", "subject")
 
@@ -78,15 +81,56 @@ def contrasts(data: Scenes, fact: str) -> Iterator[tuple[Scene, str, str]]:
 
 
 @torch.no_grad()
-def surprise(base: MaskGit, ids: Tensor, texts: list[str], mask: Tensor) -> Tensor:
-    """Nats of the masked tokens of each picture, in all: (B,)."""
+def predicted(base: MaskGit, ids: Tensor, texts: list[str], mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Nats of the true tokens, and whether they are the likeliest: both (B,N)."""
     ids, text, _ = base.encoded(ids, texts)
     conditioning = base.conditioner.dropped(text, None, 0.0)
     network = base.transformer
     hidden = network(torch.where(mask, network.mask_id, ids), network.encode_context(conditioning))
     logits = network.to_logits(hidden[0]).float()
-    each = F.cross_entropy(logits.transpose(1, 2), ids, reduction="none")
-    return (each * mask).sum(1)
+    nats = F.cross_entropy(logits.transpose(1, 2), ids, reduction="none")
+    return nats, logits.argmax(-1) == ids
+
+
+def patches(data: Scenes, scenes: list[Scene], side: int) -> dict[str, Tensor]:
+    """Which patches show a thing alone, a thing's edge, and background alone: (B,N) each."""
+
+    def cut(changes: list[dict[str, Any]]) -> Tensor:
+        changed = [replace(scene, **change) for scene, change in zip(scenes, changes, strict=True)]
+        images = torch.stack([to_tensor(data.draw(scene), None) for scene in changed])
+        return F.unfold(images, side, stride=side)
+
+    others = [{"background": "blue" if scene.background == "red" else "red"} for scene in scenes]
+    real = cut([{} for _ in scenes])
+    thing = (real == cut(others)).all(1)
+    background = (real == cut([{"things": ()} for _ in scenes])).all(1)
+    return {"thing": thing, "edge": ~thing & ~background, "background": background}
+
+
+def print_patches(base: MaskGit, data: Scenes, count: int, batch: int, share: float) -> None:
+    """What is known of the tokens, by patch and background."""
+    found: dict[tuple[str, str], list[Tensor]] = {}
+    for at in tqdm(range(0, count, batch), desc="patches", leave=False):
+        scenes = [data.scene(number) for number in range(at, min(count, at + batch))]
+        images = torch.stack([to_tensor(data.draw(scene), None) for scene in scenes])
+        ids = base.vae.encode_to_ids(images.to(base.device)).flatten(1)
+        mask = torch.rand(ids.shape, device=ids.device) < share
+        each = torch.stack(predicted(base, ids, [s.caption.text for s in scenes], mask)).cpu()
+        grounds = [
+            WHITE if s.background == WHITE else "colour" if s.background in COLOURS else "gradient"
+            for s in scenes
+        ]
+        for kind, where in patches(data, scenes, base.vae.factor).items():
+            for row, ground in enumerate(grounds):
+                here = (where & mask.cpu())[row]
+                found.setdefault((kind, ground), []).append(each[:, row, here])
+    print(f"\n{count} scenes, {share:g} of the tokens masked")
+    print(f"{'':24}{'of all':>12}{'nats':>12}{'right':>12}")
+    joined = {key: torch.cat(rows, 1) for key, rows in found.items()}
+    whole = sum(rows.shape[1] for rows in joined.values())
+    for (kind, ground), rows in joined.items():
+        figures = rows.shape[1] / whole, *rows.mean(1).tolist()
+        print(f"{kind + ', ' + ground:24}" + "".join(f"{figure:12.3f}" for figure in figures))
 
 
 def main() -> None:
@@ -95,7 +139,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="name or file of a Muse, or a base")
     parser.add_argument("--sprites", type=Path, default=Path("data/sprites.safetensors"))
     parser.add_argument("--scenes", type=int, default=200, help="of each kind of fact")
-    parser.add_argument("--facts", nargs="+", choices=FACTS, default=FACTS)
+    parser.add_argument("--facts", nargs="*", choices=FACTS, default=FACTS)
     parser.add_argument("--masked", type=float, nargs="+", default=[1.0, 0.95, 0.8, 0.5])
     parser.add_argument("--batch-size", type=int, default=50)
     args = parser.parse_args()
@@ -115,7 +159,8 @@ def main() -> None:
             order = torch.rand(ids.shape).argsort(1).to(ids.device)
             for share in args.masked:
                 mask = order < round(share * ids.shape[1])
-                own, wrong = (surprise(base, ids, texts, mask) for texts in captions)
+                both = [predicted(base, ids, texts, mask)[0] for texts in captions]
+                own, wrong = ((nats * mask).sum(1) for nats in both)
                 right[share].append((own < wrong).double().cpu())
         cells = []
         for shares in right.values():
@@ -123,6 +168,8 @@ def main() -> None:
             low, high = interval or (mean, mean)
             cells.append(f"{mean:.3f} ({low:.2f}-{high:.2f})")
         print(f"{fact:12}" + "".join(f"{cell:>20}" for cell in cells), flush=True)
+    for share in args.masked:
+        print_patches(base, data, args.scenes, args.batch_size, share)
 
 
 if __name__ == "__main__":

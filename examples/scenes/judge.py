@@ -5,9 +5,9 @@
 
 Two small networks read a picture: a `Finder` says where things are (centres and boxes, as in Zhou
 et al. 2019, "Objects as Points"), a `Namer` what is in a box: subject, skin tone and style. Both
-are trained on real scenes alone. The background is compared with the colours that there are, and
-sizes, counts and relations follow from the boxes. In the spirit of GenEval (Ghosh et al. 2023),
-with detectors that know the language of these scenes.
+are trained on real scenes, and on these as a tokenizer rebuilds them. The background is compared
+with the colours that there are, and sizes, counts and relations follow from the boxes. In the
+spirit of GenEval (Ghosh et al. 2023), with detectors that know the language of these scenes.
 
 `check` prints how often the judge is right about real scenes that training never sees, by kind of
 fact: no score of generated pictures can be higher, so it stands beside each.
@@ -35,6 +35,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from muse_maskgit_pytorch.files import replacing
+from muse_maskgit_pytorch.foreign import load_tokenizer
+from muse_maskgit_pytorch.vqgan_vae import ImageTokenizer
 
 WEIGHTS = Path(__file__).with_name("judge.safetensors")
 SIDE, CELL, CROP = 128, 4, 32  # pixels that are looked at, of a cell of the finder, of a box
@@ -383,6 +385,13 @@ def worsened(images: Tensor, generator: torch.Generator) -> Tensor:
     return (out + shift).clamp(0, 1)
 
 
+@torch.no_grad()
+def rebuilt(vae: ImageTokenizer, images: Tensor, bf16: bool = False) -> Tensor:
+    """What a tokenizer makes of images (B,3,128,128) in [0,1]."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        return vae.decode_from_ids(vae.encode_to_ids(images)).float()
+
+
 def train(
     judge: Judge,
     data: Scenes,
@@ -391,6 +400,7 @@ def train(
     lr: float = 2e-3,
     batch: int = BATCH,
     bf16: bool = False,
+    vae: ImageTokenizer | None = None,
 ) -> None:
     """Train on scenes of the split "train", and write the weights every 500 steps.
 
@@ -402,6 +412,7 @@ def train(
         lr: its peak.
         batch: scenes of a step.
         bf16: convolutions in bfloat16, where the processor has it.
+        vae: half of the scenes are looked at as it rebuilds them.
     """
     known = {name: number for number, name in enumerate(judge.subjects)}
     judge.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -417,6 +428,8 @@ def train(
             group["lr"] = rate
         scenes = _chosen([data.scene(SOME * batch * step + i) for i in range(SOME * batch)], batch)
         images = torch.stack([_pixels(data.draw(scene)) for scene in scenes])
+        if vae is not None:
+            images[::2] = rebuilt(vae, images[::2], bf16)
         images = worsened(images, generator)
         heat, boxes, rows = targets(scenes)
         with halved:
@@ -489,6 +502,7 @@ def main() -> None:
     training.add_argument("--lr", type=float, default=2e-3)
     training.add_argument("--init_from", type=Path, help="a judge to go on from")
     training.add_argument("--seed", type=int, default=1, help="of the scenes")
+    training.add_argument("--vae", help="tokenizer that rebuilds half of the scenes")
     training.add_argument("--bf16", action="store_true", help="faster on some processors")
     checking = commands.add_parser("check", help="how often it is right about real scenes")
     checking.add_argument("judge", type=Path, nargs="?", default=WEIGHTS)
@@ -503,7 +517,10 @@ def main() -> None:
         known = arguments.init_from
         judge = Judge.load(known) if known else Judge([s.name for s in sprites.subjects])
         data = Scenes(sprites, seed=arguments.seed, size=SIDE)
-        train(judge, data, arguments.out, arguments.steps, arguments.lr, bf16=arguments.bf16)
+        train(
+            judge, data, arguments.out, arguments.steps, arguments.lr, bf16=arguments.bf16,
+            vae=arguments.vae and load_tokenizer(arguments.vae),
+        )  # fmt: skip
         return
     judge = Judge.load(arguments.judge)
     for size in arguments.sizes:

@@ -160,13 +160,30 @@ class Few:
         return self.data.draw(scene)
 
 
+class Mirror:
+    """A tokenizer without loss, that remembers what it was given."""
+
+    def __init__(self) -> None:
+        self.given: list[torch.Tensor] = []
+
+    def encode_to_ids(self, images: torch.Tensor) -> torch.Tensor:
+        self.given.append(images)
+        return images
+
+    def decode_from_ids(self, ids: torch.Tensor) -> torch.Tensor:
+        return ids
+
+
 def test_it_learns_to_see(sprites: Sprites, data: Scenes, tmp_path: Path):
     """A few scenes by heart, all facts of which it then finds right, from a file as well."""
     few: Any = Few(data, 4)
     torch.manual_seed(0)
     judge = Judge([subject.name for subject in sprites.subjects], width=8)
-    judging.train(judge, few, tmp_path / "judge.safetensors", steps=100, lr=1e-2, batch=4)
-    found = judging.accuracy(Judge.load(tmp_path / "judge.safetensors"), few, 4)
+    mirror: Any = Mirror()
+    file = tmp_path / "judge.safetensors"
+    judging.train(judge, few, file, steps=100, lr=1e-2, batch=4, vae=mirror)
+    assert [len(images) for images in mirror.given] == [2] * 100  # half of each batch
+    found = judging.accuracy(Judge.load(file), few, 4)
     assert found["subject"] == (1, 4)
     assert found["all"][0] >= 3 / 4
 
