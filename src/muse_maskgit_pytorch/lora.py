@@ -39,6 +39,8 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"  # what older releases of peft wrote
 TEXT = "text_encoder"  # the folder of its part
 DIFFUSERS = "pytorch_lora_weights.safetensors"  # its file, with the parts "transformer" and TEXT
+ALIASES = {"unet": "transformer"}  # what Meissonic's training script calls it
+COMPILED = "_orig_mod."  # before a layer's name: what torch.compile adds there
 METADATA = "lora_adapter_metadata"  # what newer releases of it say there of alpha
 # Matrices as peft names them, and as older releases of diffusers did.
 MATRIX = re.compile(r"(.+)\.lora(?:_linear_layer)?[._](A|B|down|up)\.weight")
@@ -255,6 +257,8 @@ class Lora:
                 said = json.loads((opened.metadata() or {}).get(METADATA, "{}"))
             for name, value in values.items():
                 part, _, rest = name.partition(".")
+                part = ALIASES.get(part, part)
+                rest = rest.removeprefix(COMPILED)
                 matrix = MATRIX.fullmatch(rest)
                 if part not in parts or not (matrix or rest.endswith(".alpha")):
                     raise ValueError(

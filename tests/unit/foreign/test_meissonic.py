@@ -1,5 +1,6 @@
 """Meissonic against its published network and scheduler (tests/meissonic.py); random weights."""
 
+import copy
 import json
 import math
 import shutil
@@ -266,6 +267,35 @@ def test_adapters(muse: Muse, made: tuple[Path, Any], tmp_path: Path):
     torch.testing.assert_close(logits_of(merged, ids, context, left=left), expected)
     plain: Any = muse.base.transformer
     assert (logits_of(plain, ids, context, left=left) - expected).abs().max() > 1e-2
+
+
+def test_adapters_of_the_training_script(muse: Muse, made: tuple[Path, Any], tmp_path: Path):
+    """Its train_meissonic.py compiles the network, adapts it, and saves its layers as a U-Net's."""
+    peft = pytest.importorskip("peft")
+    from diffusers.loaders.lora_pipeline import LoraLoaderMixin
+
+    network = copy.deepcopy(made[1].transformer)
+    compiled: Any = torch.compile(network)
+    how = peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False
+    )
+    peft.inject_adapter_in_model(how, network)
+    network.peft_config = {"default": how}
+    layers = peft.get_peft_model_state_dict(compiled)
+    LoraLoaderMixin.save_lora_weights(tmp_path / "lakes", unet_lora_layers=layers)
+    drawing = Muse.from_pretrained(made[0]).load_lora(tmp_path / "lakes", 2)  # alpha / rank
+    ids, left = torch.randint(50, (2, 64)), torch.tensor([5, 2])
+    states = texts_of(made[1], TEXTS)[::-1]
+    micro = torch.tensor([[32.0, 32, 0, 0, 6]]).expand(2, -1)
+    with torch.no_grad():
+        expected = network(ids.view(2, 8, 8), *states, micro, left).flatten(2).transpose(1, 2)
+    found: list[Tensor] = []
+    for model in (drawing.base.transformer, muse.base.transformer):
+        given: Any = model
+        context = given.encode_context(branches_of(given, (8, 8))[0])
+        found.append(logits_of(given, ids, context, left=left)[0])
+    torch.testing.assert_close(found[0], expected, rtol=0, atol=1e-4)
+    assert (found[1] - expected).abs().max() > 0.1
 
 
 def changed(folder: Path, file: str) -> Callable[[dict[str, Any]], None]:
