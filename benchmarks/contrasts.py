@@ -92,18 +92,16 @@ def predicted(base: MaskGit, ids: Tensor, texts: list[str], mask: Tensor) -> tup
     return nats, logits.argmax(-1) == ids
 
 
-def patches(data: Scenes, scenes: list[Scene], side: int) -> dict[str, Tensor]:
+def patches(data: Scenes, scenes: list[Scene], images: Tensor, side: int) -> dict[str, Tensor]:
     """Which patches show a thing alone, a thing's edge, and background alone: (B,N) each."""
 
-    def cut(changes: list[dict[str, Any]]) -> Tensor:
-        changed = [replace(scene, **change) for scene, change in zip(scenes, changes, strict=True)]
-        images = torch.stack([to_tensor(data.draw(scene), None) for scene in changed])
-        return F.unfold(images, side, stride=side)
+    def same(others: list[Scene]) -> Tensor:
+        drawn = torch.stack([to_tensor(data.draw(scene), None) for scene in others])
+        return F.unfold((images == drawn).float(), side, stride=side).all(1)
 
-    others = [{"background": "blue" if scene.background == "red" else "red"} for scene in scenes]
-    real = cut([{} for _ in scenes])
-    thing = (real == cut(others)).all(1)
-    background = (real == cut([{"things": ()} for _ in scenes])).all(1)
+    others = ["blue" if scene.background == "red" else "red" for scene in scenes]
+    recoloured = [replace(s, background=other) for s, other in zip(scenes, others, strict=True)]
+    thing, background = same(recoloured), same([replace(scene, things=()) for scene in scenes])
     return {"thing": thing, "edge": ~thing & ~background, "background": background}
 
 
@@ -120,7 +118,7 @@ def print_patches(base: MaskGit, data: Scenes, count: int, batch: int, share: fl
             WHITE if s.background == WHITE else "colour" if s.background in COLOURS else "gradient"
             for s in scenes
         ]
-        for kind, where in patches(data, scenes, base.vae.factor).items():
+        for kind, where in patches(data, scenes, images, base.vae.factor).items():
             for row, ground in enumerate(grounds):
                 here = (where & mask.cpu())[row]
                 found.setdefault((kind, ground), []).append(each[:, row, here])

@@ -39,9 +39,9 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"  # what older releases of peft wrote
 TEXT = "text_encoder"  # the folder of its part
 DIFFUSERS = "pytorch_lora_weights.safetensors"  # its file, with the parts "transformer" and TEXT
+METADATA = "lora_adapter_metadata"  # what newer releases of it say there of alpha
 ALIASES = {"unet": "transformer"}  # what Meissonic's training script calls it
 COMPILED = "_orig_mod."  # before a layer's name: what torch.compile adds there
-METADATA = "lora_adapter_metadata"  # what newer releases of it say there of alpha
 # Matrices as peft names them, and as older releases of diffusers did.
 MATRIX = re.compile(r"(.+)\.lora(?:_linear_layer)?[._](A|B|down|up)\.weight")
 # What other adapters of the same type have, by their configuration.
