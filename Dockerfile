@@ -36,4 +36,4 @@ EXPOSE 8000
 HEALTHCHECK --interval=15s --timeout=10s --start-period=5m --retries=3 \
     CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/readyz', timeout=8)"]
 ENTRYPOINT ["muse", "serve", "--host", "0.0.0.0"]
-CMD ["--model", "emoji"]
+CMD ["--model", "scenes"]

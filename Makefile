@@ -27,7 +27,7 @@ help:
 env: .venv/demo.stamp
 
 demo: env
-	$(BIN)/python examples/emoji/demo.py
+	$(BIN)/python examples/scenes/demo.py
 
 test: export HF_HUB_OFFLINE = 1
 test: export OMP_NUM_THREADS = 1

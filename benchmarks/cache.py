@@ -138,7 +138,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60, help="of training, of 64 images each")
     parser.add_argument("--place", help="where to write the caches; by default a temporary folder")
     parser.add_argument("--encode", metavar="FOLDER", help="captioned images to encode instead")
-    parser.add_argument("--model", default="emoji:base", help="stage that they are encoded for")
+    parser.add_argument("--model", default="scenes:base", help="stage that they are encoded for")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -1,7 +1,7 @@
 """What a base of scenes reads of a sentence: is a picture likelier under its own or a false one?
 
     python examples/scenes/sprites.py
-    python benchmarks/contrasts.py --model examples/scenes/model.safetensors
+    python benchmarks/contrasts.py --model scenes
 
 For each kind of fact, real scenes of `examples/scenes` are given their own caption and one that
 differs in this fact alone (the other order of a relation, one more or less of a kind, another

@@ -45,7 +45,7 @@ class Task:
         self.out = out
         out.mkdir(parents=True, exist_ok=True)
         self.tokens = out / "tokens.safetensors"
-        self.model = Muse.from_pretrained("emoji").base
+        self.model = Muse.from_pretrained("scenes").base
         sets = {s: ImageFolder(data / "64" / s, 64, captions=True) for s in ("heldout", "train")}
         if not self.tokens.exists():
             self._encode(sets)

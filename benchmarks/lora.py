@@ -1,16 +1,16 @@
 """An adapter on twenty pictures of a style that the base has never seen: what it brings elsewhere.
 
-    npm pack @lobehub/fluent-emoji-3d@1.1.0 && tar xzf lobehub-fluent-emoji-3d-1.1.0.tgz
-    python benchmarks/lora.py --style package/assets
+    python examples/scenes/sprites.py
+    python benchmarks/lora.py
 
-The shipped base knows its subjects in the flat style of Noto Color Emoji. Here it learns the 3D
-style of another set (Fluent, MIT) from a few subjects, and draws 200 others, whose true pictures in
-that style are known. Figures of these 200, before and after, with the same prompts and seeds:
+The shipped base knows its subjects flat and in 3D. Here it learns a third style, brown prints on
+white, from a few subjects, and draws others, whose true pictures in that style are known. Figures
+of these before and after, with the same prompts and seeds:
 
 - pixels: mean squared error to the true picture, times 1,000;
 - features: distance of pooled features of EfficientNet-Lite0 to the true picture's, a share of the
   mean distance between two true pictures;
-- R@1: share whose true picture is the nearest of the 200 by features.
+- R@1: share whose true picture is the nearest of all by features.
 
 "reconstruction" is the true picture through the base's tokenizer: no adapter can do better.
 """
@@ -21,39 +21,32 @@ import argparse
 import json
 import sys
 import time
-from importlib import import_module
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from muse_maskgit_pytorch import FeatureNet, MaskGitTrainer, Muse
 from muse_maskgit_pytorch.features import LITE
-from muse_maskgit_pytorch.images import image_grid, read_image, to_tensor
+from muse_maskgit_pytorch.images import image_grid, to_tensor
 
-# in the place of this folder, in which emoji.py stands before the library of that name
-sys.path[0] = str(Path(__file__).parents[1] / "examples" / "emoji")
-emoji_names = import_module("make_dataset").emoji_names
+sys.path[0] = str(Path(__file__).parents[1] / "examples" / "scenes")
+from captions import article  # noqa: E402
+from scenes import Scenes  # noqa: E402
 
-SIZE = 64
+INK = "#46240e"
 
 
-def subjects(folder: Path) -> dict[str, Path]:
-    """Files by caption, without flags and skin tones."""
-    found = {}
-    for caption, characters in emoji_names():
-        file = folder / f"{'-'.join(f'{ord(c):04x}' for c in characters)}.webp"
-        if file.exists() and "skin tone" not in caption and not caption.startswith("flag"):
-            found[caption] = file
+def subjects(data: Scenes) -> dict[str, Image.Image]:
+    """Pictures in the style by the name of what fills them, of all subjects that are met."""
+    found: dict[str, Image.Image] = {}
+    for scene in map(data.scene, range(40 * len(data.sprites.subjects))):
+        group = scene.groups[0]
+        if scene.is_full and scene.style == "flat" and group.tone is None:
+            picture = ImageOps.grayscale(data.draw(scene))
+            found.setdefault(group.name, ImageOps.colorize(picture, INK, "white"))
     return found
-
-
-def on_white(file: Path) -> Image.Image:
-    picture = read_image(file).convert("RGBA")
-    white = Image.new("RGBA", picture.size, "white")
-    white.alpha_composite(picture)
-    return white.convert("RGB").resize((SIZE, SIZE), Image.Resampling.LANCZOS)
 
 
 @torch.no_grad()
@@ -70,12 +63,12 @@ def figures(drawn: Tensor, true: Tensor, network: FeatureNet) -> dict[str, float
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--style", type=Path, required=True, help="folder of the WebP files")
-    parser.add_argument("--model", default="emoji")
+    parser.add_argument("--sprites", type=Path, default=Path("data/sprites.safetensors"))
+    parser.add_argument("--model", default="scenes")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark-lora"))
     parser.add_argument("--train", type=int, default=20, help="pictures to learn from")
-    parser.add_argument("--test", type=int, default=200, help="other subjects to draw")
-    parser.add_argument("--word", default="3D", help="that captions end with; empty: none")
+    parser.add_argument("--test", type=int, default=150, help="other subjects to draw")
+    parser.add_argument("--word", default="brown print", help="that captions end with; empty: none")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1e-3)
@@ -84,18 +77,21 @@ def main() -> None:
     if (args.out / "run").exists():
         parser.error(f"{args.out} holds a run already: give another --out")
 
-    files = subjects(args.style)
+    model = Muse.from_pretrained(args.model)
+    pictures = subjects(Scenes(args.sprites, "seen", size=model.base.image_size))
     generator = torch.Generator().manual_seed(args.seed)
-    order = [list(files)[row] for row in torch.randperm(len(files), generator=generator)]
+    order = [list(pictures)[row] for row in torch.randperm(len(pictures), generator=generator)]
     learnt, others = order[: args.train], order[args.train : args.train + args.test]
     ending = f", {args.word}" if args.word else ""
     data = args.out / "images"
     data.mkdir(parents=True, exist_ok=True)
-    for number, caption in enumerate(learnt):
-        on_white(files[caption]).save(data / f"{number:03d}.png")
-        (data / f"{number:03d}.txt").write_text(f"{caption}{ending}", encoding="utf-8")
-    true = torch.stack([to_tensor(on_white(files[caption]), None) for caption in others])
-    prompts = [f"{caption}{ending}" for caption in others]
+    for number, name in enumerate(learnt):
+        pictures[name].save(data / f"{number:03d}.png")
+        text = f"{article(name)} {name}{ending}"
+        (data / f"{number:03d}.txt").write_text(text, encoding="utf-8")
+    true = torch.stack([to_tensor(pictures[name], None) for name in others])
+    plain = [f"{article(name)} {name}" for name in others]
+    prompts = [f"{text}{ending}" for text in plain]
     network = FeatureNet(LITE)
 
     def drawn(model: Muse, texts: list[str]) -> Tensor:
@@ -105,14 +101,13 @@ def main() -> None:
             [base(part, seeds=i, return_pil_images=False) for i, part in enumerate(parts)]
         )
 
-    model = Muse.from_pretrained(args.model)
     with torch.no_grad():
         again = model.base.decode(model.base.vae.encode_to_ids(true).flatten(1))
     results = {"reconstruction": figures(again, true, network)}
     before = drawn(model, prompts)
     results["before"] = figures(before, true, network)
     if ending:
-        results["before, without the word"] = figures(drawn(model, others), true, network)
+        results["before, without the word"] = figures(drawn(model, plain), true, network)
     started = time.process_time()
     MaskGitTrainer(
         model.base, folder=str(data), results_folder=str(args.out / "run"), lora_rank=args.rank,
@@ -124,7 +119,7 @@ def main() -> None:
     after = drawn(model, prompts)
     results["after"] = figures(after, true, network)
     if ending:
-        results["after, without the word"] = figures(drawn(model, others), true, network)
+        results["after, without the word"] = figures(drawn(model, plain), true, network)
 
     print(f"\n{'':26}" + "".join(f"{name:>10}" for name in results["after"]))
     for name, row in results.items():

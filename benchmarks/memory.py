@@ -93,7 +93,7 @@ def picture(path: Path, size: int) -> None:
     from muse_maskgit_pytorch import Muse
     from muse_maskgit_pytorch.images import to_pil
 
-    muse = Muse.from_pretrained("emoji")
+    muse = Muse.from_pretrained("scenes")
     vae = (muse.superres or muse.base).vae
     texts = ["a red apple", "a green frog", "a blue fish", "a yellow star"]
     side = muse.image_size

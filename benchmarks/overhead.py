@@ -78,7 +78,7 @@ def shares(model: MaskGit, batch: int, rounds: int) -> dict[str, float]:
 
 def once(rounds: int) -> None:
     """Print seconds with equal rows and branches computed once, and each for itself."""
-    base = Muse.from_pretrained("emoji").base
+    base = Muse.from_pretrained("scenes").base
     options = base.default_options.replace(cond_scale=3.0, guidance_schedule="constant", seeds=0)
     eight, one = (base.embed_texts(["a red apple"] * number) for number in (8, 1))
     calls: dict[str, Any] = {

@@ -156,7 +156,7 @@ def our_shipped(muse: Any, spec: Spec) -> tuple[Run, nn.Module]:
         choice = {}
         if spec.precision != "float32":
             raise LeftOut("this checkout's Muse.from_pretrained has no precision")
-    model = muse.Muse.from_pretrained("emoji", **choice).to(spec.device)
+    model = muse.Muse.from_pretrained("scenes", **choice).to(spec.device)
     colours, things = ("red", "green", "blue", "yellow"), ("apple", "circle")
     prompts = [f"{colour} {thing}" for thing in things for colour in colours][: spec.batch]
     seeds = list(range(len(prompts)))

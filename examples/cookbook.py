@@ -13,14 +13,12 @@ from PIL import Image
 from muse_maskgit_pytorch import Muse, editing, words
 from muse_maskgit_pytorch.images import image_grid, save_png
 
-PROMPTS = [
-    "man farmer dark skin tone",
-    "woman astronaut medium skin tone",
-    "red apple",
-    "sailboat",
-    "red heart",
-    "house with garden",
-]
+PAIR = "a red apple left of a sailboat on a light blue background"
+FLOCK = "three butterflies on a green background"
+FOX = "a fox on a yellow background, flat"
+HOUSE = "a house on a red background in 3D style"
+APPLE = "a red apple"
+PROMPTS = [PAIR, FLOCK, FOX, HOUSE, APPLE]
 
 
 def hidden(picture: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
@@ -31,42 +29,35 @@ def hidden(picture: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
 
 
 def inpaint(muse: Muse, sources: dict[str, Image.Image]) -> Image.Image:
-    box = (0, 64, 128, 128)
-    mask = editing.box((128, 128), *box)
-    picture = sources["man farmer dark skin tone"]
-    texts = [
-        "man farmer dark skin tone",
-        "man firefighter dark skin tone",
-        "man mechanic dark skin tone",
-        "man in suit levitating dark skin tone",
-        "",
-    ]
-    drawn = editing.inpaint(muse, picture, texts, mask, seeds=0)
-    labels = ["the picture", "to repaint", *texts[:-1], "(no caption)"]
-    return image_grid([picture, hidden(picture, box), *drawn], 7, labels)
+    box = (0, 0, 128, 256)
+    texts = [PAIR.replace("a red apple", thing) for thing in ("a rocket", "a fox", "two lemons")]
+    mask = editing.box((256, 256), *box)
+    drawn = editing.inpaint(muse, sources[PAIR], [*texts, ""], mask, seeds=0)
+    labels = ["the picture", "to repaint", *texts, "(no caption)"]
+    return image_grid([sources[PAIR], hidden(sources[PAIR], box), *drawn], 6, labels)
 
 
 def outpaint(muse: Muse, sources: dict[str, Image.Image]) -> Image.Image:
-    names = ["red heart", "sailboat"]
+    names = [FLOCK, PAIR]
     wide = editing.outpaint(muse, [sources[n] for n in names], names, aspect=2.0, seeds=0)
     return image_grid(wide, 2, [f"{name}, aspect 2" for name in names])
 
 
 def vary(muse: Muse, sources: dict[str, Image.Image]) -> Image.Image:
     strengths = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
-    name = "woman astronaut medium skin tone"
-    drawn = editing.vary(muse, sources[name], name, strength=strengths, seeds=0)
+    drawn = editing.vary(muse, sources[FLOCK], FLOCK, strength=strengths, seeds=0)
     return image_grid(drawn, 6, [f"strength {strength}" for strength in strengths])
 
 
 def free(muse: Muse, sources: dict[str, Image.Image]) -> Image.Image:
-    at = [10, 25, 50, 75, 100]
+    at = [5, 10, 25, 50]
     rows = {
-        "man farmer dark skin tone": "man farmer light skin tone",
-        "red heart": "green heart",
-        "red apple": "green apple",
+        FOX: FOX.replace("flat", "3D"),
+        FLOCK: FLOCK.replace("green", "yellow"),
+        APPLE: "a green apple",
     }
-    stages = editing.free(muse, [sources[n] for n in rows], [*rows.values()], at=at, seeds=0)
+    given = [sources[name] for name in rows]
+    stages = editing.free(muse, given, [*rows.values()], at=at, share=0.3, cond_scale=1.5, seeds=0)
     cells, labels = [], []
     for row, (name, wanted) in enumerate(rows.items()):
         cells += [sources[name], *(drawn[row] for drawn in stages)]
@@ -76,14 +67,14 @@ def free(muse: Muse, sources: dict[str, Image.Image]) -> Image.Image:
 
 def emphasis(muse: Muse, sources: dict[str, Image.Image]) -> Image.Image:
     factors = [-1.0, 0.0, 1.0, 2.0, 4.0]
-    drawn = [words.emphasise(muse, "red apple", {"red": factor}, seeds=1)[0] for factor in factors]
+    drawn = [words.emphasise(muse, HOUSE, {"red": factor}, seeds=1)[0] for factor in factors]
     return image_grid(drawn, len(factors), [f"red x {factor}" for factor in factors])
 
 
 def sizes(muse: Muse, sources: dict[str, Image.Image]) -> Image.Image:
     drawn = [
-        muse("red heart", seeds=1, image_size=size)[0]
-        for size in ((128, 128), (128, 192), (192, 128), (192, 192))
+        muse(FLOCK, seeds=1, image_size=size)[0]
+        for size in ((256, 256), (256, 384), (384, 256), (384, 384))
     ]
     return image_grid(drawn, 4, [f"{d.width} x {d.height}" for d in drawn])
 
@@ -93,10 +84,11 @@ SHEETS = [inpaint, outpaint, vary, free, emphasis, sizes]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="scenes", help="name or file of a Muse")
     parser.add_argument("--out", type=Path, default=Path("runs/cookbook"))
     parser.add_argument("--only", nargs="*", default=[s.__name__ for s in SHEETS])
     args = parser.parse_args()
-    muse = Muse.from_pretrained("emoji")
+    muse = Muse.from_pretrained(args.model)
     sources = dict(zip(PROMPTS, muse(PROMPTS, seeds=1), strict=True))
     for sheet in SHEETS:
         if sheet.__name__ in args.only:

@@ -57,6 +57,7 @@ FORMAT = "muse_maskgit_pytorch"
 VERSION = 1
 MODEL, CONFIG, CARD = "model.safetensors", "config.json", "README.md"  # of a model's folder
 SHIPPED = resources.files(FORMAT) / "pretrained"
+FORMER = {"emoji": "scenes"}  # shipped models that were, and those in their place
 _LOADINGS = itertools.count()
 _NOTED: list[Path] = []  # the first file that was saved under another ending
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # a file's weights
@@ -849,10 +850,14 @@ def find_file(name: str | os.PathLike) -> Path:
         _refuse_checkpoint(path / MODEL)
         _check_config(path / MODEL, path / CONFIG)
         return path / MODEL
-    shipped = Path(str(SHIPPED)) / f"{name}.safetensors"
-    if shipped.is_file():
-        return shipped
     text = str(name)
+    shipped = Path(str(SHIPPED)) / f"{FORMER.get(text, text)}.safetensors"
+    if shipped.is_file():
+        if text in FORMER:
+            warnings.warn(
+                f"the model {text!r} is no longer shipped: this is {FORMER[text]!r}", stacklevel=2
+            )
+        return shipped
     if is_repository(text):
         if (found := hub_file(text, MODEL)) is None:
             raise not_on_hub(text, MODEL)

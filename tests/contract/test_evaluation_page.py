@@ -32,7 +32,7 @@ def test_the_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, t5: str
     judge, walk = BLOCKS
     names: dict[str, Any] = {"is_red": lambda picture: True}
     exec(judge, names)
-    for text, smaller in {"emoji": "muse.safetensors", "efficientnet-lite0": resnet}.items():
+    for text, smaller in {"scenes": "muse.safetensors", "efficientnet-lite0": resnet}.items():
         assert f'"{text}"' in walk
         walk = walk.replace(f'"{text}"', repr(smaller))
     exec(walk, names)

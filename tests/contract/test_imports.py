@@ -91,7 +91,7 @@ def test_the_shipped_model_draws_without_what_takes_longer_than_that():
     code = f"""
 import sys
 from {PACKAGE} import open_model
-model = open_model("emoji", "cpu")
+model = open_model("scenes", "cpu")
 model(["a red apple"], seeds=[1])
 slow = ["transformers", "torch._dynamo", "sympy", "scipy", "sklearn", "pandas", "matplotlib",
         "accelerate", "vector_quantize_pytorch", "sentence_transformers", "jsonargparse",

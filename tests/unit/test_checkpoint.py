@@ -330,6 +330,13 @@ def test_unknown_names_list_the_shipped_models(name, said, tmp_path, monkeypatch
     assert VQGanVAE.from_pretrained("mine").config == vae.config
 
 
+def test_the_name_of_a_former_model_gives_the_one_in_its_place(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(module, "SHIPPED", tmp_path)
+    tiny.vae().save(tmp_path / "scenes.safetensors")
+    with pytest.warns(UserWarning, match="'emoji' is no longer shipped: this is 'scenes'"):
+        assert find_file("emoji") == tmp_path / "scenes.safetensors"
+
+
 def test_a_missing_file_names_what_lies_near_it(tmp_path: Path):
     run = tmp_path / "run"
     with pytest.raises(

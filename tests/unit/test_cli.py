@@ -179,24 +179,24 @@ def started(argv: list[str], superres: bool = False) -> MaskGit:
 
 def test_fine_tuning_takes_one_flag(tmp_path: Path, capsys):
     """The shipped model by its name, with its stage or without; all of it as it is there."""
-    shipped = Muse.from_pretrained("emoji")
+    shipped = Muse.from_pretrained("scenes")
     assert shipped.superres is not None
-    for name in ("emoji", "emoji:base"):
+    for name in ("scenes", "scenes:base"):
         model = started([f"--init_from={name}", "--maskgit.sample_options.timesteps=3"])
         assert model.config["transformer"] == shipped.base.config["transformer"]
         assert model.presets.keys() == shipped.base.presets.keys()
         assert model.default_options == shipped.base.default_options.replace(timesteps=3)
         for key, value in shipped.base.state_dict().items():
             assert torch.equal(model.state_dict()[key], value), key
-    model = started(["--init_from=emoji", "--maskgit.cond_drop_prob=0.3"], superres=True)
-    assert model.cond_image_size == 64
+    model = started(["--init_from=scenes", "--maskgit.cond_drop_prob=0.3"], superres=True)
+    assert model.cond_image_size == 128
     assert model.cond_drop_prob == 0.3
     for key, value in shipped.superres.state_dict().items():
         assert torch.equal(model.state_dict()[key], value), key
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("init_from: emoji:superres")
+    recipe.write_text("init_from: scenes:superres")
     error = fails(["train", "base", "--config", str(recipe)], capsys)
-    assert "emoji:superres is a super-resolution stage: use muse train superres" in error
+    assert "scenes:superres is a super-resolution stage: use muse train superres" in error
     assert "--vae is missing" in fails(["train", "base", *SMALLEST], capsys)
 
 
@@ -223,12 +223,12 @@ def test_a_stated_tokenizer_is_the_one(muse_file: Path, tmp_path: Path):
 
 def test_a_tokenizer_starts_from_a_shipped_one(root: Path, tmp_path: Path):
     """Its sizes need not be said again."""
-    run = ["train", "vae", "--init_from=emoji:base", f"--trainer.folder={root}/images"]
+    run = ["train", "vae", "--init_from=scenes:base", f"--trainer.folder={root}/images"]
     run += ["--trainer.image_size=16", "--trainer.batch_size=2", "--trainer.num_train_steps=1"]
     run += ["--trainer.perceptual_weight=0", "--trainer.gan_weight=0", "--trainer.lr=0"]
     assert main([*run, f"--trainer.results_folder={tmp_path / 'r'}"]) == 0
     tuned = VQGanVAE.from_pretrained(tmp_path / "r" / "vae.safetensors")
-    shipped = Muse.from_pretrained("emoji").base.vae
+    shipped = Muse.from_pretrained("scenes").base.vae
     assert tuned.config == shipped.config
     assert all(torch.equal(tuned.state_dict()[k], v) for k, v in shipped.state_dict().items())
 
@@ -607,9 +607,9 @@ def test_an_impossible_output_is_refused_before_any_work(
         ["generate", "a", "--gif=/proc/a.gif"],
         ["bundle", "--base=b.safetensors", "--out=/proc/a.safetensors"],
         ["bundle", "--base=b.safetensors", "--out=a.bin"],
-        ["tune", "--model=emoji", "--data=f", "--preset=p", "--out=/proc/a.safetensors"],
-        ["tune", "--model=emoji", "--data=f", "--preset=p", "--results=/proc/a"],
-        ["eval", "vae", "--vae=emoji:base", "--folder=f", "--image_size=8", "--out=/proc/a.json"],
+        ["tune", "--model=scenes", "--data=f", "--preset=p", "--out=/proc/a.safetensors"],
+        ["tune", "--model=scenes", "--data=f", "--preset=p", "--results=/proc/a"],
+        ["eval", "vae", "--vae=scenes:base", "--folder=f", "--image_size=8", "--out=/proc/a.json"],
     ],
 )
 def test_so_is_one_of_another_command(argv, nothing_drawn, capsys):
@@ -742,7 +742,7 @@ def test_the_model_that_draws_is_named(muse_file: Path, tmp_path: Path, capsys):
     assert f"muse: drawing with {muse_file}, {name}, on cpu\n" in output.err
     config = options.generate_parser().read(["a"])
     drawing.announce(config, Muse.from_pretrained(muse_file))
-    assert "the shipped model emoji (--model FILE draws with" in capsys.readouterr().err
+    assert "the shipped model scenes (--model FILE draws with" in capsys.readouterr().err
 
 
 def test_the_precision_is_chosen_and_recorded(muse_file: Path, tmp_path: Path, capsys):
@@ -874,9 +874,10 @@ def test_defaults_are_those_of_the_signatures():
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_recipes_parse(recipe: Path):
     command = next((c for c in ("vae", "decoder", "superres") if c in recipe.stem), "base")
-    trained = ["--vae", "emoji:base"] if command == "decoder" else []
+    trained = ["--vae", "scenes:base"] if command == "decoder" else []
     parser, argv = PARSERS[command], ["--config", str(recipe), *trained]
     if "init_from" in recipe.read_text():
+        argv.append("--init_from=scenes")  # the recipe's own may be what another recipe trains
         parser = options.maskgit_parser(command == "superres")
         training.open_start(parser, argv, command == "superres")
     assert parser.read(argv).trainer.results_folder
@@ -1008,7 +1009,7 @@ def test_sections_in_files_of_their_own(tmp_path: Path):
 
 def test_what_a_recipe_takes_from_an_anchor(tmp_path: Path):
     (tmp_path / "a.yaml").write_text(
-        "transformer: &t {dim: 24, depth: 1}\ntoken_critic: {<<: *t, depth: 2}\nvae: emoji:base\n"
+        "transformer: &t {dim: 24, depth: 1}\ntoken_critic: {<<: *t, depth: 2}\nvae: scenes:base\n"
         "maskgit: {image_size: 16, presets: {fast: {timesteps: 3, noise_schedule: [0.5, 0.1]}}}"
     )
     config = PARSERS["base"].read(["--config", f"{tmp_path}/a.yaml"])
@@ -1067,7 +1068,7 @@ def test_the_nearest_key():
         (["generate", "a", "--batch_size=0"], "--batch_size must be at least 1, not 0"),
         (["generate", "--file", "absent.txt"], "absent.txt"),
         (["generate", "--file", os.devnull], f"{os.devnull} holds no prompt"),
-        (["generate", "--file", str(SHIPPED / "emoji.safetensors")], "is not a text file in UTF-8"),
+        (["generate", f"--file={SHIPPED / 'scenes.safetensors'}"], "is not a text file in UTF-8"),
         (["generate", "--like", "absent.png"], "cannot read image 'absent.png'"),
         (["inspect", "absent.png"], "cannot read image 'absent.png'"),
         (["inspect"], "pictures"),

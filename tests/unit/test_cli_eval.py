@@ -76,12 +76,12 @@ def test_a_limit_and_no_features(root: Path, tmp_path: Path, capsys):
 
 def test_the_tokenizer_of_a_shipped_models_stage(root: Path, tmp_path: Path, capsys):
     out = tmp_path / "result.json"
-    command_line = command(root, vae="emoji:base", features="none", limit=2, out=out)
+    command_line = command(root, vae="scenes:base", features="none", limit=2, out=out)
     assert main(command_line) == 0
     bits = json.loads(out.read_text())["metrics"]["bits_per_pixel"]
     assert bits["value"] == pytest.approx(12 / 64)  # 4,096 codes, 8 x 8 pixels each
     capsys.readouterr()
-    assert "base or :superres" in fails(command(root, vae="emoji"), capsys)
+    assert "base or :superres" in fails(command(root, vae="scenes"), capsys)
 
 
 def test_the_columns_of_the_table_stand_below_each_other():

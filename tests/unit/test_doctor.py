@@ -37,7 +37,7 @@ def test_what_is_found(capsys, tmp_path: Path):
     assert "float32" in found["precisions"]["available"]
     assert found["precisions"]["gflops"]["plain, blocks"] > 0
     assert "math" in found["attention"]
-    assert found["models"] == {"shipped": ["emoji"], "cached": ["me/my-model"]}
+    assert found["models"] == {"shipped": ["scenes"], "cached": ["me/my-model"]}
     assert found["chosen"]["precision"]["auto"] in ("float32", "bfloat16")
     assert main(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()

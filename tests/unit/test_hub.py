@@ -146,7 +146,7 @@ def test_a_revision(tmp_path: Path, muse: Muse, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     "name, revision, message",
     [
-        ("emoji", "v2", "'emoji' is no repository on the Hugging Face hub .*: leave it out"),
+        ("scenes", "v2", "'scenes' is no repository on the Hugging Face hub .*: leave it out"),
         ("mine.safetensors", "v2", "revision 'v2' is given, and .* is no repository"),
         ("me/mine@v1", "v2", "'me/mine@v1' names another revision than 'v2'"),
         ("me/mine", "", "revision must name a branch, a tag or a commit"),

@@ -34,7 +34,7 @@ def test_what_each_kind_of_file_gives(tmp_path: Path):
 
     assert open_stage(files["muse"], "superres").cond_image_size == 16
     assert open_stage(f"{files['muse']}:superres").cond_image_size == 16
-    assert open_stage("emoji:base").image_size == open_stage("emoji").image_size == 64
+    assert open_stage("scenes:base").image_size == open_stage("scenes").image_size == 128
     assert open_stage(files["muse"]).cond_image_size is None
     assert open_stage(files["superres"]).cond_image_size == 16
     with pytest.raises(CheckpointError, match="has no stage 'superres'"):

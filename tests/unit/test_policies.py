@@ -310,19 +310,20 @@ def sorted_out(weights: Tensor, k: int, p: float) -> Tensor:
 
 @pytest.mark.parametrize("select", [_select_on_cpu, _select])
 @pytest.mark.parametrize("equals", [False, True])
-@pytest.mark.parametrize("limits", ["k", "p", "both"])
+@pytest.mark.parametrize("limits", ["k", "few", "p", "both"])
 def test_selecting_keeps_what_sorting_keeps(monkeypatch, select, equals, limits):
     monkeypatch.setattr(choose, "_select_on_cpu", select)
     rows, codes = 40, 97
     weights = (torch.randn(rows, codes) * 2).exp()
     weights = (weights * 4).ceil() / 4 if equals else weights
     weights /= weights.amax(dim=-1, keepdim=True)
-    k = torch.randint(0, codes + 1, (rows,)) if limits != "p" else torch.zeros(rows).long()
-    p = 0.02 + 0.97 * torch.rand(rows) if limits != "k" else torch.ones(rows)
+    most = {"p": 0, "few": 3}.get(limits, codes)  # a few are selected in another way
+    k = torch.randint(0, most + 1, (rows,))
+    p = 0.02 + 0.97 * torch.rand(rows) if limits in ("p", "both") else torch.ones(rows)
     p[0] = 1.0
     if limits != "p":
         k[1], k[2] = 1, codes
-    kept = _most_likely(weights, None if limits == "p" else k, None if limits == "k" else p)
+    kept = _most_likely(weights, k if k.any() else None, p if (p < 1).any() else None)
     each = zip(weights, k.tolist(), p.tolist(), strict=True)
     assert torch.equal(kept, torch.stack([sorted_out(*row) for row in each]))
 

@@ -447,6 +447,7 @@ def few(monkeypatch):
     monkeypatch.setattr(tuning, "NOISE_SCHEDULES", tuning.NOISE_SCHEDULES[:2])
     monkeypatch.setattr(tuning, "CHOICE_TEMPERATURES", tuning.CHOICE_TEMPERATURES[:2])
     monkeypatch.setattr(tuning, "TOP_P", tuning.TOP_P[:2])
+    monkeypatch.setattr(tuning, "REMASK", tuning.REMASK[:2])
 
 
 @pytest.fixture

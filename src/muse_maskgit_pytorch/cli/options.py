@@ -12,7 +12,7 @@ from .parser import Parser
 
 # What `muse generate` and `muse edit` share -----------------------------------------------------
 
-SHIPPED_MODEL = "emoji"
+SHIPPED_MODEL = "scenes"
 LORA = "adapter to draw with, and its weight (1): FOLDER or FOLDER:0.8; may stand several times"
 
 
@@ -274,7 +274,7 @@ def export_parser() -> Parser:
         type=str,
         required=True,
         help="file, folder or hub repository of a model, a stage or a tokenizer, or a shipped "
-        "model; a stage of several is named as emoji:base; or the folder of an adapter",
+        "model; a stage of several is named as scenes:base; or the folder of an adapter",
     )
     parser.add_argument(
         "--format",
@@ -433,7 +433,7 @@ def train_vae_parser() -> Parser:
     parser.add_argument(
         "--init_from",
         type=str | None,
-        help="saved tokenizer to start from, named as for load_tokenizer (emoji:base), which also "
+        help="saved tokenizer to start from, named as for load_tokenizer (scenes:base), which also "
         "says what is not stated under vae",
     )
     parser.add_section(declared("vqgan_vae.VQGanVAE"), "vae")
@@ -492,7 +492,7 @@ def maskgit_parser(superres: bool) -> Parser:
     parser.add_argument(
         "--init_from",
         type=str | None,
-        help="saved stage to start from: a file, emoji or emoji:base, a hub repository. It also "
+        help="saved stage to start from: a file, scenes or scenes:base, a hub repository. It also "
         "says what is not stated here; a critic that it lacks starts anew",
     )
     transformer = declared("transformer.MaskGitTransformer")
@@ -649,7 +649,7 @@ def eval_vae_parser() -> Parser:
         "--vae",
         type=str,
         required=True,
-        help="saved tokenizer, one stage's of a model (emoji:base), or another project's",
+        help="saved tokenizer, one stage's of a model (scenes:base), or another project's",
     )
     parser.add_argument("--folder", type=str, required=True, help="images, searched recursively")
     parser.add_argument("--image_size", type=int, required=True, help="side of the square crops")

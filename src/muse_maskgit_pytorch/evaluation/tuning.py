@@ -60,6 +60,8 @@ CHOICE_TEMPERATURES = (0.0, 1.0, 2.0, 4.5, 8.0)
 NOISE_SCHEDULES = ("cosine", "arccos", "linear", "square")
 NOISE_SCHEDULES += ([0.953, 0.880, 0.794, 0.746, 0.625, 0.407, 0.261],)
 TOP_P = (1.0, 0.98, 0.95, 0.9, 0.8)
+# Share masked again, and top-k: together they win what neither does alone (docs/log.md).
+REMASK = ((0.0, 0), (0.5, 0), (0.5, 3), (0.8, 3), (0.5, 10))
 
 # Which of two figures is better, the start's given: the larger, entry by entry.
 SCORES: dict[Score, Callable[[Figures, Figures], tuple[float, ...]]] = {
@@ -332,6 +334,7 @@ def make_axes(
         "choice_temperature": tuple({"choice_temperature": t} for t in CHOICE_TEMPERATURES),
         "noise_schedule": tuple({"noise_schedule": schedule} for schedule in NOISE_SCHEDULES),
         "top_p": tuple({"top_p": p} for p in TOP_P),
+        "remask": tuple({"remask": share, "top_k": k} for share, k in REMASK),
     }
 
 

@@ -68,7 +68,7 @@ def load_tokenizer(
 
             - a ``.safetensors`` of this package: a tokenizer, or a MaskGit, whose tokenizer it is;
             - the same of a Muse, with its stage: ``path:base`` or ``path:superres``;
-            - the name of a shipped model, with its stage: ``emoji:base``;
+            - the name of a shipped model, with its stage: ``scenes:base``;
             - a folder of ``save_pretrained``, with a stage where the model has several;
             - another folder: diffusers' ``VQModel``, taming's or MaskGIT-VQGAN's, perhaps with the
               part of it that is meant: ``path:vqvae``;

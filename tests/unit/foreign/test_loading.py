@@ -102,8 +102,8 @@ def test_tokenizers_of_this_package_by_name(tmp_path: Path):
 
 
 def test_the_shipped_tokenizers():
-    assert load_tokenizer("emoji:base").fmap_size(64) == 8
-    assert isinstance(load_tokenizer("emoji:superres"), VQGanVAE)
+    assert load_tokenizer("scenes:base").fmap_size(128) == 16
+    assert isinstance(load_tokenizer("scenes:superres"), VQGanVAE)
 
 
 # What cannot be loaded ----------------------------------------------------------------------------
