@@ -20,6 +20,9 @@ on one can be reported on the other. One more configuration:
 
     python benchmarks/sampling.py --model FILE --name fast8 \
         --options '{"timesteps": 8, "policy": "halton"}'
+
+``--against NAME`` adds to the table how each differs from one of them, for the same sentences and
+seeds.
 """
 
 from __future__ import annotations
@@ -199,19 +202,40 @@ def summary(result: Result, kind: str) -> tuple[float, float, float, float, floa
     return mean, *(interval or (mean, mean)), min(single), max(single)
 
 
-def table(results: list[Result]) -> str:
-    """Markdown, a row for each configuration, those of the benchmark in its order."""
+def difference(figures: list[Any], others: list[Any]) -> tuple[float, float, float]:
+    """How much more of the same pictures are all right, and the interval of that.
+
+    Args:
+        figures: by seed what `judged` found.
+        others: likewise, of the same scenes and seeds.
+    """
+    more = [torch.tensor([f["all"] for f in each]).double() for each in (figures, others)]
+    mean, interval = bootstrap_mean((more[0] - more[1]).T)
+    return mean, *(interval or (mean, mean))
+
+
+def table(results: list[Result], against: str | None = None) -> str:
+    """Markdown, a row for each configuration, those of the benchmark in its order.
+
+    Args:
+        results: of all of them.
+        against: the name of one, from which the others are to differ.
+    """
+    base = next((result for result in results if result["name"] == against), None)
     places = {config["name"]: place for place, config in enumerate(configurations(True))}
     results = sorted(results, key=lambda result: places.get(result["name"], len(places)))
-    lines = [
-        f"| configuration | rows | s per image | all facts right | {' | '.join(COLUMNS[1:])} |",
-        "|---" * (3 + len(COLUMNS)) + "|",
-    ]
+    head = ["configuration", "rows", "s per image", "all facts right"]
+    head += [f"against {against}"] if base else []
+    head += COLUMNS[1:]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for result in results:
         cells = [result["name"], f"{result['rows_per_image']:.4g}"]
         cells.append(f"{result['seconds_per_image']:.3f}")
         mean, low, high, least, most = summary(result, "all")
         cells.append(f"{mean:.3f} ({low:.3f}–{high:.3f}; seeds {least:.3f}–{most:.3f})")
+        if base:
+            mean, low, high = difference(result["figures"], base["figures"])
+            cells.append(f"{mean:+.3f} ({low:+.3f} to {high:+.3f})")
         cells += [f"{summary(result, kind)[0]:.3f}" for kind in COLUMNS[1:]]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -269,6 +293,7 @@ def main() -> None:
     )
     parser.add_argument("--options", type=json.loads, help="SampleOptions of one further, as JSON")
     parser.add_argument("--name", help="of that one")
+    parser.add_argument("--against", help="name of one from which the table shows differences")
     parser.add_argument("--batch-size", type=int, default=25)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     args = parser.parse_args()
@@ -329,7 +354,7 @@ def main() -> None:
             costs = {"rows_per_image": counter.rows / count, "seconds_per_image": seconds / count}
             results.append({**config, **costs, "figures": figures, "setup": setup})
         write(path, results)
-    print(table(results))
+    print(table(results, args.against))
     try:
         plot(results, args.out / "sampling.png")
     except ImportError:
