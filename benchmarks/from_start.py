@@ -187,7 +187,12 @@ def main() -> None:
                 steps = round(args.seconds * share / seconds["critic alone"])
                 file = train(model, cache, folder / "critic", steps, seed, "critic")
             look(open_stage(str(file)).eval(), folder, scenes, judge, seed)
-    print(table(args))
+    results = collected(args)
+    print(table(args, results))
+    try:
+        sampling.plot(results, args.out / "from-start.png")
+    except ImportError:
+        print("no plot: it needs matplotlib (pip install matplotlib)")
 
 
 def place(args: argparse.Namespace, row: str, seed: int) -> Path:
@@ -215,32 +220,45 @@ def look(model: MaskGit, folder: Path, scenes: list[Any], judge: Judge, seed: in
         path.write_text(json.dumps({"facts": facts, "rows": counter.rows / len(scenes)}))
 
 
-def table(args: argparse.Namespace) -> str:
+def collected(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """What was found of each row and way, by seed, as `sampling.plot` takes it."""
+    results = []
+    for row in args.rows:
+        for way, (options, _) in WAYS.items():
+            files = [figures(place(args, row, seed), way, args.scenes) for seed in args.seeds]
+            if files[0].exists():
+                found = [json.loads(file.read_text()) for file in files]
+                results.append({
+                    "row": row, "way": way, "group": "further", "series": f"{row}; {way}",
+                    "options": options, "figures": [each["facts"] for each in found],
+                    "rows_per_image": statistics.fmean(each["rows"] for each in found),
+                })  # fmt: skip
+    return results
+
+
+def table(args: argparse.Namespace, results: list[dict[str, Any]]) -> str:
     """Markdown: a line for each row and way."""
     head = ("trained with", "nats, all masked", "drawn by", "rows", "all facts right (seeds)")
     head += ("against the first", "count", "relation")
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    first: list[Any] = []
-    for row in args.rows:
-        folders = [place(args, row, seed) for seed in args.seeds]
-        for way in WAYS:
-            files = [figures(folder, way, args.scenes) for folder in folders]
-            if not files[0].exists():
-                continue
-            results = [json.loads(file.read_text()) for file in files]
-            facts = [result["facts"] for result in results]
-            first = first or facts
-            by_seed = [statistics.fmean(each["all"]) for each in facts]
-            cells = [row, f"{statistics.fmean(nats(folder) for folder in folders):.3f}", way]
-            cells.append(f"{statistics.fmean(r['rows'] for r in results):.4g}")
-            shares = ", ".join(f"{share:.2f}" for share in by_seed)
-            cells.append(f"{statistics.fmean(by_seed):.3f} ({shares})")
-            mean, low, high = sampling.difference(facts, first)
-            cells.append(f"{mean:+.3f} ({low:+.3f} to {high:+.3f})")
-            for kind in ("count", "relation"):
-                stated = [v for each in facts for v in each[kind] if v is not None]
-                cells.append(f"{statistics.fmean(stated):.3f}" if stated else "")
-            lines.append(f"| {' | '.join(cells)} |")
+    for result in results:
+        facts = result["figures"]
+        folders = [place(args, result["row"], seed) for seed in args.seeds]
+        by_seed = [statistics.fmean(each["all"]) for each in facts]
+        shares = ", ".join(f"{share:.2f}" for share in by_seed)
+        mean, low, high = sampling.difference(facts, results[0]["figures"])
+        cells = [
+            result["row"],
+            f"{statistics.fmean(nats(folder) for folder in folders):.3f}",
+            result["way"],
+            f"{result['rows_per_image']:.4g}",
+            f"{statistics.fmean(by_seed):.3f} ({shares})",
+            f"{mean:+.3f} ({low:+.3f} to {high:+.3f})",
+        ]
+        for kind in ("count", "relation"):
+            stated = [v for each in facts for v in each[kind] if v is not None]
+            cells.append(f"{statistics.fmean(stated):.3f}" if stated else "")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

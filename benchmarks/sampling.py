@@ -242,36 +242,36 @@ def table(results: list[Result], against: str | None = None) -> str:
 
 
 def plot(results: list[Result], path: Path) -> None:
-    """Policies over the steps, guidance over what it costs, the choice by itself."""
+    """Policies over the steps, guidance over what it costs, the choice and others by themselves."""
     import matplotlib.pyplot as plt  # type: ignore[import-not-found]  # only needed here
 
-    figure, axes = plt.subplots(1, 3, figsize=(19, 6))
+    across = {"policies": "steps", "guidance": "rows per image", "choice": "", "further": ""}
+    groups = [group for group in across if any(r["group"] == group for r in results)]
+    figure, axes = plt.subplots(1, len(groups), figsize=(6.5 * len(groups), 6), squeeze=False)
     style = {"marker": "o", "markersize": 4, "elinewidth": 0.7, "capsize": 2}
-    for axis, (group, across) in zip(
-        axes, {"policies": "steps", "guidance": "rows per image", "choice": ""}.items(), strict=True
-    ):
-        for number, name in enumerate(GROUPS[group]):
+    for axis, group in zip(axes[0], groups, strict=True):
+        names = list(dict.fromkeys(r["series"] for r in results if r["group"] == group))
+        for number, name in enumerate(names):
             of_series = [r for r in results if (r["group"], r["series"]) == (group, name)]
             points = sorted(
                 (
-                    r["options"]["timesteps"] if across == "steps" else r["rows_per_image"],
+                    r["options"]["timesteps"] if group == "policies" else r["rows_per_image"],
                     *summary(r, "all")[:3],
                 )
                 for r in of_series
             )
-            if points:
-                x, mean, low, high = torch.tensor(points).T
-                x = torch.full_like(x, number) if not across else x
-                spread = torch.stack([mean - low, high - mean]).clamp(min=0)
-                axis.errorbar(x, mean, spread, label=name, color=f"C{number % 10}", **style)
-        axis.set_title(f"{group}: share of pictures with all facts right")
-        axis.set_xlabel(across)
+            x, mean, low, high = torch.tensor(points).T
+            x = x if across[group] else torch.full_like(x, number)
+            spread = torch.stack([mean - low, high - mean]).clamp(min=0)
+            axis.errorbar(x, mean, spread, label=name, color=f"C{number % 10}", **style)
+        named = "" if group == "further" else f"{group}: "
+        axis.set_title(f"{named}share of pictures with all facts right")
+        axis.set_xlabel(across[group])
         axis.grid(alpha=0.3)
-        if not across:
-            names = list(GROUPS[group])
-            axis.set_xticks(range(len(names)), names, rotation=70)
-        elif axis.containers:
+        if across[group]:
             axis.legend(fontsize=7)
+        else:
+            axis.set_xticks(range(len(names)), names, rotation=70, ha="right")
     figure.tight_layout()
     figure.savefig(path, dpi=80)
 
