@@ -47,7 +47,8 @@ def attend(
     return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
 
 
-def _zero_linear(dim_in: int, dim_out: int) -> nn.Linear:
+def zero_linear(dim_in: int, dim_out: int) -> nn.Linear:
+    """One that gives nothing at first."""
     linear = nn.Linear(dim_in, dim_out, bias=False)
     nn.init.zeros_(linear.weight)
     return linear
@@ -96,7 +97,7 @@ class SelfAttention(nn.Module):
         self.norm = norm(dim)
         self.to_qkv = nn.Linear(dim, 3 * heads * dim_head, bias=False)
         self.q_norm, self.k_norm = norm(dim_head), norm(dim_head)
-        self.to_out = _zero_linear(heads * dim_head, dim)
+        self.to_out = zero_linear(heads * dim_head, dim)
 
     def forward(
         self,
@@ -226,7 +227,7 @@ class CrossAttention(nn.Module):
         self.to_kv = nn.Linear(dim, 2 * heads * dim_head, bias=False)
         self.q_norm, self.k_norm = norm(dim_head), norm(dim_head)
         self.null_kv = nn.Parameter(torch.randn(2, heads, 1, dim_head))
-        self.to_out = _zero_linear(heads * dim_head, dim)
+        self.to_out = zero_linear(heads * dim_head, dim)
 
     def keys_values(self, context: Float[Tensor, "B M D"]) -> KeysValues:
         k, v = (_split_heads(t, self.dim_head) for t in self.to_kv(context).chunk(2, -1))
@@ -291,7 +292,7 @@ class FeedForward(nn.Module):
         super().__init__()
         self.norm = norm(dim)
         self.to_hidden = nn.Linear(dim, 2 * inner, bias=False)
-        self.to_out = _zero_linear(inner, dim)
+        self.to_out = zero_linear(inner, dim)
 
     def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
         value, gate = self.to_hidden(self.norm(x)).chunk(2, dim=-1)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .arguments import MAX_LAYERS, MAX_TOKENS, MAX_WIDTH, real, shown, whole
 from .checkpoint import Saveable
-from .layers import Block, CodeHead, CrossAttention, KeysValues, norm, taken
+from .layers import Block, CodeHead, CrossAttention, KeysValues, norm, taken, zero_linear
 from .structures import Conditioning, TextEmbeds
 from .text import (
     DEFAULT_TEXT_ENCODER,
@@ -544,7 +544,8 @@ class MaskGitTransformer(MaskedTransformer):
             Block(dim, *self._block_args, cross=False, rotary=True) for _ in range(text_depth)
         )
         self.text_norm = norm(dim)
-        self.self_cond_proj = nn.Linear(dim, dim, bias=False) if self_cond else None
+        # zero at first: states are several times as large as embeddings and would drown them
+        self.self_cond_proj = zero_linear(dim, dim) if self_cond else None
         blocks = [
             Block(dim, *self._block_args, multi_axis=multi_axis, rotary=rotary)
             for _ in range(depth)

@@ -347,10 +347,11 @@ def fresh(**changes) -> MaskGitTransformer:
     return MaskGitTransformer(**arguments, text_embed_dim=tiny.TEXT_DIM, **changes)
 
 
-def test_output_projections_start_at_zero():
-    model = fresh(cond_num_tokens=30, cond_seq_len=16)
-    outputs = [p for n, p in model.named_parameters() if n.endswith("to_out.weight")]
-    assert len(outputs) == 2 * 3 + 1 * 2
+def test_output_projections_and_self_conditioning_start_at_zero():
+    model = fresh(cond_num_tokens=30, cond_seq_len=16, self_cond=True)
+    ends = ("to_out.weight", "self_cond_proj.weight")
+    outputs = [p for n, p in model.named_parameters() if n.endswith(ends)]
+    assert len(outputs) == 2 * 3 + 1 * 2 + 1
     assert all((p == 0).all() for p in outputs)
     assert not [n for n, _ in model.named_parameters() if n.endswith("bias")]
 
