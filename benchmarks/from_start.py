@@ -10,12 +10,14 @@ beforehand (means of nine without the least and the most), so a row whose steps 
 fewer. The learning rate falls to the end of each run. A token critic is trained after its base, and
 both share the seconds.
 
-Each run then draws sentences that training never saw, in several ways (`WAYS`) that take the same
-number of rows through transformer and critic, and the judge of scenes says in which pictures all
-stated facts are right. Runs and figures that stand in ``--out`` are not repeated. Several processes
-may each have some of the ``--rows`` or ``--seeds``, once the first has encoded the scenes and
-measured the steps. The table has means over the seeds, and differences from the first line for the
-same sentences and seeds, with 95 % intervals by the bootstrap over sentences.
+Each run then draws sentences that training never saw, in several ways (`WAYS`), all but one of
+which take the same number of rows through transformer and critic, and the judge of scenes says in
+which pictures all stated facts are right. Runs and figures that stand in ``--out`` are not
+repeated. Several processes may each have some of the ``--rows`` or ``--seeds``, once the first has
+encoded the scenes and measured the steps. The table has means over the seeds, and differences from
+the first line for the same sentences and seeds, with 95 % intervals by the bootstrap over
+sentences. Of self-conditioning it also says what the second pass knows that the first did not:
+nats of scenes that it learnt from, without it and with it.
 """
 
 from __future__ import annotations
@@ -67,12 +69,18 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 PLAIN = {"policy": "confidence", "cond_scale": 2.0}
 MENDING = {"cond_scale": 2.0, "remask": 0.5, "top_k": 3}
-# By way: options, and whether the model must have a critic. A critic's step takes twice the rows.
+# By way: options, and whether the model must have a critic. A critic's step takes twice the rows:
+# the last of them takes twice as many as all others.
 WAYS: dict[str, tuple[dict[str, Any], bool]] = {
     "confidence": ({**PLAIN, "timesteps": 16}, False),
     "remasking, top-k": ({**MENDING, "policy": "confidence", "timesteps": 16}, False),
     "critic": ({**PLAIN, "policy": "critic", "timesteps": 8}, True),
     "critic, top-k": ({**PLAIN, "policy": "critic", "timesteps": 8, "top_k": 3}, True),
+    "critic, less noise": (
+        {**PLAIN, "policy": "critic", "timesteps": 8, "choice_temperature": 1.0},
+        True,
+    ),
+    "critic, 16 steps": ({**PLAIN, "policy": "critic", "timesteps": 16}, True),
 }
 
 
@@ -186,7 +194,12 @@ def main() -> None:
                 model.transformer.load_state_dict(open_stage(str(file)).transformer.state_dict())
                 steps = round(args.seconds * share / seconds["critic alone"])
                 file = train(model, cache, folder / "critic", steps, seed, "critic")
-            look(open_stage(str(file)).eval(), folder, scenes, judge, seed)
+            model = open_stage(str(file)).eval()
+            look(model, folder, scenes, judge, seed)
+            if model.transformer.self_cond:
+                print(
+                    f"{name}, seed {seed}: nats without and with a guess: {guesses(model, cache)}"
+                )
     results = collected(args)
     print(table(args, results))
     try:
@@ -203,6 +216,23 @@ def place(args: argparse.Namespace, row: str, seed: int) -> Path:
 def figures(folder: Path, way: str, scenes: int) -> Path:
     """Where it stands what of so many scenes is right."""
     return folder / f"{way.replace(', ', '-')}-{scenes}.json"
+
+
+@torch.no_grad()
+def guesses(model: MaskGit, cache: Path) -> str:
+    """Nats of 64 scenes of the cache by the share masked, without and with self-conditioning."""
+    batch = TokenCache(cache, model).__getitems__(range(64))
+    assert batch.ids is not None
+    found = []
+    for share in (1.0, 0.75, 0.5, 0.25):
+        torch.manual_seed(0)
+        arguments: dict[str, Any] = dict(mask=torch.rand(64, 256) < share, cond_drop_prob=0.0)
+        nats = (
+            model.losses(batch.ids, text_embeds=batch.text_embeds, self_cond=which, **arguments).ce
+            for which in (False, True)
+        )
+        found.append(f"{share:.0%} masked {' and '.join(f'{each:.3f}' for each in nats)}")
+    return ", ".join(found)
 
 
 def look(model: MaskGit, folder: Path, scenes: list[Any], judge: Judge, seed: int) -> None:
