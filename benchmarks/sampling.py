@@ -332,6 +332,9 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "results.jsonl"
     results = read(path, setup)
+    names = {result["name"] for result in [*results, *wanted]}
+    if args.against and args.against not in names:
+        parser.error(f"--against {args.against}: choose of {' '.join(sorted(names))}")
     dtype = getattr(torch, args.dtype)
     draw(model, text, SampleOptions(timesteps=1), [0] * min(8, len(scenes)), 8, dtype)  # warming up
     counter = RowCounter(model)
